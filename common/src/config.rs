@@ -1,0 +1,68 @@
+//! Configuration that all services share, and how wrong configuration is reported.
+
+use std::net::{SocketAddr, TcpListener};
+use std::time::Duration;
+
+use clap::error::ErrorKind;
+use clap::{Args, Command, Parser};
+
+use crate::telemetry::LogFormat;
+
+/// The exit code for wrong configuration, as `clap` itself uses it.
+const EXIT_CONFIGURATION: i32 = 2;
+
+/// Options of every service.
+#[derive(Args, Clone, Debug)]
+pub struct ServiceConfig {
+    /// How long bodies in flight may take to finish after SIGINT or SIGTERM; what is left is cut
+    #[arg(long, default_value = "10s", value_parser = humantime::parse_duration)]
+    pub grace: Duration,
+
+    /// Format of the log on standard output; RUST_LOG sets what is logged (default: info)
+    #[arg(long, value_enum, default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// Parses the command line and environment, or ends the process: `--help` and `--version` with
+/// code 0, anything wrong with one line on stderr and code 2.
+pub fn parse<C: Parser>() -> C {
+    let parsed = with_environment(C::command())
+        .try_get_matches()
+        .and_then(|matches| C::from_arg_matches(&matches));
+    parsed.unwrap_or_else(|error| match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => error.exit(),
+        _ => fail(first_line(&error.to_string())),
+    })
+}
+
+/// Gives each option its twin in the environment: `--map` of `logging` is `LOGGING_MAP`.
+pub fn with_environment(command: Command) -> Command {
+    let service = command.get_name().to_owned();
+    command.mut_args(|arg| {
+        let variable = format!("{service}_{}", arg.get_id()).to_uppercase();
+        arg.env(variable)
+    })
+}
+
+/// Ends the process because its configuration is wrong: one line on stderr, code 2.
+pub fn fail(message: &str) -> ! {
+    eprintln!("error: {message} (see --help)");
+    std::process::exit(EXIT_CONFIGURATION)
+}
+
+/// Binds a listening socket, with an error that names the address and what to do.
+///
+/// # Errors
+/// A line for the person who started the service.
+pub fn bind(listen: SocketAddr) -> Result<TcpListener, String> {
+    TcpListener::bind(listen).map_err(|error| {
+        format!(
+            "cannot listen on {listen}: {error}; stop what uses it or choose another with --listen"
+        )
+    })
+}
+
+fn first_line(message: &str) -> &str {
+    let line = message.lines().next().unwrap_or_default();
+    line.strip_prefix("error: ").unwrap_or(line)
+}

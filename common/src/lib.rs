@@ -1,0 +1,13 @@
+//! What at least two of the services need: the entry and its encodings, pages, problem+json
+//! answers, configuration, serving and telemetry.
+//!
+//! Nothing that only one service uses lives here.
+
+#![warn(missing_docs)]
+
+pub mod config;
+pub mod entry;
+pub mod page;
+pub mod problem;
+pub mod server;
+pub mod telemetry;

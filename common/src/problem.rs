@@ -1,0 +1,69 @@
+//! Errors at the edge: every one is `application/problem+json` (RFC 9457) with a `detail` that
+//! tells the caller what to do. Causes and addresses belong into the log, not into a problem.
+
+use std::time::Duration;
+
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use problem_details::ProblemDetails;
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+/// An error answer: a status, a detail, further members, and when to come back.
+#[derive(Debug)]
+pub struct Problem {
+    details: Box<ProblemDetails<Map<String, Value>>>,
+    retry_after: Option<Duration>,
+}
+
+impl Problem {
+    /// A problem with this status and a detail meant for the caller.
+    pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
+        let details = ProblemDetails::from_status_code(status)
+            .with_detail(detail)
+            .with_extensions(Map::new());
+        Self {
+            details: Box::new(details),
+            retry_after: None,
+        }
+    }
+
+    /// A 400: the request itself is wrong.
+    pub fn bad_request(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, detail)
+    }
+
+    /// A 503 that asks the caller to come back after `retry_after` (whole seconds, at least one).
+    pub fn unavailable(detail: impl Into<String>, retry_after: Duration) -> Self {
+        Self {
+            retry_after: Some(retry_after),
+            ..Self::new(StatusCode::SERVICE_UNAVAILABLE, detail)
+        }
+    }
+
+    /// Adds a member beside the standard ones.
+    #[must_use]
+    pub fn with(mut self, member: &str, value: impl Serialize) -> Self {
+        let value = serde_json::to_value(value).expect("members are plain values");
+        self.details.extensions.insert(member.to_owned(), value);
+        self
+    }
+
+    /// What the caller is told to do.
+    pub fn detail(&self) -> &str {
+        self.details.detail.as_deref().unwrap_or_default()
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let mut response = self.details.into_response();
+        if let Some(wait) = self.retry_after {
+            let seconds = wait.as_secs().max(1);
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}

@@ -1,0 +1,49 @@
+//! Logs: text or JSON lines on standard output, filtered by `RUST_LOG`.
+//!
+//! Lines are written by a thread of their own, so that a slow terminal does not stall a request at
+//! once; when its queue is full, logging waits: a line is never dropped.
+
+use std::io::{BufWriter, IsTerminal};
+
+use clap::ValueEnum;
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
+
+/// Lines that may wait for standard output. A line can hold a message, so the bound in bytes is
+/// this times the largest message.
+const QUEUED_LINES: usize = 256;
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum LogFormat {
+    /// For people: `time level request{…}: module: sentence field=value`.
+    Text,
+    /// For machines: one JSON object a line.
+    Json,
+}
+
+/// Sets up the process's log. Keep the guard until the end of `main`: dropping it writes what is
+/// still queued.
+///
+/// # Errors
+/// A line for the person who started the service, when `RUST_LOG` cannot be read.
+pub fn init(format: LogFormat) -> Result<WorkerGuard, String> {
+    let filter = EnvFilter::builder()
+        .with_default_directive(LevelFilter::INFO.into())
+        .from_env()
+        .map_err(|error| format!("RUST_LOG cannot be read: {error}; write for example info"))?;
+    let (writer, guard) = NonBlockingBuilder::default()
+        .lossy(false)
+        .buffered_lines_limit(QUEUED_LINES)
+        .finish(BufWriter::new(std::io::stdout()));
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(writer)
+        .with_ansi(std::io::stdout().is_terminal());
+    match format {
+        LogFormat::Text => lines.init(),
+        LogFormat::Json => lines.json().flatten_event(true).init(),
+    }
+    Ok(guard)
+}

@@ -1,0 +1,324 @@
+//! Uploads of many messages as NDJSON: one message a line, each stored like a POST of its own.
+//!
+//! Lines are read, stored and answered at the same time, in order, within a window of bytes; so an
+//! upload may be of any length.
+
+use std::future;
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::{Body, BodyDataStream};
+use axum::http::{HeaderMap, header};
+use axum::response::{IntoResponse, Response};
+use bytes::{Bytes, BytesMut};
+use common::entry;
+use common::problem::Problem;
+use common::server;
+use futures_util::{Stream, StreamExt, stream};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use uuid::Uuid;
+
+use crate::App;
+use crate::get::{self, Format};
+use crate::post::{answer_broken_body, body_limit, check_size};
+use crate::store::{Certainty, Key, NotStored, store};
+
+/// Lines of one upload that are being stored, in bytes: enough for batches of full size.
+const WINDOW_BYTES: usize = 1024 * 1024;
+
+/// Lines of one upload that are being stored, in number.
+const WINDOW_LINES: usize = 4096;
+
+/// Errors that a summary lists; the rest are only counted.
+const MAX_ERRORS: usize = 100;
+
+/// Results that go into one piece of a streamed reply.
+const RESULTS_PER_CHUNK: usize = 256;
+
+/// Stores each line of the body. The reply is a summary when the upload has ended, because many
+/// clients read nothing before that; who asks for NDJSON gets each line's result while it runs.
+pub(crate) async fn upload(app: App, headers: &HeaderMap, body: Body) -> Result<Response, Problem> {
+    if headers.contains_key("idempotency-key") {
+        return Err(Problem::bad_request(
+            "an upload of many messages takes no idempotency-key; give lines a uuid of their own",
+        ));
+    }
+    let reserved = app.reserve(WINDOW_BYTES + body_limit(app.max_message))?;
+    let reply = get::negotiate(headers, &[Format::Json, Format::Ndjson])?;
+    let request_id = server::request_id(headers).map(str::to_owned);
+    let results = store_lines(app, body, request_id);
+    if reply == Format::Ndjson {
+        return Ok(stream_results(results, reserved));
+    }
+    let summary = summarize(results).await?;
+    drop(reserved);
+    Ok(Json(summary).into_response())
+}
+
+/// What became of one line.
+#[derive(Debug, Serialize)]
+struct LineResult {
+    line: u64,
+    uuid: Option<Uuid>,
+    /// `yes`, `no`, or `unknown`: repeat it with the same uuid.
+    stored: &'static str,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    duplicate: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+}
+
+/// The reply to a whole upload.
+#[derive(Debug, Default, Serialize)]
+struct Summary {
+    stored: u64,
+    failed: u64,
+    errors: Vec<LineResult>,
+}
+
+async fn summarize(
+    results: impl Stream<Item = Result<LineResult, Problem>>,
+) -> Result<Summary, Problem> {
+    let mut results = std::pin::pin!(results);
+    let mut summary = Summary::default();
+    while let Some(result) = results.next().await {
+        let result = result.map_err(|problem| {
+            problem
+                .with("stored", summary.stored)
+                .with("failed", summary.failed)
+        })?;
+        if result.error.is_none() {
+            summary.stored += 1;
+            continue;
+        }
+        summary.failed += 1;
+        if summary.errors.len() < MAX_ERRORS {
+            summary.errors.push(result);
+        }
+    }
+    Ok(summary)
+}
+
+fn stream_results(
+    results: impl Stream<Item = Result<LineResult, Problem>> + Send + 'static,
+    reserved: OwnedSemaphorePermit,
+) -> Response {
+    let chunks = results.ready_chunks(RESULTS_PER_CHUNK).map(move |results| {
+        let _held_until_the_end = &reserved;
+        let mut chunk = Vec::new();
+        for result in results {
+            let result = result.map_err(|_| "the upload broke off")?;
+            serde_json::to_writer(&mut chunk, &result).expect("writing to a Vec does not fail");
+            chunk.push(b'\n');
+        }
+        Ok::<_, &'static str>(chunk)
+    });
+    let content_type = [(header::CONTENT_TYPE, "application/x-ndjson")];
+    (content_type, Body::from_stream(chunks)).into_response()
+}
+
+/// Stores the lines of a body and yields their results in order. An error is the last item: the
+/// body broke off, and what was read before it has been stored.
+fn store_lines(
+    app: App,
+    body: Body,
+    request_id: Option<String>,
+) -> impl Stream<Item = Result<LineResult, Problem>> + Send + 'static {
+    let window = Arc::new(Semaphore::new(WINDOW_BYTES));
+    let lines = Lines::new(body, body_limit(app.max_message));
+    let lines = stream::unfold(lines, async |mut lines| Some((lines.next().await?, lines)));
+    let admitted = lines
+        .filter(|line| future::ready(!line.is_blank()))
+        .then(move |line| admit(line, window.clone()));
+    let stored = admitted.map(move |(line, permit)| {
+        let app = app.clone();
+        let request_id = request_id.clone();
+        async move {
+            let _until_stored = permit;
+            store_line(&app, line, request_id.as_deref()).await
+        }
+    });
+    stored.buffered(WINDOW_LINES)
+}
+
+async fn admit(line: Line, window: Arc<Semaphore>) -> (Line, Option<OwnedSemaphorePermit>) {
+    let bytes = match &line.content {
+        Content::Text(text) => text.len().min(WINDOW_BYTES),
+        Content::TooLong | Content::Broken(_) => 0,
+    };
+    let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
+    let permit = window.acquire_many_owned(permits).await;
+    (line, permit.ok())
+}
+
+async fn store_line(
+    app: &App,
+    line: Line,
+    request_id: Option<&str>,
+) -> Result<LineResult, Problem> {
+    let text = match line.content {
+        Content::Text(text) => text,
+        Content::TooLong => {
+            let reason = format!("a message may have {} bytes at most", app.max_message);
+            return Ok(LineResult::failed(line.number, None, Certainty::No, reason));
+        }
+        Content::Broken(problem) => return Err(problem),
+    };
+    let (msg, key) = match parse_line(&text, app.max_message) {
+        Ok(parsed) => parsed,
+        Err(reason) => return Ok(LineResult::failed(line.number, None, Certainty::No, reason)),
+    };
+    let result = match store(&app.pool, msg, key, request_id, app.deadline).await {
+        Ok(stored) => LineResult {
+            line: line.number,
+            uuid: Some(stored.uuid),
+            stored: "yes",
+            duplicate: stored.is_duplicate,
+            error: None,
+        },
+        Err(error) => {
+            let (uuid, certainty) = match (&error, key) {
+                (
+                    NotStored::GaveUp {
+                        uuid, certainty, ..
+                    },
+                    _,
+                ) => (Some(*uuid), *certainty),
+                (NotStored::Conflict | NotStored::Stale, Key::Caller(uuid)) => {
+                    (Some(uuid), Certainty::No)
+                }
+                (NotStored::Conflict | NotStored::Stale, Key::Own) => (None, Certainty::No),
+            };
+            LineResult::failed(line.number, uuid, certainty, error.detail())
+        }
+    };
+    Ok(result)
+}
+
+impl LineResult {
+    fn failed(line: u64, uuid: Option<Uuid>, certainty: Certainty, error: String) -> Self {
+        Self {
+            line,
+            uuid,
+            stored: certainty.word(),
+            duplicate: false,
+            error: Some(error),
+        }
+    }
+}
+
+/// A line is a JSON string, or an object with `msg` and, if the caller wants, a `uuid`.
+fn parse_line(text: &[u8], max_message: usize) -> Result<(String, Key), String> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Object {
+        msg: String,
+        uuid: Option<String>,
+    }
+    let parsed = if text.trim_ascii_start().starts_with(b"{") {
+        serde_json::from_slice(text)
+    } else {
+        serde_json::from_slice(text).map(|msg| Object { msg, uuid: None })
+    };
+    let Object { msg, uuid } = parsed.map_err(|error| {
+        format!("a line is a JSON string or {{\"msg\":\"…\"}} with an optional uuid: {error}")
+    })?;
+    let key = match uuid {
+        Some(uuid) => Key::Caller(entry::parse_entry_uuid(&uuid)?),
+        None => Key::Own,
+    };
+    check_size(&msg, max_message).map_err(|problem| problem.detail().to_owned())?;
+    Ok((msg, key))
+}
+
+/// One line of the body, numbered from 1.
+struct Line {
+    number: u64,
+    content: Content,
+}
+
+enum Content {
+    Text(Bytes),
+    TooLong,
+    Broken(Problem),
+}
+
+impl Line {
+    fn is_blank(&self) -> bool {
+        matches!(&self.content, Content::Text(text) if text.trim_ascii().is_empty())
+    }
+}
+
+/// Splits a body into lines without holding more than one line of at most `limit` bytes.
+struct Lines {
+    body: BodyDataStream,
+    buffer: BytesMut,
+    limit: usize,
+    number: u64,
+    is_finished: bool,
+}
+
+impl Lines {
+    fn new(body: Body, limit: usize) -> Self {
+        Self {
+            body: body.into_data_stream(),
+            buffer: BytesMut::new(),
+            limit,
+            number: 0,
+            is_finished: false,
+        }
+    }
+
+    async fn next(&mut self) -> Option<Line> {
+        if self.is_finished {
+            return None;
+        }
+        self.number += 1;
+        let content = self.next_content().await?;
+        Some(Line {
+            number: self.number,
+            content,
+        })
+    }
+
+    async fn next_content(&mut self) -> Option<Content> {
+        let mut is_too_long = false;
+        let mut scanned = 0;
+        loop {
+            let end = self.buffer[scanned..]
+                .iter()
+                .position(|byte| *byte == b'\n');
+            if let Some(end) = end {
+                let line = self.buffer.split_to(scanned + end + 1).freeze();
+                let text = line.slice(..line.len() - 1);
+                return Some(self.bounded(text, is_too_long));
+            }
+            if self.buffer.len() > self.limit {
+                is_too_long = true;
+                self.buffer.clear();
+            }
+            scanned = self.buffer.len();
+            match self.body.next().await {
+                Some(Ok(chunk)) => self.buffer.extend_from_slice(&chunk),
+                Some(Err(error)) => {
+                    self.is_finished = true;
+                    return Some(Content::Broken(answer_broken_body(&error)));
+                }
+                None => {
+                    self.is_finished = true;
+                    let text = self.buffer.split().freeze();
+                    let is_nothing = text.is_empty() && !is_too_long;
+                    return (!is_nothing).then(|| self.bounded(text, is_too_long));
+                }
+            }
+        }
+    }
+
+    fn bounded(&self, text: Bytes, is_too_long: bool) -> Content {
+        if is_too_long || text.len() > self.limit {
+            return Content::TooLong;
+        }
+        Content::Text(text)
+    }
+}

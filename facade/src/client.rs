@@ -1,0 +1,254 @@
+//! Clients to the services behind the facade: one method a call, every call with a deadline.
+//!
+//! They know no failover and keep no state about who is up: that is the pool's subject.
+
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use common::entry::{Entry, MAX_BATCH_BYTES, PutResult};
+use common::page::{Bounds, PageEnd};
+use common::server::REQUEST_ID;
+use reqwest::{Client, Response, StatusCode, Url, header};
+use serde::Serialize;
+use uuid::Uuid;
+
+/// Idle connections are dropped after this time, well before the services behind drop theirs.
+const IDLE_CONNECTION: Duration = Duration::from_secs(10);
+
+/// A page of entries as the facade asks for it, in bytes: this much of the log, or one entry, is
+/// in memory for each GET.
+const PAGE_BYTES: usize = 128 * 1024;
+
+/// A logging instance that sends more than this for one page is not one of ours: a page's messages
+/// grow by escapes, and one entry can be as large as a batch.
+const MAX_PAGE_BODY: usize = MAX_BATCH_BYTES + PAGE_BYTES;
+
+/// The longest reply of the messages service that is passed on.
+const MAX_REPLY_BYTES: usize = 64 * 1024;
+
+/// Why a service behind the facade gave no usable answer.
+#[derive(Debug, thiserror::Error)]
+pub enum UpstreamError {
+    /// No connection: the request was certainly not executed.
+    #[error("cannot be reached")]
+    Unreachable(#[source] reqwest::Error),
+    /// No complete answer in time.
+    #[error("did not answer in time")]
+    TimedOut,
+    /// The connection was lost before the answer was complete.
+    #[error("broke the connection off")]
+    Lost(#[source] reqwest::Error),
+    /// It answered that it cannot do this now.
+    #[error("answered {0}: {1}")]
+    Status(StatusCode, String),
+    /// Its answer is not in the form that was agreed on.
+    #[error("gave an answer that cannot be read: {0}")]
+    Garbled(String),
+}
+
+impl From<reqwest::Error> for UpstreamError {
+    fn from(error: reqwest::Error) -> Self {
+        if error.is_connect() {
+            Self::Unreachable(error)
+        } else if error.is_timeout() {
+            Self::TimedOut
+        } else {
+            Self::Lost(error)
+        }
+    }
+}
+
+/// The HTTP client that all calls share. It goes straight to the services: proxies from the
+/// environment, redirects and hidden retries are off.
+///
+/// # Errors
+/// When the client cannot be built.
+pub fn http_client() -> reqwest::Result<Client> {
+    Client::builder()
+        .no_proxy()
+        .redirect(reqwest::redirect::Policy::none())
+        .retry(reqwest::retry::never())
+        .tcp_nodelay(true)
+        .pool_idle_timeout(IDLE_CONNECTION)
+        .build()
+}
+
+/// One logging instance.
+#[derive(Clone, Debug)]
+pub struct LoggingClient {
+    http: Client,
+    base: Url,
+    timeout: Duration,
+}
+
+impl LoggingClient {
+    pub fn new(http: Client, base: Url, timeout: Duration) -> Self {
+        Self {
+            http,
+            base,
+            timeout,
+        }
+    }
+
+    /// Puts a batch, a JSON array of entries, and returns what became of each, in order.
+    pub async fn put(&self, batch: Vec<u8>) -> Result<Vec<PutResult>, UpstreamError> {
+        let request = self
+            .http
+            .post(self.base.clone())
+            .timeout(self.timeout)
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(batch);
+        let response = accept(request.send().await?).await?;
+        let body = response.bytes().await?;
+        serde_json::from_slice(&body).map_err(garbled)
+    }
+
+    /// Reads the first page within the bounds, at most `limit` entries.
+    pub async fn page(
+        &self,
+        bounds: Bounds,
+        limit: Option<u64>,
+        request_id: Option<&str>,
+    ) -> Result<Page, UpstreamError> {
+        #[derive(Serialize)]
+        struct Query {
+            #[serde(flatten)]
+            bounds: Bounds,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            limit: Option<u64>,
+            page_bytes: usize,
+        }
+        let mut request = self
+            .http
+            .get(self.base.clone())
+            .timeout(self.timeout)
+            .query(&Query {
+                bounds,
+                limit,
+                page_bytes: PAGE_BYTES,
+            });
+        if let Some(id) = request_id {
+            request = request.header(REQUEST_ID, id);
+        }
+        let response = accept(request.send().await?).await?;
+        Page::parse(&read_body(response, MAX_PAGE_BODY).await?, bounds)
+    }
+
+    /// Reads one entry.
+    pub async fn get(&self, uuid: Uuid) -> Result<Option<Entry>, UpstreamError> {
+        let mut url = self.base.clone();
+        url.set_path(&uuid.to_string());
+        let request = self.http.get(url).timeout(self.timeout);
+        let response = request.send().await?;
+        if response.status() == StatusCode::NOT_FOUND {
+            return Ok(None);
+        }
+        let body = read_body(accept(response).await?, MAX_PAGE_BODY).await?;
+        serde_json::from_slice(&body).map(Some).map_err(garbled)
+    }
+
+    /// Asks whether the instance serves at all.
+    pub async fn probe(&self) -> Result<(), UpstreamError> {
+        let mut url = self.base.clone();
+        url.set_path("livez");
+        accept(self.http.get(url).timeout(self.timeout).send().await?).await?;
+        Ok(())
+    }
+}
+
+/// One page of entries, checked: in order, within the bounds, as many as its end says.
+#[derive(Debug)]
+pub struct Page {
+    pub entries: Vec<Entry>,
+    pub end: PageEnd,
+}
+
+impl Page {
+    fn parse(body: &[u8], mut bounds: Bounds) -> Result<Self, UpstreamError> {
+        let Some(text) = body.strip_suffix(b"\n") else {
+            return Err(UpstreamError::Garbled(
+                "the last line has no end".to_owned(),
+            ));
+        };
+        let newline = text.iter().rposition(|byte| *byte == b'\n');
+        let end_of_entries = newline.map_or(0, |at| at + 1);
+        let end: PageEnd = serde_json::from_slice(&text[end_of_entries..]).map_err(garbled)?;
+        let mut entries = Vec::new();
+        for line in text[..end_of_entries].split_inclusive(|byte| *byte == b'\n') {
+            let entry: Entry = serde_json::from_slice(line).map_err(garbled)?;
+            if !bounds.contains(entry.uuid) {
+                let reason = format!("entry {} is not in its place", entry.uuid);
+                return Err(UpstreamError::Garbled(reason));
+            }
+            bounds = bounds.resumed_from(entry.uuid);
+            entries.push(entry);
+        }
+        if end.count != entries.len() as u64 {
+            return Err(UpstreamError::Garbled("the count is wrong".to_owned()));
+        }
+        Ok(Self { entries, end })
+    }
+}
+
+/// The messages service.
+#[derive(Clone, Debug)]
+pub struct MessagesClient {
+    http: Client,
+    base: Url,
+    timeout: Duration,
+}
+
+impl MessagesClient {
+    pub fn new(http: Client, base: Url, timeout: Duration) -> Self {
+        Self {
+            http,
+            base,
+            timeout,
+        }
+    }
+
+    /// Its reply, whatever that is.
+    pub async fn reply(&self, request_id: Option<&str>) -> Result<String, UpstreamError> {
+        let mut request = self.http.get(self.base.clone()).timeout(self.timeout);
+        if let Some(id) = request_id {
+            request = request.header(REQUEST_ID, id);
+        }
+        let response = accept(request.send().await?).await?;
+        let body = read_body(response, MAX_REPLY_BYTES).await?;
+        String::from_utf8(body.into())
+            .map_err(|_| UpstreamError::Garbled("the reply is not UTF-8".to_owned()))
+    }
+}
+
+async fn accept(response: Response) -> Result<Response, UpstreamError> {
+    #[derive(serde::Deserialize)]
+    struct Problem {
+        detail: String,
+    }
+    let status = response.status();
+    if status.is_success() {
+        return Ok(response);
+    }
+    let body = read_body(response, MAX_REPLY_BYTES).await?;
+    let detail = match serde_json::from_slice(&body) {
+        Ok(Problem { detail }) => detail,
+        Err(_) => "no reason given".to_owned(),
+    };
+    Err(UpstreamError::Status(status, detail))
+}
+
+async fn read_body(mut response: Response, limit: usize) -> Result<Bytes, UpstreamError> {
+    let mut body = BytesMut::new();
+    while let Some(chunk) = response.chunk().await? {
+        if body.len() + chunk.len() > limit {
+            let reason = format!("the answer is longer than {limit} bytes");
+            return Err(UpstreamError::Garbled(reason));
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(body.freeze())
+}
+
+fn garbled(error: serde_json::Error) -> UpstreamError {
+    UpstreamError::Garbled(error.to_string())
+}

@@ -1,0 +1,154 @@
+//! GET: bounds, the choice of a format, and single entries. The body itself is made in `merge`.
+
+use axum::Json;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::Response;
+use common::entry::Entry;
+use common::page::{Bounds, Order};
+use common::problem::Problem;
+use common::server;
+use headers_accept::Accept;
+use mediatype::{MediaType, Name, names};
+use serde::Deserialize;
+use uuid::Uuid;
+
+use crate::App;
+use crate::client::{LoggingClient, UpstreamError};
+use crate::merge::{self, Read};
+use crate::post::RETRY_AFTER;
+
+/// The form of an answer that holds entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Json,
+    Ndjson,
+    Text,
+}
+
+impl Format {
+    pub fn content_type(self) -> &'static str {
+        match self {
+            Self::Json => "application/json",
+            Self::Ndjson => "application/x-ndjson",
+            Self::Text => "text/plain; charset=utf-8",
+        }
+    }
+
+    fn media_type(self) -> MediaType<'static> {
+        const X_NDJSON: Name<'static> = Name::new_unchecked("x-ndjson");
+        match self {
+            Self::Json => MediaType::new(names::APPLICATION, names::JSON),
+            Self::Ndjson => MediaType::new(names::APPLICATION, X_NDJSON),
+            Self::Text => MediaType::new(names::TEXT, names::PLAIN),
+        }
+    }
+}
+
+/// The format, of those on offer, that the `Accept` headers like best; the first one if they do
+/// not care.
+///
+/// # Errors
+/// 406 when none of them is acceptable, 400 when the header cannot be read.
+pub(crate) fn negotiate(headers: &HeaderMap, offer: &[Format]) -> Result<Format, Problem> {
+    let wanted: Vec<&str> = headers
+        .get_all(header::ACCEPT)
+        .iter()
+        .map(|value| value.to_str())
+        .collect::<Result<_, _>>()
+        .map_err(|_| Problem::bad_request("the accept header cannot be read"))?;
+    let wanted = wanted.join(",");
+    if wanted.trim().is_empty() {
+        return Ok(offer[0]);
+    }
+    let wanted: Accept = wanted
+        .parse()
+        .map_err(|_| Problem::bad_request("the accept header cannot be read"))?;
+    let available: Vec<MediaType<'_>> = offer.iter().map(|format| format.media_type()).collect();
+    let chosen = wanted.negotiate(&available);
+    let format = offer
+        .iter()
+        .find(|format| chosen == Some(&format.media_type()));
+    format.copied().ok_or_else(|| {
+        let offered: Vec<&str> = offer.iter().map(|format| format.content_type()).collect();
+        let detail = format!("accept one of: {}", offered.join(", "));
+        Problem::new(StatusCode::NOT_ACCEPTABLE, detail)
+    })
+}
+
+/// The query of a read; unknown fields are ignored, as the first client of this system sends some.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub(crate) struct ListQuery {
+    after: Option<Uuid>,
+    before: Option<Uuid>,
+    #[serde(default)]
+    order: Order,
+    limit: Option<u64>,
+}
+
+/// `GET /`: all messages within the bounds, merged with the messages service's reply.
+pub(crate) async fn list(
+    State(app): State<App>,
+    query: Result<Query<ListQuery>, QueryRejection>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let Query(query) = query.map_err(|error| Problem::bad_request(error.body_text()))?;
+    if query.limit == Some(0) {
+        return Err(Problem::bad_request("limit must be at least 1"));
+    }
+    let read = Read {
+        bounds: Bounds {
+            after: query.after,
+            before: query.before,
+            order: query.order,
+        },
+        limit: query.limit,
+        format: negotiate(&headers, &[Format::Json, Format::Ndjson, Format::Text])?,
+        request_id: server::request_id(&headers).map(str::to_owned),
+    };
+    let place = app.reads.clone().try_acquire_owned().map_err(|_| {
+        let detail = "too many reads at once; come back in a moment";
+        Problem::unavailable(detail, RETRY_AFTER)
+    })?;
+    merge::answer(app, read, place).await
+}
+
+/// `GET /{uuid}`: one entry.
+pub(crate) async fn show(
+    State(app): State<App>,
+    Path(uuid): Path<String>,
+) -> Result<Json<Entry>, Problem> {
+    let uuid = Uuid::try_parse(&uuid)
+        .map_err(|error| Problem::bad_request(format!("{uuid:?} is no UUID: {error}")))?;
+    let entry = app
+        .pool
+        .ask(move |logging: LoggingClient| async move { logging.get(uuid).await })
+        .await
+        .map_err(|error| answer_unreadable(&error))?;
+    entry.map(Json).ok_or_else(|| {
+        let detail = format!("there is no message {uuid}");
+        Problem::new(StatusCode::NOT_FOUND, detail)
+    })
+}
+
+/// The answer when no logging instance could be read from.
+pub(crate) fn answer_unreadable(error: &UpstreamError) -> Problem {
+    tracing::warn!(%error, "no logging instance could be read from");
+    match error {
+        UpstreamError::Status(StatusCode::INTERNAL_SERVER_ERROR, detail) => {
+            Problem::new(StatusCode::INTERNAL_SERVER_ERROR, detail)
+        }
+        UpstreamError::Status(_, detail) => Problem::unavailable(
+            format!("the messages cannot be read now, come back in a moment: {detail}"),
+            RETRY_AFTER,
+        ),
+        UpstreamError::Unreachable(_)
+        | UpstreamError::TimedOut
+        | UpstreamError::Lost(_)
+        | UpstreamError::Garbled(_) => Problem::unavailable(
+            "no logging instance answers; come back in a moment, or see /readyz?verbose",
+            RETRY_AFTER,
+        ),
+    }
+}

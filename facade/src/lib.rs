@@ -1,0 +1,201 @@
+//! The facade: the only public door. It gives each message a UUID, hands it to a random logging
+//! instance, and merges what they hold with the messages service's reply.
+//!
+//! It keeps nothing: any number of facades may stand side by side.
+
+pub mod batcher;
+mod bulk;
+pub mod client;
+pub mod get;
+mod merge;
+pub mod pool;
+pub mod post;
+pub mod store;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, RawQuery, State};
+use axum::response::Response;
+use axum::routing::get;
+use bytesize::ByteSize;
+use clap::Parser;
+use common::config::ServiceConfig;
+use common::entry::{MAX_BATCH_BYTES, MAX_JSON_EXPANSION};
+use common::problem::Problem;
+use common::server::{self, Check, Limits, RequestLog};
+use rand::rngs::StdRng;
+use reqwest::Url;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+
+use crate::client::{MessagesClient, UpstreamError, http_client};
+use crate::pool::Pool;
+
+/// Memory for all messages on their way into the log; more are turned away with a 503.
+const MAX_POSTED_BYTES: usize = 64 * 1024 * 1024;
+
+/// The largest `--max-message`: escaped in JSON it still fits into a batch.
+const MAX_MAX_MESSAGE: u64 = 1024 * 1024;
+const _: () = assert!((MAX_MAX_MESSAGE as usize) * MAX_JSON_EXPANSION < MAX_BATCH_BYTES);
+
+/// The public door: takes messages, hands each to a random logging instance, and reads them back
+#[derive(Clone, Debug, Parser)]
+#[command(name = "facade", version)]
+pub struct Config {
+    /// Address to serve on; loopback unless you say otherwise
+    #[arg(long, default_value = "127.0.0.1:8086")]
+    pub listen: SocketAddr,
+
+    /// Logging instances, separated by commas
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_parser = service_url,
+        default_value = "http://127.0.0.1:8082,http://127.0.0.1:8083,http://127.0.0.1:8084"
+    )]
+    pub logging: Vec<Url>,
+
+    /// The messages service
+    #[arg(long, value_parser = service_url, default_value = "http://127.0.0.1:8081")]
+    pub messages: Url,
+
+    /// How long one logging instance may take for one request before another one is asked
+    #[arg(long, default_value = "1s", value_parser = humantime::parse_duration)]
+    pub try_timeout: Duration,
+
+    /// How long a POST may take, all tries together
+    #[arg(long, default_value = "5s", value_parser = humantime::parse_duration)]
+    pub deadline: Duration,
+
+    /// The longest silence of a GET while it looks for an instance that can go on
+    #[arg(long, default_value = "15s", value_parser = humantime::parse_duration)]
+    pub read_deadline: Duration,
+
+    /// How long the messages service may take
+    #[arg(long, default_value = "1s", value_parser = humantime::parse_duration)]
+    pub messages_timeout: Duration,
+
+    /// The largest message, up to 1MiB
+    #[arg(long, default_value = "64KiB", value_parser = message_size)]
+    pub max_message: ByteSize,
+
+    /// How many GETs of the log are served at once
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
+    pub max_reads: u16,
+
+    #[command(flatten)]
+    pub service: ServiceConfig,
+}
+
+fn service_url(text: &str) -> Result<Url, String> {
+    let url = Url::parse(text).ok();
+    let url = url.filter(|url| {
+        let is_bare = url.path() == "/" && url.query().is_none() && url.username().is_empty();
+        url.scheme() == "http" && url.has_host() && is_bare
+    });
+    url.ok_or_else(|| "write http://HOST:PORT".to_owned())
+}
+
+fn message_size(text: &str) -> Result<ByteSize, String> {
+    let size: Option<ByteSize> = text.parse().ok();
+    size.filter(|size| (1..=MAX_MAX_MESSAGE).contains(&size.as_u64()))
+        .ok_or_else(|| "write a size from 1B to 1MiB, for example 64KiB".to_owned())
+}
+
+/// What the handlers share.
+#[derive(Clone, Debug)]
+pub struct App {
+    pub pool: Arc<Pool>,
+    messages: MessagesClient,
+    deadline: Duration,
+    read_deadline: Duration,
+    max_message: usize,
+    /// Memory for posts, in bytes.
+    posts: Arc<Semaphore>,
+    /// Places for GETs of the log.
+    reads: Arc<Semaphore>,
+    stop: CancellationToken,
+}
+
+impl App {
+    /// Everything the handlers need; `random` chooses the instances. Must be called within a
+    /// runtime, where the batchers run.
+    ///
+    /// # Errors
+    /// When the HTTP client cannot be built.
+    pub fn new(config: &Config, random: StdRng, stop: CancellationToken) -> reqwest::Result<Self> {
+        let http = http_client()?;
+        Ok(Self {
+            pool: Arc::new(Pool::new(
+                &http,
+                &config.logging,
+                config.try_timeout,
+                random,
+            )),
+            messages: MessagesClient::new(http, config.messages.clone(), config.messages_timeout),
+            deadline: config.deadline,
+            read_deadline: config.read_deadline,
+            max_message: config.max_message.as_u64() as usize,
+            posts: Arc::new(Semaphore::new(MAX_POSTED_BYTES)),
+            reads: Arc::new(Semaphore::new(config.max_reads.into())),
+            stop,
+        })
+    }
+
+    /// Reserves memory for messages, or turns them away.
+    fn reserve(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Problem> {
+        let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
+        self.posts
+            .clone()
+            .try_acquire_many_owned(permits)
+            .map_err(|_| {
+                let detail = "too many messages at once, none was stored; come back in a moment";
+                Problem::unavailable(detail, post::RETRY_AFTER).with("stored", "no")
+            })
+    }
+}
+
+/// All routes of the service.
+pub fn router(app: App) -> Router {
+    let routes = Router::new()
+        .route("/", get(get::list).post(post::create))
+        .route("/{uuid}", get(get::show))
+        .route("/livez", get(server::livez))
+        .route("/readyz", get(readyz))
+        .layer(DefaultBodyLimit::disable())
+        .with_state(app);
+    server::with_middleware(routes, RequestLog::On, Limits::default())
+}
+
+/// Ready while any logging instance is up. The messages service is looked at but not needed.
+async fn readyz(State(app): State<App>, RawQuery(query): RawQuery) -> Response {
+    let mut checks = Vec::new();
+    for instance in app.pool.instances() {
+        let name = format!("logging {}", instance.name);
+        checks.push(check(name, instance.client.probe().await));
+    }
+    let is_any_up = checks.iter().any(|check| check.ok);
+    let messages = app.messages.reply(None).await.map(|_| ());
+    checks.push(check("messages".to_owned(), messages));
+    let has_logging = if is_any_up {
+        Ok(())
+    } else {
+        Err("no logging instance answers; start one, or look at --logging".to_owned())
+    };
+    let ready = server::not_stopping(&app.stop).and(has_logging);
+    server::readiness(ready, &checks, query.as_deref())
+}
+
+fn check(name: String, probed: Result<(), UpstreamError>) -> Check {
+    Check {
+        name,
+        ok: probed.is_ok(),
+        detail: match probed {
+            Ok(()) => "answers".to_owned(),
+            Err(error) => error.to_string(),
+        },
+    }
+}

@@ -1,0 +1,280 @@
+//! POST: the body rules, and the answer for one message. Uploads of many are in `bulk`.
+//!
+//! What nobody asked for is refused, never dropped: a silently cut message is a lost message.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderName, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use common::entry::{self, MAX_JSON_EXPANSION};
+use common::problem::Problem;
+use common::server;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use mediatype::{MediaType, ReadParams, names};
+use percent_encoding::percent_decode_str;
+use serde::{Deserialize, Serialize};
+use tokio::sync::OwnedSemaphorePermit;
+use tower_http::timeout::TimeoutError;
+use uuid::Uuid;
+
+use crate::store::{Key, NotStored, Stored, store};
+use crate::{App, bulk};
+
+/// Names the logging instance whose answer counted, as `HOST:PORT`.
+const LOGGING_INSTANCE: HeaderName = HeaderName::from_static("x-logging-instance");
+
+const IDEMPOTENCY_KEY: &str = "idempotency-key";
+
+/// Room in a body for what surrounds the message: `{"msg":"…"}` and white space.
+const BODY_OVERHEAD: usize = 1024;
+
+/// When a caller that got a 503 should come back.
+pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// `POST /`: one message, or many as NDJSON.
+pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<Response, Problem> {
+    let (parts, body) = request.into_parts();
+    let format = BodyFormat::of(&parts.headers)?;
+    if format == BodyFormat::Ndjson {
+        return bulk::upload(app, &parts.headers, body).await;
+    }
+    let key = idempotency_key(&parts.headers)?;
+    let _reserved = reserve(&app, &parts.headers)?;
+    let body = read(body, body_limit(app.max_message)).await?;
+    let msg = message(format, body, app.max_message)?;
+    let request_id = server::request_id(&parts.headers);
+    let stored = store(&app.pool, msg.clone(), key, request_id, app.deadline).await;
+    let stored = stored.map_err(|error| answer_not_stored(&error))?;
+    Ok(answer_stored(&stored, &msg))
+}
+
+/// How a body holds its message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BodyFormat {
+    /// `msg=…`, percent-encoded; without any `=` it is plain text, for `curl -d Hello`.
+    Form,
+    /// `{"msg":"…"}` or `"…"`.
+    Json,
+    /// The message itself.
+    Text,
+    /// One message a line.
+    Ndjson,
+}
+
+impl BodyFormat {
+    fn of(headers: &HeaderMap) -> Result<Self, Problem> {
+        let is_encoded = headers
+            .get_all(header::CONTENT_ENCODING)
+            .iter()
+            .any(|encoding| encoding != "identity");
+        if is_encoded {
+            return Err(unsupported("send the body without a content-encoding"));
+        }
+        let mut content_types = headers.get_all(header::CONTENT_TYPE).iter();
+        let content_type = match (content_types.next(), content_types.next()) {
+            (None, _) => return Ok(Self::Text),
+            (Some(content_type), None) => content_type.to_str().ok(),
+            (Some(_), Some(_)) => None,
+        };
+        let media_type = content_type
+            .and_then(|text| MediaType::parse(text).ok())
+            .ok_or_else(|| unsupported("the content-type header cannot be read"))?;
+        let is_utf8 = media_type
+            .get_param(names::CHARSET)
+            .map(|charset| charset.unquoted_str().to_ascii_lowercase())
+            .is_none_or(|charset| charset == "utf-8" || charset == "us-ascii");
+        if !is_utf8 {
+            return Err(unsupported("send the message as UTF-8"));
+        }
+        let essence = media_type.essence().to_string().to_ascii_lowercase();
+        match essence.as_str() {
+            "application/x-www-form-urlencoded" => Ok(Self::Form),
+            "application/json" => Ok(Self::Json),
+            "text/plain" => Ok(Self::Text),
+            "application/x-ndjson" => Ok(Self::Ndjson),
+            _ => Err(unsupported(
+                "send a form with the field msg, application/json, text/plain, or \
+                 application/x-ndjson for many messages",
+            )),
+        }
+    }
+}
+
+fn unsupported(detail: &str) -> Problem {
+    Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail)
+}
+
+fn idempotency_key(headers: &HeaderMap) -> Result<Key, Problem> {
+    let mut keys = headers.get_all(IDEMPOTENCY_KEY).iter();
+    let key = match (keys.next(), keys.next()) {
+        (None, _) => return Ok(Key::Own),
+        (Some(key), None) => key.to_str().unwrap_or_default().trim(),
+        (Some(_), Some(_)) => {
+            return Err(Problem::bad_request(
+                "send one idempotency-key, not several",
+            ));
+        }
+    };
+    let unquoted = key
+        .strip_prefix('"')
+        .and_then(|key| key.strip_suffix('"'))
+        .unwrap_or(key);
+    match entry::parse_entry_uuid(unquoted) {
+        Ok(uuid) => Ok(Key::Caller(uuid)),
+        Err(reason) => Err(Problem::bad_request(format!(
+            "the idempotency-key must be a version 7 UUID made for this message: {reason}"
+        ))),
+    }
+}
+
+/// The largest body that can hold a message of `max_message` bytes: in JSON or a form each of its
+/// bytes may be escaped.
+pub(crate) fn body_limit(max_message: usize) -> usize {
+    max_message * MAX_JSON_EXPANSION + BODY_OVERHEAD
+}
+
+/// Reserves memory for a body before it is read, so that posts at once are bounded in bytes.
+fn reserve(app: &App, headers: &HeaderMap) -> Result<OwnedSemaphorePermit, Problem> {
+    let limit = body_limit(app.max_message);
+    let announced = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse().ok());
+    let bytes = match announced {
+        Some(bytes) if bytes > limit => return Err(too_large(app.max_message)),
+        Some(bytes) => bytes,
+        None => limit,
+    };
+    app.reserve(bytes)
+}
+
+async fn read(body: Body, limit: usize) -> Result<Bytes, Problem> {
+    match Limited::new(body, limit).collect().await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => Err(too_large(limit)),
+        Err(error) => Err(answer_broken_body(&*error)),
+    }
+}
+
+/// The answer when a request body ends too early or stalls.
+pub(crate) fn answer_broken_body(error: &(dyn std::error::Error + 'static)) -> Problem {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if error.is::<TimeoutError>() {
+            let detail = "the body stalled; send it without long pauses";
+            return Problem::new(StatusCode::REQUEST_TIMEOUT, detail);
+        }
+        cause = error.source();
+    }
+    Problem::bad_request("the body ended too early or cannot be read")
+}
+
+fn too_large(limit: usize) -> Problem {
+    Problem::new(
+        StatusCode::PAYLOAD_TOO_LARGE,
+        format!("a message may have {limit} bytes at most; split it or raise --max-message"),
+    )
+}
+
+/// Takes the message out of a body, by the rules of its format.
+///
+/// # Errors
+/// 400 with what to do about it, or 413 when the message is larger than `max_message` bytes.
+pub fn message(format: BodyFormat, body: Bytes, max_message: usize) -> Result<String, Problem> {
+    let msg = match format {
+        BodyFormat::Form if body.contains(&b'=') => form_message(body)?,
+        BodyFormat::Form | BodyFormat::Text => utf8(body.into())?,
+        BodyFormat::Json | BodyFormat::Ndjson => json_message(&body)?,
+    };
+    check_size(&msg, max_message)?;
+    Ok(msg)
+}
+
+/// Every message has at least one byte and at most `max_message`.
+pub(crate) fn check_size(msg: &str, max_message: usize) -> Result<(), Problem> {
+    if msg.is_empty() {
+        return Err(Problem::bad_request("the message is empty"));
+    }
+    if msg.len() > max_message {
+        return Err(too_large(max_message));
+    }
+    Ok(())
+}
+
+/// A form must be one field `msg`: a second one, or a `&` that was meant to be part of the
+/// message, would be lost.
+fn form_message(body: Bytes) -> Result<String, Problem> {
+    let body = utf8(body.into())?;
+    let field = match body.split_once('=') {
+        Some((name, value)) if !body.contains('&') && decode_form(name)? == "msg" => value,
+        _ => {
+            return Err(Problem::bad_request(
+                "a form needs exactly one field, msg; encode & and = inside it \
+                 (curl --data-urlencode msg=…), or send the text as text/plain",
+            ));
+        }
+    };
+    decode_form(field)
+}
+
+fn decode_form(text: &str) -> Result<String, Problem> {
+    let spaced = text.replace('+', " ");
+    utf8(percent_decode_str(&spaced).collect())
+}
+
+fn json_message(body: &[u8]) -> Result<String, Problem> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Object {
+        msg: String,
+    }
+    let msg = if body.trim_ascii_start().starts_with(b"{") {
+        serde_json::from_slice(body).map(|Object { msg }| msg)
+    } else {
+        serde_json::from_slice(body)
+    };
+    msg.map_err(|error| {
+        Problem::bad_request(format!(
+            "send {{\"msg\":\"…\"}} or a JSON string, and nothing else: {error}"
+        ))
+    })
+}
+
+fn utf8(bytes: Vec<u8>) -> Result<String, Problem> {
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        Problem::bad_request(format!("the message is not UTF-8 from byte {at} on"))
+    })
+}
+
+fn answer_stored(stored: &Stored, msg: &str) -> Response {
+    #[derive(Serialize)]
+    struct Answer<'a> {
+        uuid: Uuid,
+        msg: &'a str,
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        duplicate: bool,
+    }
+    let answer = Answer {
+        uuid: stored.uuid,
+        msg,
+        duplicate: stored.is_duplicate,
+    };
+    let instance = [(LOGGING_INSTANCE, stored.instance.clone())];
+    (instance, Json(answer)).into_response()
+}
+
+fn answer_not_stored(error: &NotStored) -> Problem {
+    match error {
+        NotStored::Conflict => Problem::new(StatusCode::UNPROCESSABLE_ENTITY, error.detail()),
+        NotStored::Stale => Problem::new(StatusCode::CONFLICT, error.detail()),
+        NotStored::GaveUp {
+            uuid, certainty, ..
+        } => Problem::unavailable(error.detail(), RETRY_AFTER)
+            .with("stored", certainty.word())
+            .with("uuid", uuid),
+    }
+}

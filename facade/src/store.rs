@@ -1,0 +1,174 @@
+//! Storing one message: on which instance, how often, under which UUID, and until when.
+
+use std::time::Duration;
+
+use common::entry::{Outcome, PutEntry};
+use tokio::time::{Instant, sleep, timeout_at};
+use uuid::Uuid;
+
+use crate::pool::{Instance, Pool};
+
+/// Pause after every instance has failed once, doubled each time up to [`MAX_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const MAX_PAUSE: Duration = Duration::from_millis(500);
+
+/// Whose UUID a message gets: only one of ours may ever be replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Key {
+    /// The facade makes one.
+    Own,
+    /// The caller's; repeats of it are the same entry.
+    Caller(Uuid),
+}
+
+/// A message that is in the map.
+#[derive(Debug)]
+pub struct Stored {
+    pub uuid: Uuid,
+    /// `HOST:PORT` of the instance whose answer counted.
+    pub instance: String,
+    /// Whether the map had held the caller's entry before.
+    pub is_duplicate: bool,
+}
+
+/// Why a message was not stored.
+#[derive(Debug)]
+pub enum NotStored {
+    /// The caller's UUID is another message's.
+    Conflict,
+    /// The caller's UUID is too old or too new, and not in the map.
+    Stale,
+    /// Every try failed until the deadline.
+    GaveUp {
+        /// To repeat the message with.
+        uuid: Uuid,
+        /// Whether one of the tries may have stored it after all.
+        certainty: Certainty,
+        /// What the last try said.
+        detail: String,
+    },
+}
+
+impl NotStored {
+    /// What the caller is told to do.
+    pub fn detail(&self) -> String {
+        match self {
+            Self::Conflict => {
+                "this key is another message's; make a new one for each message".to_owned()
+            }
+            Self::Stale => "this key's time is too far from now, and it never was stored and \
+                            never will be: post again with a new key"
+                .to_owned(),
+            Self::GaveUp {
+                certainty: Certainty::No,
+                detail,
+                ..
+            } => format!("the message was not stored, post it again: {detail}"),
+            Self::GaveUp {
+                certainty: Certainty::Unknown,
+                detail,
+                ..
+            } => format!(
+                "the message may be stored; post it again with this uuid as idempotency-key, \
+                 then it is stored once: {detail}"
+            ),
+        }
+    }
+}
+
+/// What is known about a message after tries that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Certainty {
+    /// Every try was certainly not executed.
+    No,
+    /// At least one try may have been executed.
+    Unknown,
+}
+
+impl Certainty {
+    /// The word for it in answers.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::No => "no",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// Stores one message: tries random instances, each once before any is tried again, until one has
+/// stored it or `patience` is over.
+///
+/// A repeat after an unknown outcome keeps its UUID, so the map sees that it is the same entry. A
+/// UUID of ours is made anew only while every try with it was certainly not executed.
+pub async fn store(
+    pool: &Pool,
+    msg: String,
+    key: Key,
+    request_id: Option<&str>,
+    patience: Duration,
+) -> Result<Stored, NotStored> {
+    let deadline = Instant::now() + patience;
+    let mut certainty = Certainty::No;
+    let mut tried = Vec::new();
+    let mut pause = FIRST_PAUSE;
+    let mut entry = PutEntry {
+        uuid: match key {
+            Key::Own => Uuid::now_v7(),
+            Key::Caller(uuid) => uuid,
+        },
+        msg,
+        request_id: request_id.map(str::to_owned),
+    };
+    loop {
+        let Some(instance) = pool.choose(&tried) else {
+            tried.clear();
+            sleep(pause).await;
+            pause = (pause * 2).min(MAX_PAUSE);
+            continue;
+        };
+        let outcome = timeout_at(deadline, instance.batcher.put(&entry))
+            .await
+            .unwrap_or_else(|_| Outcome::unknown("no answer came before the deadline"));
+        let detail = match (outcome, key) {
+            (Outcome::Stored, _) => return Ok(stored(entry.uuid, &instance, false)),
+            (Outcome::Duplicate, Key::Own) => return Ok(stored(entry.uuid, &instance, false)),
+            (Outcome::Duplicate, Key::Caller(_)) => {
+                return Ok(stored(entry.uuid, &instance, true));
+            }
+            (Outcome::Conflict, Key::Caller(_)) => return Err(NotStored::Conflict),
+            (Outcome::Stale, Key::Caller(_)) => return Err(NotStored::Stale),
+            (Outcome::Conflict, Key::Own) => {
+                certainty = Certainty::No;
+                "the UUID is another message's".to_owned()
+            }
+            (Outcome::Stale, Key::Own) => {
+                certainty = Certainty::No;
+                "the clocks of facade and map differ too much".to_owned()
+            }
+            (Outcome::Refused { detail }, _) => detail,
+            (Outcome::Unknown { detail }, _) => {
+                certainty = Certainty::Unknown;
+                detail
+            }
+        };
+        if Instant::now() + pause >= deadline {
+            return Err(NotStored::GaveUp {
+                uuid: entry.uuid,
+                certainty,
+                detail,
+            });
+        }
+        if key == Key::Own && certainty == Certainty::No {
+            entry.uuid = Uuid::now_v7();
+        }
+        tried.push(instance);
+    }
+}
+
+fn stored(uuid: Uuid, instance: &Instance, is_duplicate: bool) -> Stored {
+    Stored {
+        uuid,
+        instance: instance.name.clone(),
+        is_duplicate,
+    }
+}

@@ -1,0 +1,326 @@
+//! A logging instance: a client of the shared distributed map with an HTTP door for the facade.
+//!
+//! It keeps no entries of its own and knows no other instance; what it stored is in its log, one
+//! line an entry.
+
+pub mod map;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::Router;
+use axum::body::Body;
+use axum::extract::rejection::{BytesRejection, QueryRejection};
+use axum::extract::{DefaultBodyLimit, Path, Query, RawQuery, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use bytes::Bytes;
+use clap::Parser;
+use common::config::ServiceConfig;
+use common::entry::{self, Entry, MAX_BATCH_BYTES, Outcome, PutEntry, PutResult};
+use common::page::{Bounds, Order, PageEnd};
+use common::problem::Problem;
+use common::server::{self, Check, Limits, RequestLog};
+use futures_util::{StreamExt, stream};
+use serde::Deserialize;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::map::{DistributedMap, Location, MapError, PageLimit};
+
+/// Bytes of entries that a streamed read takes from the map at once.
+const PAGE_BYTES: usize = 128 * 1024;
+
+/// One of several instances that keep all entries in one shared distributed map
+#[derive(Clone, Debug, Parser)]
+#[command(name = "logging", version)]
+pub struct Config {
+    /// Address to serve on; an inner door, so keep it away from the public
+    #[arg(long, default_value = "127.0.0.1:8082")]
+    pub listen: SocketAddr,
+
+    /// The shared map: lmdb:FOLDER, a folder of this machine that all instances name
+    #[arg(long, default_value = "lmdb:data/map")]
+    pub map: Location,
+
+    /// Replicas that must hold an entry before it is acknowledged; an lmdb map has none
+    #[arg(long, default_value_t = 0, value_parser = no_backups)]
+    pub backups: u16,
+
+    /// How long storing a batch may take before its entries are answered as refused or unknown
+    #[arg(long, default_value = "800ms", value_parser = humantime::parse_duration)]
+    pub store_timeout: Duration,
+
+    /// How old the time in a new entry's UUID may be; what is older never changes
+    #[arg(long, default_value = "10s", value_parser = humantime::parse_duration)]
+    pub settle: Duration,
+
+    #[command(flatten)]
+    pub service: ServiceConfig,
+}
+
+fn no_backups(text: &str) -> Result<u16, String> {
+    match text.parse() {
+        Ok(0) => Ok(0),
+        Ok(_) => Err("an lmdb map keeps no replicas; write 0".to_owned()),
+        Err(_) => Err("write a number".to_owned()),
+    }
+}
+
+/// What the handlers share.
+#[derive(Clone, Debug)]
+pub struct App {
+    pub map: Arc<dyn DistributedMap>,
+    /// Cancelled when the process was told to stop.
+    pub stop: CancellationToken,
+}
+
+/// All routes of the service.
+pub fn router(app: App) -> Router {
+    let routes = Router::new()
+        .route("/", get(list).post(put))
+        .route("/{uuid}", get(show))
+        .route("/livez", get(server::livez))
+        .route("/readyz", get(readyz))
+        .layer(DefaultBodyLimit::max(MAX_BATCH_BYTES))
+        .with_state(app);
+    server::with_middleware(routes, RequestLog::Off, Limits::default())
+}
+
+async fn put(
+    State(app): State<App>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, Problem> {
+    let body = body.map_err(|error| Problem::new(error.status(), error.body_text()))?;
+    let batch = Batch::parse(&body)?;
+    let outcomes = app.map.put(batch.entries.clone()).await;
+    log_acknowledged(&batch, &outcomes);
+    let results = batch.entries.iter().zip(outcomes).map(|(entry, outcome)| {
+        let uuid = entry.uuid;
+        PutResult { uuid, outcome }
+    });
+    let mut results: Vec<PutResult> = results.collect();
+    match batch.shape {
+        Shape::Many => Ok(Json(results).into_response()),
+        Shape::One => Ok(Json(results.remove(0)).into_response()),
+    }
+}
+
+/// The entries of a POST, and whether it was one or an array: the answer has the same shape.
+struct Batch {
+    entries: Arc<[Entry]>,
+    request_ids: Vec<Option<String>>,
+    shape: Shape,
+}
+
+enum Shape {
+    One,
+    Many,
+}
+
+impl Batch {
+    fn parse(body: &[u8]) -> Result<Self, Problem> {
+        let is_array = body.trim_ascii_start().starts_with(b"[");
+        let (posted, shape) = if is_array {
+            (serde_json::from_slice(body), Shape::Many)
+        } else {
+            let one = serde_json::from_slice(body).map(|entry: PutEntry| vec![entry]);
+            (one, Shape::One)
+        };
+        let posted: Vec<PutEntry> = posted.map_err(|error| {
+            Problem::bad_request(format!(
+                "post one entry {{\"uuid\":…,\"msg\":…}} or an array of them: {error}"
+            ))
+        })?;
+        let mut entries = Vec::with_capacity(posted.len());
+        let mut request_ids = Vec::with_capacity(posted.len());
+        for PutEntry {
+            uuid,
+            msg,
+            request_id,
+        } in posted
+        {
+            entry::require_entry_uuid(uuid).map_err(Problem::bad_request)?;
+            if msg.is_empty() {
+                return Err(Problem::bad_request(format!(
+                    "the message of {uuid} is empty"
+                )));
+            }
+            entries.push(Entry { uuid, msg });
+            request_ids.push(request_id);
+        }
+        Ok(Self {
+            entries: entries.into(),
+            request_ids,
+            shape,
+        })
+    }
+}
+
+/// The exercise's proof of which instance took which message: one line for each entry that is
+/// answered as stored. String fields are written quoted and escaped, so no message forges a line.
+fn log_acknowledged(batch: &Batch, outcomes: &[Outcome]) {
+    let with_ids = batch.entries.iter().zip(&batch.request_ids);
+    for ((entry, request_id), outcome) in with_ids.zip(outcomes) {
+        let outcome = match outcome {
+            Outcome::Stored => "stored",
+            Outcome::Duplicate => "duplicate",
+            Outcome::Conflict
+            | Outcome::Stale
+            | Outcome::Refused { .. }
+            | Outcome::Unknown { .. } => continue,
+        };
+        tracing::info!(
+            msg = entry.msg.as_str(),
+            uuid = %entry.uuid,
+            outcome,
+            request_id,
+            "entry acknowledged"
+        );
+    }
+}
+
+async fn show(State(app): State<App>, Path(uuid): Path<String>) -> Result<Json<Entry>, Problem> {
+    let uuid = Uuid::try_parse(&uuid)
+        .map_err(|error| Problem::bad_request(format!("{uuid:?} is no UUID: {error}")))?;
+    match app.map.get(uuid).await.map_err(answer_map_error)? {
+        Some(msg) => Ok(Json(Entry { uuid, msg })),
+        None => Err(Problem::new(
+            StatusCode::NOT_FOUND,
+            format!("there is no entry {uuid}"),
+        )),
+    }
+}
+
+/// The query of a read.
+#[derive(Clone, Copy, Debug, Deserialize)]
+struct ListQuery {
+    after: Option<Uuid>,
+    before: Option<Uuid>,
+    #[serde(default)]
+    order: Order,
+    /// At most this many entries.
+    limit: Option<u64>,
+    /// Stop after about this many bytes: how the facade asks for one page.
+    max_bytes: Option<usize>,
+}
+
+/// Streams the entries within the bounds, page by page, then the line that counts them.
+async fn list(
+    State(app): State<App>,
+    query: Result<Query<ListQuery>, QueryRejection>,
+) -> Result<Response, Problem> {
+    let Query(query) = query.map_err(|error| Problem::bad_request(error.body_text()))?;
+    let mut listing = Listing::begin(app.map, query)
+        .await
+        .map_err(answer_map_error)?;
+    let first = listing.next_chunk().await.map_err(answer_map_error)?;
+    let rest = stream::try_unfold(listing, |mut listing| async move {
+        if listing.is_finished {
+            return Ok(None);
+        }
+        let chunk = listing.next_chunk().await.inspect_err(|error| {
+            tracing::error!(%error, "a read is cut off because the map cannot be read");
+        })?;
+        Ok::<_, MapError>(Some((chunk, listing)))
+    });
+    let body = Body::from_stream(stream::iter([Ok(first)]).chain(rest));
+    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response())
+}
+
+/// A read under way.
+struct Listing {
+    map: Arc<dyn DistributedMap>,
+    bounds: Bounds,
+    entries_left: u64,
+    bytes_left: usize,
+    count: u64,
+    is_finished: bool,
+}
+
+impl Listing {
+    async fn begin(map: Arc<dyn DistributedMap>, query: ListQuery) -> Result<Self, MapError> {
+        let mut bounds = Bounds {
+            after: query.after,
+            before: query.before,
+            order: query.order,
+        };
+        if bounds.order == Order::Asc
+            && let Some(last) = map.last().await?
+        {
+            let end = Uuid::from_u128(last.as_u128().saturating_add(1));
+            bounds.before = Some(bounds.before.map_or(end, |before| before.min(end)));
+        }
+        Ok(Self {
+            map,
+            bounds,
+            entries_left: query.limit.unwrap_or(u64::MAX),
+            bytes_left: query.max_bytes.unwrap_or(usize::MAX),
+            count: 0,
+            is_finished: false,
+        })
+    }
+
+    /// The next page as lines; after the last page, also the line that counts.
+    async fn next_chunk(&mut self) -> Result<Bytes, MapError> {
+        let limit = PageLimit {
+            entries: self.entries_left,
+            bytes: self.bytes_left.min(PAGE_BYTES),
+        };
+        let page = self.map.page(self.bounds, limit).await?;
+        let mut lines = Vec::with_capacity(PAGE_BYTES + PAGE_BYTES / 4);
+        for entry in &page.entries {
+            entry.write_line(&mut lines);
+        }
+        self.count += page.entries.len() as u64;
+        self.entries_left -= page.entries.len() as u64;
+        self.bytes_left = self.bytes_left.saturating_sub(lines.len());
+        let last = page.entries.last().map(|entry| entry.uuid);
+        if let Some(last) = last {
+            self.bounds = self.bounds.resumed_from(last);
+        }
+        let is_cut = self.entries_left == 0 || self.bytes_left == 0;
+        if is_cut || !page.more {
+            self.is_finished = true;
+            let next = last.filter(|_| page.more);
+            let end = PageEnd {
+                count: self.count,
+                next,
+                before: next.and(self.bounds.before),
+            };
+            serde_json::to_writer(&mut lines, &end).expect("writing to a Vec does not fail");
+            lines.push(b'\n');
+        }
+        Ok(lines.into())
+    }
+}
+
+async fn readyz(State(app): State<App>, RawQuery(query): RawQuery) -> Response {
+    let map = app.map.ready().await.map_err(|error| error.to_string());
+    let checks = [Check {
+        name: "map".to_owned(),
+        ok: map.is_ok(),
+        detail: map.clone().err().unwrap_or_else(|| "answers".to_owned()),
+    }];
+    let ready = server::not_stopping(&app.stop).and(map);
+    server::readiness(ready, &checks, query.as_deref())
+}
+
+fn answer_map_error(error: MapError) -> Problem {
+    match error {
+        MapError::Unavailable(detail) => {
+            tracing::warn!(detail, "the map cannot be read");
+            Problem::unavailable(detail, Duration::from_secs(1))
+        }
+        MapError::Damaged(uuid) => {
+            tracing::error!(%uuid, "an entry does not match its checksum; the disk may be failing");
+            Problem::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                format!("entry {uuid} is damaged on disk; restore the map from a copy"),
+            )
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! The logging binary: configuration, log, map, socket, serve.
+
+use common::{config, server, telemetry};
+use logging::{App, Config, map};
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let config: Config = config::parse();
+    let _log =
+        telemetry::init(config.service.log_format).unwrap_or_else(|line| config::fail(&line));
+    let stop = server::stop_on_signal()?;
+    let options = map::Options {
+        store_timeout: config.store_timeout,
+        settle: config.settle,
+    };
+    let map = map::open(&config.map, options)?;
+    let listener = config::bind(config.listen).map_err(anyhow::Error::msg)?;
+    tracing::info!(address = %listener.local_addr()?, map = ?config.map, "serving the map");
+    let stopping = stop.clone();
+    let router = logging::router(App { map, stop });
+    server::serve(
+        listener,
+        router,
+        Default::default(),
+        stopping,
+        config.service.grace,
+    )
+    .await?;
+    Ok(())
+}

@@ -1,0 +1,132 @@
+//! The shared distributed map (uuid -> msg) behind one trait, and its engines.
+//!
+//! The data is a grow-only set of immutable entries: nothing is deleted, changed or expired. That
+//! is what makes every repeat safe. No engine's name is known outside this module.
+
+mod lmdb;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use common::entry::{self, Entry, Outcome};
+use common::page::Bounds;
+use uuid::Uuid;
+
+/// How far ahead of the map's clock a new entry's time may lie: room for the clocks of facades on
+/// other machines.
+pub const MAX_AHEAD: Duration = Duration::from_secs(2);
+
+/// A map of immutable entries that several logging instances share.
+///
+/// Entries are ordered by UUID, the same on every instance and engine.
+#[async_trait]
+pub trait DistributedMap: fmt::Debug + Send + Sync {
+    /// Puts a batch and tells for each entry, in the order given, what became of it.
+    ///
+    /// - *Durability*: `Stored` and `Duplicate` are told only once the entry is committed as
+    ///   durably as the engine promises (LMDB: fsynced); every read that begins afterwards, on
+    ///   any instance, sees it.
+    /// - *Duplicates*: the same UUID with the same message is one entry, also within one batch.
+    /// - *Conflicts*: the same UUID with another message changes nothing.
+    /// - *Settle window*: a UUID that is not in the map is added only if its time is at most
+    ///   `settle` behind and [`MAX_AHEAD`] ahead of the map's clock, looked at where the entry is
+    ///   written. Otherwise it is `Stale`: it is not in the map and never will be.
+    /// - *Failure*: `Refused` means certainly not executed; `Unknown` that it may or may not be
+    ///   stored. Entries of one batch may fare differently.
+    ///
+    /// Answers within the engine's store timeout.
+    async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome>;
+
+    /// The message under `uuid`, or `None` if there is none.
+    async fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError>;
+
+    /// The first entries within `bounds`, in their order: at most `limit.entries`, and as many as
+    /// fit into `limit.bytes` but at least one. A part of the map that cannot be read is an error,
+    /// never a shorter page.
+    async fn page(&self, bounds: Bounds, limit: PageLimit) -> Result<Page, MapError>;
+
+    /// The greatest UUID in the map, or `None` when it is empty.
+    async fn last(&self) -> Result<Option<Uuid>, MapError>;
+
+    /// Whether reads and writes can be taken now; the error says in words what is missing.
+    async fn ready(&self) -> Result<(), MapError>;
+}
+
+/// How much one page may hold.
+#[derive(Clone, Copy, Debug)]
+pub struct PageLimit {
+    /// At most this many entries.
+    pub entries: u64,
+    /// At most this many bytes of messages and keys, but always one entry.
+    pub bytes: usize,
+}
+
+/// Entries in the order that was asked for.
+#[derive(Debug, Default)]
+pub struct Page {
+    /// The entries.
+    pub entries: Vec<Entry>,
+    /// Whether the bounds hold more entries after these.
+    pub more: bool,
+}
+
+/// Why the map could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    /// It cannot be read now; it may be later, or by another instance.
+    #[error("{0}")]
+    Unavailable(String),
+    /// An entry does not match the checksum it was written with.
+    #[error("entry {0} is damaged: it does not match its checksum")]
+    Damaged(Uuid),
+}
+
+/// Where the map lives: which engine, and what that engine needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Location {
+    /// `lmdb:FOLDER`: one folder shared by the logging processes of one machine.
+    Lmdb(PathBuf),
+}
+
+impl FromStr for Location {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once(':') {
+            Some(("lmdb", folder)) if !folder.is_empty() => Ok(Self::Lmdb(folder.into())),
+            Some(("redis" | "rediss", _)) => {
+                Err("this version has no redis maps yet; write lmdb:FOLDER".to_owned())
+            }
+            _ => Err("write lmdb:FOLDER, for example lmdb:data/map".to_owned()),
+        }
+    }
+}
+
+/// What every engine needs to know.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How long a put may take, all in all.
+    pub store_timeout: Duration,
+    /// How far behind the map's clock a new entry's time may lie.
+    pub settle: Duration,
+}
+
+/// Opens the map at `location`, creating it if it is not there.
+///
+/// # Errors
+/// When it cannot be opened, in words for the person who started the service.
+pub fn open(location: &Location, options: Options) -> anyhow::Result<Arc<dyn DistributedMap>> {
+    match location {
+        Location::Lmdb(folder) => Ok(Arc::new(lmdb::LmdbMap::open(folder, options)?)),
+    }
+}
+
+/// Whether an entry of this UUID may be new to the map when its clock shows `now`.
+fn is_settling(uuid: Uuid, now: SystemTime, settle: Duration) -> bool {
+    let time = SystemTime::UNIX_EPOCH + Duration::from_millis(entry::unix_millis(uuid));
+    now <= time + settle && time <= now + MAX_AHEAD
+}

@@ -1,0 +1,581 @@
+//! The embedded engine: one LMDB folder shared by the logging processes of one machine.
+//!
+//! The key is the UUID, so the B-tree is in order already. One thread writes: it takes LMDB's
+//! write lock, drains what has queued up meanwhile into one transaction, commits (LMDB fsyncs)
+//! and answers everyone after that. Reads run on the blocking pool, a page per transaction, so no
+//! transaction waits for a slow reader.
+//!
+//! It does not work across machines or PID namespaces, because LMDB's locks are by process id.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, Write};
+use std::ops::Bound;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, bail};
+use async_trait::async_trait;
+use common::entry::{Entry, Outcome};
+use common::page::{self, Bounds};
+use heed::types::Bytes;
+use heed::{Database, Env, EnvOpenOptions, MdbError, RwTxn, WithoutTls};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use uuid::Uuid;
+
+use super::{DistributedMap, MapError, Options, Page, PageLimit, is_settling};
+
+/// Address space reserved once for the memory map. It costs nothing until it is used; a map that
+/// grows beyond it refuses entries.
+const MAP_SIZE: usize = 1 << 40;
+
+/// Slots for read transactions of all processes on the folder; when they are used up, reads fail.
+const MAX_READERS: u32 = 4096;
+
+/// Readers of killed processes keep pages from being reused until they are cleared this often.
+const STALE_READER_SWEEP: Duration = Duration::from_secs(10);
+
+/// Entries that may wait for the writer, in bytes; more are refused at once.
+const MAX_QUEUED_BYTES: usize = 32 * 1024 * 1024;
+
+/// A group commit takes no further batch beyond this, so that nobody waits for a giant one.
+const MAX_GROUP_BYTES: usize = 4 * 1024 * 1024;
+
+/// What an entry costs besides its message: key, checksum, B-tree and queue bookkeeping.
+const ENTRY_OVERHEAD: usize = 64;
+
+const CHECKSUM_BYTES: usize = 4;
+
+type Entries = Database<Bytes, Bytes>;
+
+/// An LMDB environment with its writer thread.
+#[derive(Debug)]
+pub(super) struct LmdbMap {
+    store: Arc<Store>,
+    jobs: mpsc::Sender<Job>,
+    queue: Arc<Semaphore>,
+    store_timeout: Duration,
+}
+
+impl LmdbMap {
+    pub(super) fn open(folder: &Path, options: Options) -> anyhow::Result<Self> {
+        let store = Arc::new(Store::open(folder)?);
+        let (jobs, queued_jobs) = mpsc::channel();
+        let writer = Writer {
+            store: store.clone(),
+            jobs: queued_jobs,
+            settle: options.settle,
+        };
+        thread::Builder::new()
+            .name("lmdb-writer".to_owned())
+            .spawn(move || writer.run())?;
+        Ok(Self {
+            store,
+            jobs,
+            queue: Arc::new(Semaphore::new(MAX_QUEUED_BYTES)),
+            store_timeout: options.store_timeout,
+        })
+    }
+
+    async fn read<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&Store) -> Result<T, MapError> + Send + 'static,
+    ) -> Result<T, MapError> {
+        let store = self.store.clone();
+        tokio::task::spawn_blocking(move || read(&store))
+            .await
+            .map_err(|error| MapError::Unavailable(format!("reading the map failed: {error}")))?
+    }
+}
+
+#[async_trait]
+impl DistributedMap for LmdbMap {
+    async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome> {
+        let count = entries.len();
+        let bytes = queued_bytes(&entries);
+        let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let Ok(permit) = self.queue.clone().try_acquire_many_owned(permits) else {
+            return vec![Outcome::refused("the write queue is full"); count];
+        };
+        let (reply, outcomes) = oneshot::channel();
+        let claim = Claim::default();
+        let job = Job {
+            entries,
+            bytes,
+            claim: claim.clone(),
+            reply,
+            _permit: permit,
+        };
+        if self.jobs.send(job).is_err() {
+            return vec![Outcome::refused("the map's writer has stopped"); count];
+        }
+        match tokio::time::timeout(self.store_timeout, outcomes).await {
+            Ok(Ok(outcomes)) => outcomes,
+            Ok(Err(_)) => vec![Outcome::unknown("the map's writer stopped meanwhile"); count],
+            Err(_) if claim.take() => {
+                let detail = "the map's write lock was not free in time";
+                vec![Outcome::refused(detail); count]
+            }
+            Err(_) => vec![Outcome::unknown("the commit was not finished in time"); count],
+        }
+    }
+
+    async fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError> {
+        self.read(move |store| store.get(uuid)).await
+    }
+
+    async fn page(&self, bounds: Bounds, limit: PageLimit) -> Result<Page, MapError> {
+        self.read(move |store| store.page(bounds, limit)).await
+    }
+
+    async fn last(&self) -> Result<Option<Uuid>, MapError> {
+        self.read(Store::last).await
+    }
+
+    async fn ready(&self) -> Result<(), MapError> {
+        self.read(|store| store.last().map(|_| ())).await
+    }
+}
+
+/// A batch on its way to the writer.
+#[derive(Debug)]
+struct Job {
+    entries: Arc<[Entry]>,
+    bytes: usize,
+    claim: Claim,
+    reply: oneshot::Sender<Vec<Outcome>>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Job {
+    /// Whoever waited may have given up: then its claim decided what it was told.
+    fn answer(self, outcomes: Vec<Outcome>) {
+        let _ = self.reply.send(outcomes);
+    }
+}
+
+/// Decides between the writer, who takes a job into a transaction, and the caller, whose time is
+/// up: only the first one gets it. So a batch whose caller was told `refused` is never written.
+#[derive(Clone, Debug, Default)]
+struct Claim(Arc<AtomicBool>);
+
+impl Claim {
+    fn take(&self) -> bool {
+        !self.0.swap(true, Ordering::AcqRel)
+    }
+}
+
+/// The thread that writes.
+struct Writer {
+    store: Arc<Store>,
+    jobs: mpsc::Receiver<Job>,
+    settle: Duration,
+}
+
+impl Writer {
+    fn run(self) {
+        let mut swept = Instant::now();
+        loop {
+            match self.jobs.recv_timeout(STALE_READER_SWEEP) {
+                Ok(first) => self.commit_group(first),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if swept.elapsed() >= STALE_READER_SWEEP {
+                self.store.clear_stale_readers();
+                swept = Instant::now();
+            }
+        }
+    }
+
+    /// Writes `first` and what else is queued in one transaction, then answers.
+    fn commit_group(&self, first: Job) {
+        let mut group = vec![first];
+        match self.write_group(&mut group) {
+            Ok(outcomes) => {
+                for (job, outcomes) in group.into_iter().zip(outcomes) {
+                    job.answer(outcomes);
+                }
+            }
+            Err(failure) => {
+                tracing::error!(outcome = ?failure.outcome, "a write transaction failed");
+                for job in group {
+                    let outcomes = vec![failure.outcome.clone(); job.entries.len()];
+                    job.answer(outcomes);
+                }
+                if failure.needs_reopen {
+                    self.store.reopen();
+                }
+            }
+        }
+    }
+
+    fn write_group(&self, group: &mut Vec<Job>) -> Result<Vec<Vec<Outcome>>, Failure> {
+        let env = self.store.env().map_err(Failure::not_open)?;
+        let mut txn = env.write_txn().map_err(Failure::before_commit)?;
+        self.claim_queued(group);
+        let mut written = self.write(&mut txn, group)?;
+        while !self.is_still_settling(&written) {
+            txn.abort();
+            txn = env.write_txn().map_err(Failure::before_commit)?;
+            written = self.write(&mut txn, group)?;
+        }
+        txn.commit()
+            .map_err(|error| Failure::at_commit(&env, &error))?;
+        Ok(written.outcomes)
+    }
+
+    /// Claims jobs only now that the write lock is held: what waited for the lock could still be
+    /// withdrawn by its caller, and jobs that came meanwhile join the group.
+    fn claim_queued(&self, group: &mut Vec<Job>) {
+        group.retain(|job| job.claim.take());
+        let mut bytes: usize = group.iter().map(|job| job.bytes).sum();
+        while bytes < MAX_GROUP_BYTES {
+            let Ok(job) = self.jobs.try_recv() else {
+                return;
+            };
+            if job.claim.take() {
+                bytes += job.bytes;
+                group.push(job);
+            }
+        }
+    }
+
+    fn is_still_settling(&self, written: &Written) -> bool {
+        let now = SystemTime::now();
+        written
+            .oldest_new
+            .is_none_or(|uuid| is_settling(uuid, now, self.settle))
+    }
+
+    fn write(&self, txn: &mut RwTxn<'_>, group: &[Job]) -> Result<Written, Failure> {
+        let store = self.store.entries;
+        let now = SystemTime::now();
+        let mut written = Written::default();
+        for job in group {
+            let mut outcomes = Vec::with_capacity(job.entries.len());
+            for entry in job.entries.iter() {
+                let key = entry.uuid.as_bytes();
+                let outcome = match store.get(txn, key).map_err(Failure::before_commit)? {
+                    Some(value) => compare(entry, value),
+                    None if !is_settling(entry.uuid, now, self.settle) => Outcome::Stale,
+                    None => {
+                        let value = encode(entry);
+                        store
+                            .put(txn, key, &value)
+                            .map_err(Failure::before_commit)?;
+                        let oldest = written.oldest_new.unwrap_or(entry.uuid);
+                        written.oldest_new = Some(oldest.min(entry.uuid));
+                        Outcome::Stored
+                    }
+                };
+                outcomes.push(outcome);
+            }
+            written.outcomes.push(outcomes);
+        }
+        Ok(written)
+    }
+}
+
+/// What a transaction would store once it is committed.
+#[derive(Default)]
+struct Written {
+    /// For each job, the outcome of each entry.
+    outcomes: Vec<Vec<Outcome>>,
+    /// The oldest entry that is new. If a pause makes it leave the settle window before the
+    /// commit, the transaction is written again, so that settled history does not change.
+    oldest_new: Option<Uuid>,
+}
+
+/// Why a group was not committed, and what its callers are told.
+struct Failure {
+    outcome: Outcome,
+    /// LMDB refuses all further work on an environment after a fatal error.
+    needs_reopen: bool,
+}
+
+impl Failure {
+    fn not_open(error: MapError) -> Self {
+        Self {
+            outcome: Outcome::refused(error.to_string()),
+            needs_reopen: true,
+        }
+    }
+
+    fn before_commit(error: heed::Error) -> Self {
+        Self {
+            outcome: Outcome::refused(describe(&error)),
+            needs_reopen: is_panic(&error),
+        }
+    }
+
+    /// LMDB writes its meta page last. If that write failed, nobody can tell whether it reached
+    /// the disk, and the environment is unusable; if something failed before it, the transaction
+    /// certainly did not happen.
+    fn at_commit(env: &Env<WithoutTls>, error: &heed::Error) -> Self {
+        let is_unusable = env.write_txn().is_err_and(|error| is_panic(&error));
+        Self {
+            outcome: if is_unusable {
+                Outcome::unknown(describe(error))
+            } else {
+                Outcome::refused(describe(error))
+            },
+            needs_reopen: is_unusable,
+        }
+    }
+}
+
+/// The environment and what is read from it.
+#[derive(Debug)]
+struct Store {
+    folder: PathBuf,
+    /// `None` only while it is closed to be opened again after a fatal error.
+    env: RwLock<Option<Env<WithoutTls>>>,
+    entries: Entries,
+    /// Held as long as the map is open: see [`claim_namespace`].
+    _namespace: File,
+}
+
+impl Store {
+    fn open(folder: &Path) -> anyhow::Result<Self> {
+        fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create the map's folder {}", folder.display()))?;
+        let namespace = claim_namespace(folder)?;
+        let env = open_env(folder).with_context(|| {
+            format!(
+                "cannot open the map in {}; it must be on a local disk and may be shared only by \
+                 processes of one machine, not by several containers",
+                folder.display()
+            )
+        })?;
+        let mut txn = env.write_txn()?;
+        let entries = env.create_database(&mut txn, None)?;
+        txn.commit()?;
+        env.clear_stale_readers()?;
+        Ok(Self {
+            folder: folder.to_owned(),
+            env: RwLock::new(Some(env)),
+            entries,
+            _namespace: namespace,
+        })
+    }
+
+    fn env(&self) -> Result<Env<WithoutTls>, MapError> {
+        self.lock_env().clone().ok_or_else(|| {
+            MapError::Unavailable("the map is being opened again after an I/O error".to_owned())
+        })
+    }
+
+    fn lock_env(&self) -> RwLockReadGuard<'_, Option<Env<WithoutTls>>> {
+        self.env.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Closes the environment, waiting for reads to end, and opens it again. If that fails, the
+    /// next write tries once more.
+    fn reopen(&self) {
+        let mut env = self.env.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(broken) = env.take() {
+            broken.prepare_for_closing().wait();
+        }
+        match open_env(&self.folder) {
+            Ok(opened) => *env = Some(opened),
+            Err(error) => tracing::error!(error = %error, "the map cannot be opened again"),
+        }
+    }
+
+    fn clear_stale_readers(&self) {
+        let cleared = match self.env() {
+            Ok(env) => env.clear_stale_readers(),
+            Err(_) => return,
+        };
+        match cleared {
+            Ok(0) => {}
+            Ok(readers) => tracing::info!(readers, "cleared readers of processes that died"),
+            Err(error) => tracing::warn!(error = %error, "stale readers cannot be cleared"),
+        }
+    }
+
+    fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError> {
+        let env = self.env()?;
+        let txn = env.read_txn().map_err(unavailable)?;
+        let value = self.entries.get(&txn, uuid.as_bytes());
+        match value.map_err(unavailable)? {
+            Some(value) => Ok(Some(decode(uuid, value)?.to_owned())),
+            None => Ok(None),
+        }
+    }
+
+    fn page(&self, bounds: Bounds, limit: PageLimit) -> Result<Page, MapError> {
+        if let (Some(after), Some(before)) = (bounds.after, bounds.before)
+            && after >= before
+        {
+            return Ok(Page::default());
+        }
+        let range = (exclusive(&bounds.after), exclusive(&bounds.before));
+        let env = self.env()?;
+        let txn = env.read_txn().map_err(unavailable)?;
+        match bounds.order {
+            page::Order::Asc => {
+                let found = self.entries.range(&txn, &range).map_err(unavailable)?;
+                collect_page(found, limit)
+            }
+            page::Order::Desc => {
+                let found = self.entries.rev_range(&txn, &range).map_err(unavailable)?;
+                collect_page(found, limit)
+            }
+        }
+    }
+
+    fn last(&self) -> Result<Option<Uuid>, MapError> {
+        let env = self.env()?;
+        let txn = env.read_txn().map_err(unavailable)?;
+        match self.entries.last(&txn).map_err(unavailable)? {
+            Some((key, _)) => Ok(Some(key_uuid(key)?)),
+            None => Ok(None),
+        }
+    }
+}
+
+fn exclusive(bound: &Option<Uuid>) -> Bound<&[u8]> {
+    match bound {
+        Some(uuid) => Bound::Excluded(uuid.as_bytes()),
+        None => Bound::Unbounded,
+    }
+}
+
+fn collect_page<'txn>(
+    found: impl Iterator<Item = heed::Result<(&'txn [u8], &'txn [u8])>>,
+    limit: PageLimit,
+) -> Result<Page, MapError> {
+    let mut page = Page::default();
+    let mut bytes = 0;
+    for item in found {
+        let (key, value) = item.map_err(unavailable)?;
+        bytes += value.len() + ENTRY_OVERHEAD;
+        let is_full = page.entries.len() as u64 >= limit.entries;
+        if is_full || (bytes > limit.bytes && !page.entries.is_empty()) {
+            page.more = true;
+            break;
+        }
+        let uuid = key_uuid(key)?;
+        let msg = decode(uuid, value)?.to_owned();
+        page.entries.push(Entry { uuid, msg });
+    }
+    Ok(page)
+}
+
+fn open_env(folder: &Path) -> heed::Result<Env<WithoutTls>> {
+    let mut options = EnvOpenOptions::new().read_txn_without_tls();
+    options.map_size(MAP_SIZE).max_readers(MAX_READERS);
+    #[expect(
+        unsafe_code,
+        reason = "a memory map is sound only while nobody but LMDB changes the file; the folder \
+                  belongs to the logging processes, and its locks are checked by claim_namespace"
+    )]
+    unsafe {
+        options.open(folder)
+    }
+}
+
+/// Makes sure that all processes on the folder are in one PID namespace, where LMDB's locks work.
+///
+/// The file `namespace` names it. Whoever finds the file unlocked is alone and writes its own;
+/// everybody holds a shared lock, which ends with the process.
+fn claim_namespace(folder: &Path) -> anyhow::Result<File> {
+    let path = folder.join("namespace");
+    let mut file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .with_context(|| format!("cannot write to the map's folder {}", folder.display()))?;
+    let ours = fs::read_link("/proc/self/ns/pid")
+        .map(|link| link.to_string_lossy().into_owned())
+        .unwrap_or_default();
+    if file.try_lock().is_ok() {
+        file.set_len(0)?;
+        file.write_all(ours.as_bytes())?;
+    }
+    file.lock_shared()?;
+    let mut theirs = String::new();
+    file.rewind()?;
+    file.read_to_string(&mut theirs)?;
+    if ours != theirs {
+        bail!(
+            "the map's folder {} is in use by a logging process in another container or PID \
+             namespace, where its locks do not work; give this one a folder of its own",
+            folder.display()
+        );
+    }
+    Ok(file)
+}
+
+/// A stored value: the CRC-32 of key and message, big-endian, then the message.
+fn encode(entry: &Entry) -> Vec<u8> {
+    let mut value = Vec::with_capacity(CHECKSUM_BYTES + entry.msg.len());
+    value.extend_from_slice(&checksum(entry.uuid, entry.msg.as_bytes()).to_be_bytes());
+    value.extend_from_slice(entry.msg.as_bytes());
+    value
+}
+
+fn decode(uuid: Uuid, value: &[u8]) -> Result<&str, MapError> {
+    let damaged = || MapError::Damaged(uuid);
+    let (stored, msg) = value
+        .split_first_chunk::<CHECKSUM_BYTES>()
+        .ok_or_else(damaged)?;
+    if u32::from_be_bytes(*stored) != checksum(uuid, msg) {
+        return Err(damaged());
+    }
+    std::str::from_utf8(msg).map_err(|_| damaged())
+}
+
+fn checksum(uuid: Uuid, msg: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(uuid.as_bytes());
+    hasher.update(msg);
+    hasher.finalize()
+}
+
+fn compare(entry: &Entry, value: &[u8]) -> Outcome {
+    match decode(entry.uuid, value) {
+        Ok(msg) if msg == entry.msg => Outcome::Duplicate,
+        Ok(_) => Outcome::Conflict,
+        Err(error) => Outcome::unknown(error.to_string()),
+    }
+}
+
+fn key_uuid(key: &[u8]) -> Result<Uuid, MapError> {
+    Uuid::from_slice(key).map_err(|_| {
+        MapError::Unavailable("the map's folder holds keys of another kind".to_owned())
+    })
+}
+
+fn queued_bytes(entries: &[Entry]) -> usize {
+    entries
+        .iter()
+        .map(|entry| entry.msg.len() + ENTRY_OVERHEAD)
+        .sum()
+}
+
+fn unavailable(error: heed::Error) -> MapError {
+    MapError::Unavailable(describe(&error))
+}
+
+fn is_panic(error: &heed::Error) -> bool {
+    matches!(error, heed::Error::Mdb(MdbError::Panic))
+}
+
+fn describe(error: &heed::Error) -> String {
+    match error {
+        heed::Error::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+            "the disk that holds the map is full".to_owned()
+        }
+        heed::Error::Mdb(MdbError::MapFull) => "the map has reached its largest size".to_owned(),
+        heed::Error::Mdb(MdbError::ReadersFull) => "too many reads at once".to_owned(),
+        other => format!("the map's storage failed: {other}"),
+    }
+}

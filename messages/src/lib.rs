@@ -1,0 +1,47 @@
+//! The messages service: a stub that answers every GET with the same sentence, so that the facade
+//! has a second service whose reply it merges.
+
+use std::net::SocketAddr;
+
+use axum::Router;
+use axum::extract::{RawQuery, State};
+use axum::response::Response;
+use axum::routing::get;
+use clap::Parser;
+use common::config::ServiceConfig;
+use common::server::{self, Limits, RequestLog};
+use tokio_util::sync::CancellationToken;
+
+/// What every GET is answered with.
+pub const REPLY: &str = "Messages Service not Implemented";
+
+/// The stub beside the log: answers every GET with "Messages Service not Implemented"
+#[derive(Clone, Debug, Parser)]
+#[command(name = "messages", version)]
+pub struct Config {
+    /// Address to serve on; loopback unless you say otherwise
+    #[arg(long, default_value = "127.0.0.1:8081")]
+    pub listen: SocketAddr,
+
+    #[command(flatten)]
+    pub service: ServiceConfig,
+}
+
+/// All routes of the service. Readiness fails once `stop` is cancelled.
+pub fn router(stop: CancellationToken) -> Router {
+    let routes = Router::new()
+        .route("/", get(reply))
+        .route("/{*path}", get(reply))
+        .route("/livez", get(server::livez))
+        .route("/readyz", get(readyz))
+        .with_state(stop);
+    server::with_middleware(routes, RequestLog::On, Limits::default())
+}
+
+async fn reply() -> &'static str {
+    REPLY
+}
+
+async fn readyz(State(stop): State<CancellationToken>, RawQuery(query): RawQuery) -> Response {
+    server::readiness(server::not_stopping(&stop), &[], query.as_deref())
+}

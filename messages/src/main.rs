@@ -1,0 +1,24 @@
+//! The messages binary: configuration, log, socket, serve.
+
+use common::{config, server, telemetry};
+use messages::Config;
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let config: Config = config::parse();
+    let _log =
+        telemetry::init(config.service.log_format).unwrap_or_else(|line| config::fail(&line));
+    let stop = server::stop_on_signal()?;
+    let listener = config::bind(config.listen).map_err(anyhow::Error::msg)?;
+    tracing::info!(address = %listener.local_addr()?, "serving the messages stub");
+    let router = messages::router(stop.clone());
+    server::serve(
+        listener,
+        router,
+        Default::default(),
+        stop,
+        config.service.grace,
+    )
+    .await?;
+    Ok(())
+}
