@@ -1,6 +1,8 @@
 //! Configuration that all services share, and how wrong configuration is reported.
 
+use std::fmt::Display;
 use std::net::{SocketAddr, TcpListener};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
@@ -60,6 +62,17 @@ pub fn bind(listen: SocketAddr) -> Result<TcpListener, String> {
             "cannot listen on {listen}: {error}; stop what uses it or choose another with --listen"
         )
     })
+}
+
+/// Turns what a service's `main` did into its exit code: an error is one line on stderr, code 1.
+pub fn report<E: Display>(result: Result<(), E>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn first_line(message: &str) -> &str {

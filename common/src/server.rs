@@ -8,13 +8,14 @@ use std::any::Any;
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
-use axum::Router;
 use axum::extract::Request;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
+use axum::{Json, Router};
 use axum_server::Handle;
 use axum_server::accept::Accept;
 use hyper_util::rt::TokioTimer;
+use serde::Serialize;
 use tokio::net::TcpStream;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_io_timeout::TimeoutStream;
@@ -179,7 +180,7 @@ pub fn request_id(headers: &HeaderMap) -> Option<&str> {
 }
 
 /// Readiness as an answer: what is checked, whether it is so, and in words what is missing.
-#[derive(Clone, Debug, serde::Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Check {
     /// What was looked at, for example `map` or `logging 127.0.0.1:8082`.
     pub name: String,
@@ -189,28 +190,28 @@ pub struct Check {
     pub detail: String,
 }
 
-/// The answer to `/readyz`: 200, or 503 with the details of the checks that failed. With
-/// `?verbose` in the query, all checks are listed in either case.
+/// The answer to `/readyz`: 200, or 503 with what is missing. With `?verbose` in the query, all
+/// checks are listed in either case.
 pub fn readiness(ready: Result<(), String>, checks: &[Check], query: Option<&str>) -> Response {
-    let verbose = query.is_some_and(|query| {
-        query
-            .split('&')
-            .any(|field| field == "verbose" || field.starts_with("verbose="))
+    #[derive(Serialize)]
+    struct Ready<'a> {
+        status: &'static str,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        checks: Option<&'a [Check]>,
+    }
+    let is_verbose = query.is_some_and(|query| {
+        let mut fields = query.split('&');
+        fields.any(|field| field == "verbose" || field.starts_with("verbose="))
     });
-    match ready {
-        Ok(()) if verbose => {
-            axum::Json(serde_json::json!({"status": "ready", "checks": checks})).into_response()
-        }
-        Ok(()) => axum::Json(serde_json::json!({"status": "ready"})).into_response(),
-        Err(detail) => {
-            let problem = Problem::unavailable(detail, Duration::from_secs(1));
-            let problem = if verbose {
-                problem.with("checks", checks)
-            } else {
-                problem
-            };
-            problem.into_response()
-        }
+    let checks = is_verbose.then_some(checks);
+    let Err(detail) = ready else {
+        let status = "ready";
+        return Json(Ready { status, checks }).into_response();
+    };
+    let problem = Problem::unavailable(detail, Duration::from_secs(1));
+    match checks {
+        Some(checks) => problem.with("checks", checks).into_response(),
+        None => problem.into_response(),
     }
 }
 

@@ -1,10 +1,16 @@
 //! The facade binary: configuration, log, socket, serve.
 
+use std::process::ExitCode;
+
 use common::{config, server, telemetry};
 use facade::{App, Config};
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> ExitCode {
+    config::report(run().await)
+}
+
+async fn run() -> anyhow::Result<()> {
     let config: Config = config::parse();
     let _log =
         telemetry::init(config.service.log_format).unwrap_or_else(|line| config::fail(&line));

@@ -31,7 +31,7 @@ use uuid::Uuid;
 
 use crate::map::{DistributedMap, Location, MapError, PageLimit};
 
-/// Bytes of entries that a streamed read takes from the map at once.
+/// Bytes of entries that a read takes from the map at once.
 const PAGE_BYTES: usize = 128 * 1024;
 
 /// One of several instances that keep all entries in one shared distributed map
@@ -204,8 +204,8 @@ struct ListQuery {
     order: Order,
     /// At most this many entries.
     limit: Option<u64>,
-    /// Stop after about this many bytes: how the facade asks for one page.
-    max_bytes: Option<usize>,
+    /// Stop after one page of about this many bytes: how the facade reads.
+    page_bytes: Option<usize>,
 }
 
 /// Streams the entries within the bounds, page by page, then the line that counts them.
@@ -236,7 +236,9 @@ struct Listing {
     map: Arc<dyn DistributedMap>,
     bounds: Bounds,
     entries_left: u64,
-    bytes_left: usize,
+    /// Of one page; with `is_one_page`, the answer ends after it.
+    page_bytes: usize,
+    is_one_page: bool,
     count: u64,
     is_finished: bool,
 }
@@ -258,7 +260,8 @@ impl Listing {
             map,
             bounds,
             entries_left: query.limit.unwrap_or(u64::MAX),
-            bytes_left: query.max_bytes.unwrap_or(usize::MAX),
+            page_bytes: query.page_bytes.unwrap_or(PAGE_BYTES).min(PAGE_BYTES),
+            is_one_page: query.page_bytes.is_some(),
             count: 0,
             is_finished: false,
         })
@@ -268,7 +271,7 @@ impl Listing {
     async fn next_chunk(&mut self) -> Result<Bytes, MapError> {
         let limit = PageLimit {
             entries: self.entries_left,
-            bytes: self.bytes_left.min(PAGE_BYTES),
+            bytes: self.page_bytes,
         };
         let page = self.map.page(self.bounds, limit).await?;
         let mut lines = Vec::with_capacity(PAGE_BYTES + PAGE_BYTES / 4);
@@ -277,19 +280,21 @@ impl Listing {
         }
         self.count += page.entries.len() as u64;
         self.entries_left -= page.entries.len() as u64;
-        self.bytes_left = self.bytes_left.saturating_sub(lines.len());
         let last = page.entries.last().map(|entry| entry.uuid);
         if let Some(last) = last {
             self.bounds = self.bounds.resumed_from(last);
         }
-        let is_cut = self.entries_left == 0 || self.bytes_left == 0;
+        let is_cut = self.entries_left == 0 || self.is_one_page;
         if is_cut || !page.more {
             self.is_finished = true;
             let next = last.filter(|_| page.more);
             let end = PageEnd {
                 count: self.count,
                 next,
-                before: next.and(self.bounds.before),
+                before: match self.bounds.order {
+                    Order::Asc => next.and(self.bounds.before),
+                    Order::Desc => None,
+                },
             };
             serde_json::to_writer(&mut lines, &end).expect("writing to a Vec does not fail");
             lines.push(b'\n');

@@ -13,7 +13,7 @@ use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -48,6 +48,8 @@ const MAX_GROUP_BYTES: usize = 4 * 1024 * 1024;
 const ENTRY_OVERHEAD: usize = 64;
 
 const CHECKSUM_BYTES: usize = 4;
+
+const DISK_FULL: &str = "the disk that holds the map is full";
 
 type Entries = Database<Bytes, Bytes>;
 
@@ -214,17 +216,17 @@ impl Writer {
     }
 
     fn write_group(&self, group: &mut Vec<Job>) -> Result<Vec<Vec<Outcome>>, Failure> {
-        let env = self.store.env().map_err(Failure::not_open)?;
+        let Opened { env, entries } = self.store.opened().map_err(Failure::not_open)?;
         let mut txn = env.write_txn().map_err(Failure::before_commit)?;
         self.claim_queued(group);
-        let mut written = self.write(&mut txn, group)?;
+        let mut written = self.write(entries, &mut txn, group)?;
         while !self.is_still_settling(&written) {
             txn.abort();
             txn = env.write_txn().map_err(Failure::before_commit)?;
-            written = self.write(&mut txn, group)?;
+            written = self.write(entries, &mut txn, group)?;
         }
         txn.commit()
-            .map_err(|error| Failure::at_commit(&env, &error))?;
+            .map_err(|error| self.store.failed_commit(&env, &error))?;
         Ok(written.outcomes)
     }
 
@@ -251,20 +253,24 @@ impl Writer {
             .is_none_or(|uuid| is_settling(uuid, now, self.settle))
     }
 
-    fn write(&self, txn: &mut RwTxn<'_>, group: &[Job]) -> Result<Written, Failure> {
-        let store = self.store.entries;
+    fn write(
+        &self,
+        entries: Entries,
+        txn: &mut RwTxn<'_>,
+        group: &[Job],
+    ) -> Result<Written, Failure> {
         let now = SystemTime::now();
         let mut written = Written::default();
         for job in group {
             let mut outcomes = Vec::with_capacity(job.entries.len());
             for entry in job.entries.iter() {
                 let key = entry.uuid.as_bytes();
-                let outcome = match store.get(txn, key).map_err(Failure::before_commit)? {
+                let outcome = match entries.get(txn, key).map_err(Failure::before_commit)? {
                     Some(value) => compare(entry, value),
                     None if !is_settling(entry.uuid, now, self.settle) => Outcome::Stale,
                     None => {
                         let value = encode(entry);
-                        store
+                        entries
                             .put(txn, key, &value)
                             .map_err(Failure::before_commit)?;
                         let oldest = written.oldest_new.unwrap_or(entry.uuid);
@@ -311,32 +317,23 @@ impl Failure {
             needs_reopen: is_panic(&error),
         }
     }
-
-    /// LMDB writes its meta page last. If that write failed, nobody can tell whether it reached
-    /// the disk, and the environment is unusable; if something failed before it, the transaction
-    /// certainly did not happen.
-    fn at_commit(env: &Env<WithoutTls>, error: &heed::Error) -> Self {
-        let is_unusable = env.write_txn().is_err_and(|error| is_panic(&error));
-        Self {
-            outcome: if is_unusable {
-                Outcome::unknown(describe(error))
-            } else {
-                Outcome::refused(describe(error))
-            },
-            needs_reopen: is_unusable,
-        }
-    }
 }
 
-/// The environment and what is read from it.
+/// The folder, and the environment while it is open.
 #[derive(Debug)]
 struct Store {
     folder: PathBuf,
     /// `None` only while it is closed to be opened again after a fatal error.
-    env: RwLock<Option<Env<WithoutTls>>>,
-    entries: Entries,
+    opened: RwLock<Option<Opened>>,
     /// Held as long as the map is open: see [`claim_namespace`].
     _namespace: File,
+}
+
+/// An open environment and its one database.
+#[derive(Clone, Debug)]
+struct Opened {
+    env: Env<WithoutTls>,
+    entries: Entries,
 }
 
 impl Store {
@@ -344,54 +341,71 @@ impl Store {
         fs::create_dir_all(folder)
             .with_context(|| format!("cannot create the map's folder {}", folder.display()))?;
         let namespace = claim_namespace(folder)?;
-        let env = open_env(folder).with_context(|| {
+        let opened = Opened::open(folder).with_context(|| {
             format!(
                 "cannot open the map in {}; it must be on a local disk and may be shared only by \
                  processes of one machine, not by several containers",
                 folder.display()
             )
         })?;
-        let mut txn = env.write_txn()?;
-        let entries = env.create_database(&mut txn, None)?;
-        txn.commit()?;
-        env.clear_stale_readers()?;
         Ok(Self {
             folder: folder.to_owned(),
-            env: RwLock::new(Some(env)),
-            entries,
+            opened: RwLock::new(Some(opened)),
             _namespace: namespace,
         })
     }
 
-    fn env(&self) -> Result<Env<WithoutTls>, MapError> {
-        self.lock_env().clone().ok_or_else(|| {
+    fn opened(&self) -> Result<Opened, MapError> {
+        let opened = self.opened.read().unwrap_or_else(PoisonError::into_inner);
+        opened.clone().ok_or_else(|| {
             MapError::Unavailable("the map is being opened again after an I/O error".to_owned())
         })
-    }
-
-    fn lock_env(&self) -> RwLockReadGuard<'_, Option<Env<WithoutTls>>> {
-        self.env.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Closes the environment, waiting for reads to end, and opens it again. If that fails, the
     /// next write tries once more.
     fn reopen(&self) {
-        let mut env = self.env.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(broken) = env.take() {
-            broken.prepare_for_closing().wait();
+        let mut opened = self.opened.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(broken) = opened.take() {
+            broken.env.prepare_for_closing().wait();
         }
-        match open_env(&self.folder) {
-            Ok(opened) => *env = Some(opened),
-            Err(error) => tracing::error!(error = %error, "the map cannot be opened again"),
+        match Opened::open(&self.folder) {
+            Ok(again) => *opened = Some(again),
+            Err(error) => tracing::error!(%error, "the map cannot be opened again"),
         }
     }
 
-    fn clear_stale_readers(&self) {
-        let cleared = match self.env() {
-            Ok(env) => env.clear_stale_readers(),
-            Err(_) => return,
+    /// LMDB writes its meta page last. If that write failed, nobody can tell whether it reached
+    /// the disk, and the environment is unusable; if something failed before it, the transaction
+    /// certainly did not happen.
+    fn failed_commit(&self, env: &Env<WithoutTls>, error: &heed::Error) -> Failure {
+        let is_unusable = env.write_txn().is_err_and(|error| is_panic(&error));
+        let detail = if self.is_disk_full() {
+            DISK_FULL.to_owned()
+        } else {
+            describe(error)
         };
-        match cleared {
+        Failure {
+            outcome: if is_unusable {
+                Outcome::unknown(detail)
+            } else {
+                Outcome::refused(detail)
+            },
+            needs_reopen: is_unusable,
+        }
+    }
+
+    /// LMDB calls the short write on a full disk an I/O error, so the disk itself is asked.
+    fn is_disk_full(&self) -> bool {
+        rustix::fs::statvfs(&self.folder)
+            .is_ok_and(|disk| disk.f_bavail * disk.f_frsize < MAX_GROUP_BYTES as u64)
+    }
+
+    fn clear_stale_readers(&self) {
+        let Ok(opened) = self.opened() else {
+            return;
+        };
+        match opened.env.clear_stale_readers() {
             Ok(0) => {}
             Ok(readers) => tracing::info!(readers, "cleared readers of processes that died"),
             Err(error) => tracing::warn!(error = %error, "stale readers cannot be cleared"),
@@ -399,9 +413,9 @@ impl Store {
     }
 
     fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError> {
-        let env = self.env()?;
+        let Opened { env, entries } = self.opened()?;
         let txn = env.read_txn().map_err(unavailable)?;
-        let value = self.entries.get(&txn, uuid.as_bytes());
+        let value = entries.get(&txn, uuid.as_bytes());
         match value.map_err(unavailable)? {
             Some(value) => Ok(Some(decode(uuid, value)?.to_owned())),
             None => Ok(None),
@@ -415,24 +429,24 @@ impl Store {
             return Ok(Page::default());
         }
         let range = (exclusive(&bounds.after), exclusive(&bounds.before));
-        let env = self.env()?;
+        let Opened { env, entries } = self.opened()?;
         let txn = env.read_txn().map_err(unavailable)?;
         match bounds.order {
             page::Order::Asc => {
-                let found = self.entries.range(&txn, &range).map_err(unavailable)?;
+                let found = entries.range(&txn, &range).map_err(unavailable)?;
                 collect_page(found, limit)
             }
             page::Order::Desc => {
-                let found = self.entries.rev_range(&txn, &range).map_err(unavailable)?;
+                let found = entries.rev_range(&txn, &range).map_err(unavailable)?;
                 collect_page(found, limit)
             }
         }
     }
 
     fn last(&self) -> Result<Option<Uuid>, MapError> {
-        let env = self.env()?;
+        let Opened { env, entries } = self.opened()?;
         let txn = env.read_txn().map_err(unavailable)?;
-        match self.entries.last(&txn).map_err(unavailable)? {
+        match entries.last(&txn).map_err(unavailable)? {
             Some((key, _)) => Ok(Some(key_uuid(key)?)),
             None => Ok(None),
         }
@@ -467,16 +481,21 @@ fn collect_page<'txn>(
     Ok(page)
 }
 
-fn open_env(folder: &Path) -> heed::Result<Env<WithoutTls>> {
-    let mut options = EnvOpenOptions::new().read_txn_without_tls();
-    options.map_size(MAP_SIZE).max_readers(MAX_READERS);
-    #[expect(
-        unsafe_code,
-        reason = "a memory map is sound only while nobody but LMDB changes the file; the folder \
-                  belongs to the logging processes, and its locks are checked by claim_namespace"
-    )]
-    unsafe {
-        options.open(folder)
+impl Opened {
+    fn open(folder: &Path) -> heed::Result<Self> {
+        let mut options = EnvOpenOptions::new().read_txn_without_tls();
+        options.map_size(MAP_SIZE).max_readers(MAX_READERS);
+        #[expect(
+            unsafe_code,
+            reason = "a memory map is sound only while nobody but LMDB changes the file; the \
+                      folder belongs to the logging processes, see claim_namespace"
+        )]
+        let env = unsafe { options.open(folder)? };
+        let mut txn = env.write_txn()?;
+        let entries = env.create_database(&mut txn, None)?;
+        txn.commit()?;
+        env.clear_stale_readers()?;
+        Ok(Self { env, entries })
     }
 }
 
@@ -572,7 +591,7 @@ fn is_panic(error: &heed::Error) -> bool {
 fn describe(error: &heed::Error) -> String {
     match error {
         heed::Error::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => {
-            "the disk that holds the map is full".to_owned()
+            DISK_FULL.to_owned()
         }
         heed::Error::Mdb(MdbError::MapFull) => "the map has reached its largest size".to_owned(),
         heed::Error::Mdb(MdbError::ReadersFull) => "too many reads at once".to_owned(),

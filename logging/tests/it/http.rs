@@ -1,0 +1,230 @@
+//! The internal HTTP API, served in-process on a free port.
+
+use std::net::TcpListener;
+use std::time::Duration;
+
+use common::entry::Entry;
+use common::server::Limits;
+use logging::map::{Location, Options, open};
+use logging::{App, router};
+use reqwest::{Client, Response, StatusCode};
+use tempfile::TempDir;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use uuid::Uuid;
+
+/// A logging instance on an empty map.
+struct Instance {
+    url: String,
+    http: Client,
+    stop: CancellationToken,
+    _stop_on_drop: DropGuard,
+    _folder: TempDir,
+}
+
+impl Instance {
+    fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let options = Options {
+            store_timeout: Duration::from_secs(30),
+            settle: Duration::from_secs(10),
+        };
+        let map = open(&Location::Lmdb(folder.path().into()), options).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let stop = CancellationToken::new();
+        let router = router(App {
+            map,
+            stop: stop.clone(),
+        });
+        let stop_serving = CancellationToken::new();
+        tokio::spawn(common::server::serve(
+            listener,
+            router,
+            Limits::default(),
+            stop_serving.clone(),
+            Duration::ZERO,
+        ));
+        Self {
+            url,
+            http: Client::new(),
+            stop,
+            _stop_on_drop: stop_serving.drop_guard(),
+            _folder: folder,
+        }
+    }
+
+    async fn post(&self, body: impl Into<reqwest::Body>) -> Response {
+        self.http.post(&self.url).body(body).send().await.unwrap()
+    }
+
+    async fn get(&self, path: &str) -> Response {
+        let url = format!("{}{path}", self.url);
+        self.http.get(url).send().await.unwrap()
+    }
+
+    async fn text(&self, path: &str) -> String {
+        self.get(path).await.text().await.unwrap()
+    }
+}
+
+fn json(uuid: Uuid, msg: &str) -> String {
+    format!(r#"{{"uuid":"{uuid}","msg":"{msg}"}}"#)
+}
+
+#[tokio::test]
+async fn one_entry_gets_one_result() {
+    let instance = Instance::start();
+    let uuid = Uuid::now_v7();
+    for outcome in ["stored", "duplicate"] {
+        let response = instance.post(json(uuid, "hello")).await;
+        assert_eq!(response.status(), StatusCode::OK);
+        let expected = format!(r#"{{"uuid":"{uuid}","outcome":"{outcome}"}}"#);
+        assert_eq!(response.text().await.unwrap(), expected);
+    }
+}
+
+#[tokio::test]
+async fn batch_gets_a_result_for_each_entry_in_order() {
+    let instance = Instance::start();
+    let (first, second) = (Uuid::now_v7(), Uuid::now_v7());
+    let old = "01890000-0000-7000-8000-000000000000";
+    let batch = [
+        json(second, "second"),
+        json(first, "first"),
+        json(second, "other"),
+        json(old.parse().unwrap(), "old"),
+    ];
+    let response = instance.post(format!("[{}]", batch.join(","))).await;
+    let expected = format!(
+        r#"[{{"uuid":"{second}","outcome":"stored"}},{{"uuid":"{first}","outcome":"stored"}},{{"uuid":"{second}","outcome":"conflict"}},{{"uuid":"{old}","outcome":"stale"}}]"#
+    );
+    assert_eq!(response.text().await.unwrap(), expected);
+}
+
+#[tokio::test]
+async fn bad_batches_are_refused_whole() {
+    let instance = Instance::start();
+    let good = json(Uuid::now_v7(), "good");
+    let bodies = [
+        String::new(),
+        "hello".to_owned(),
+        r#"{"msg":"no uuid"}"#.to_owned(),
+        json(Uuid::nil(), "not version 7"),
+        format!("[{good},{}]", json(Uuid::max(), "not version 7")),
+        format!("[{good},{}]", json(Uuid::now_v7(), "")),
+        format!(r#"{{"uuid":"{}","msg":"m","extra":1}}"#, Uuid::now_v7()),
+    ];
+    for body in bodies {
+        let response = instance.post(body.clone()).await;
+        assert_eq!(response.status(), StatusCode::BAD_REQUEST, "{body}");
+        assert_eq!(
+            response.headers()["content-type"],
+            "application/problem+json"
+        );
+    }
+    let too_large = "x".repeat(common::entry::MAX_BATCH_BYTES + 1);
+    let response = instance.post(too_large).await;
+    assert_eq!(response.status(), StatusCode::PAYLOAD_TOO_LARGE);
+    assert_eq!(instance.text("/").await, "{\"count\":0}\n");
+}
+
+#[tokio::test]
+async fn list_streams_lines_and_a_count_within_bounds() {
+    let instance = Instance::start();
+    let entries: Vec<Entry> = (0..3)
+        .map(|n| Entry {
+            uuid: Uuid::now_v7(),
+            msg: format!("message {n}"),
+        })
+        .collect();
+    instance.post(serde_json::to_vec(&entries).unwrap()).await;
+    let [first, second, third] = &entries[..] else {
+        panic!("there are three")
+    };
+    let lines = |entries: &[&Entry], end: &str| {
+        let mut text = Vec::new();
+        entries.iter().for_each(|entry| entry.write_line(&mut text));
+        String::from_utf8(text).unwrap() + end + "\n"
+    };
+    let whole = lines(&[first, second, third], r#"{"count":3}"#);
+    assert_eq!(instance.text("/").await, whole);
+    let desc = lines(&[third, second, first], r#"{"count":3}"#);
+    assert_eq!(instance.text("/?order=desc").await, desc);
+    let within = format!("/?after={}&before={}", first.uuid, third.uuid);
+    assert_eq!(
+        instance.text(&within).await,
+        lines(&[second], r#"{"count":1}"#)
+    );
+    let cut = format!(r#"{{"count":2,"next":"{}"}}"#, second.uuid);
+    assert_eq!(
+        instance.text("/?order=desc&limit=2").await,
+        lines(&[third, second], &cut)
+    );
+    let end = Uuid::from_u128(third.uuid.as_u128() + 1);
+    let page = format!(r#"{{"count":1,"next":"{}","before":"{end}"}}"#, first.uuid);
+    assert_eq!(
+        instance.text("/?page_bytes=1").await,
+        lines(&[first], &page)
+    );
+    assert_eq!(
+        instance.get("/?limit=x").await.status(),
+        StatusCode::BAD_REQUEST
+    );
+}
+
+#[tokio::test]
+async fn list_of_many_pages_is_complete() {
+    let instance = Instance::start();
+    let msg = "x".repeat(10_000);
+    let entries: Vec<Entry> = (0..100)
+        .map(|_| Entry {
+            uuid: Uuid::now_v7(),
+            msg: msg.clone(),
+        })
+        .collect();
+    instance.post(serde_json::to_vec(&entries).unwrap()).await;
+    for order in ["asc", "desc"] {
+        let text = instance.text(&format!("/?order={order}")).await;
+        let mut lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.pop(), Some(r#"{"count":100}"#));
+        let mut read: Vec<Entry> = lines
+            .iter()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        if order == "desc" {
+            read.reverse();
+        }
+        assert_eq!(read, entries);
+    }
+}
+
+#[tokio::test]
+async fn single_entries_are_found_by_uuid() {
+    let instance = Instance::start();
+    let uuid = Uuid::now_v7();
+    instance.post(json(uuid, "hello")).await;
+    assert_eq!(
+        instance.text(&format!("/{uuid}")).await,
+        json(uuid, "hello")
+    );
+    let unknown = format!("/{}", Uuid::now_v7());
+    assert_eq!(instance.get(&unknown).await.status(), StatusCode::NOT_FOUND);
+    assert_eq!(
+        instance.get("/hello").await.status(),
+        StatusCode::BAD_REQUEST
+    );
+}
+
+#[tokio::test]
+async fn readiness_ends_when_the_process_is_told_to_stop() {
+    let instance = Instance::start();
+    assert_eq!(instance.text("/livez").await, "alive\n");
+    assert_eq!(instance.text("/readyz").await, r#"{"status":"ready"}"#);
+    let checks = r#"{"status":"ready","checks":[{"name":"map","ok":true,"detail":"answers"}]}"#;
+    assert_eq!(instance.text("/readyz?verbose").await, checks);
+    instance.stop.cancel();
+    let response = instance.get("/readyz").await;
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert!(response.text().await.unwrap().contains("stopping"));
+    assert_eq!(instance.text("/livez").await, "alive\n");
+}

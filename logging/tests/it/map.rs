@@ -1,0 +1,369 @@
+//! One contract for every engine. An engine is put through the suite by naming it in [`subjects`];
+//! what only one engine can do wrong follows after the suite.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use common::entry::{Entry, Outcome};
+use common::page::{Bounds, Order};
+use logging::map::{DistributedMap, Location, MAX_AHEAD, MapError, Options, PageLimit, open};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use tempfile::TempDir;
+use uuid::{NoContext, Timestamp, Uuid};
+
+const SETTLE: Duration = Duration::from_secs(10);
+
+const WHOLE: PageLimit = PageLimit {
+    entries: u64::MAX,
+    bytes: usize::MAX,
+};
+
+/// A map under test and what keeps it alive.
+struct Subject {
+    map: Arc<dyn DistributedMap>,
+    location: Location,
+    _folder: TempDir,
+}
+
+/// An empty map of each engine.
+fn subjects() -> Vec<Subject> {
+    vec![lmdb()]
+}
+
+fn lmdb() -> Subject {
+    let folder = tempfile::tempdir().unwrap();
+    let location = Location::Lmdb(folder.path().join("map"));
+    Subject {
+        map: open(&location, options()).unwrap(),
+        location,
+        _folder: folder,
+    }
+}
+
+fn options() -> Options {
+    Options {
+        store_timeout: Duration::from_secs(30),
+        settle: SETTLE,
+    }
+}
+
+fn entry(msg: &str) -> Entry {
+    Entry {
+        uuid: Uuid::now_v7(),
+        msg: msg.to_owned(),
+    }
+}
+
+fn entry_at(time: SystemTime, msg: &str) -> Entry {
+    let since_epoch = time.duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    let timestamp =
+        Timestamp::from_unix(NoContext, since_epoch.as_secs(), since_epoch.subsec_nanos());
+    Entry {
+        uuid: Uuid::new_v7(timestamp),
+        msg: msg.to_owned(),
+    }
+}
+
+async fn put(map: &Arc<dyn DistributedMap>, entries: &[Entry]) -> Vec<Outcome> {
+    map.put(entries.into()).await
+}
+
+async fn all(map: &Arc<dyn DistributedMap>) -> Vec<Entry> {
+    map.page(Bounds::default(), WHOLE).await.unwrap().entries
+}
+
+#[tokio::test]
+async fn stored_entry_is_read_back() {
+    for subject in subjects() {
+        let map = subject.map;
+        let entry = entry("hello");
+        assert_eq!(map.get(entry.uuid).await.unwrap(), None);
+        assert_eq!(map.last().await.unwrap(), None);
+        assert_eq!(
+            put(&map, std::slice::from_ref(&entry)).await,
+            [Outcome::Stored]
+        );
+        assert_eq!(map.get(entry.uuid).await.unwrap().as_deref(), Some("hello"));
+        assert_eq!(map.last().await.unwrap(), Some(entry.uuid));
+        assert_eq!(all(&map).await, [entry]);
+        map.ready().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn repeated_entry_is_a_duplicate_and_one_entry() {
+    for subject in subjects() {
+        let map = subject.map;
+        let entry = entry("once");
+        let twice = [entry.clone(), entry.clone()];
+        let outcomes = put(&map, &twice).await;
+        assert_eq!(outcomes, [Outcome::Stored, Outcome::Duplicate]);
+        assert_eq!(put(&map, &twice[..1]).await, [Outcome::Duplicate]);
+        assert_eq!(all(&map).await, [entry]);
+    }
+}
+
+#[tokio::test]
+async fn conflicting_entry_changes_nothing() {
+    for subject in subjects() {
+        let map = subject.map;
+        let first = entry("first");
+        let other = Entry {
+            uuid: first.uuid,
+            msg: "other".to_owned(),
+        };
+        let outcomes = put(&map, &[first.clone(), other.clone()]).await;
+        assert_eq!(outcomes, [Outcome::Stored, Outcome::Conflict]);
+        assert_eq!(put(&map, &[other]).await, [Outcome::Conflict]);
+        assert_eq!(all(&map).await, [first]);
+    }
+}
+
+#[tokio::test]
+async fn entry_outside_the_settle_window_is_stale() {
+    let margin = Duration::from_secs(1);
+    for subject in subjects() {
+        let map = subject.map;
+        let now = SystemTime::now();
+        let too_old = entry_at(now - SETTLE - Duration::from_millis(1), "too old");
+        let old = entry_at(now - SETTLE + margin, "old");
+        let new = entry_at(now + MAX_AHEAD - margin, "new");
+        let too_new = entry_at(now + MAX_AHEAD + margin, "too new");
+        let outcomes = put(&map, &[too_old, old.clone(), new.clone(), too_new]).await;
+        use Outcome::{Stale, Stored};
+        assert_eq!(outcomes, [Stale, Stored, Stored, Stale]);
+        assert_eq!(all(&map).await, [old, new]);
+    }
+}
+
+#[tokio::test]
+async fn settled_entry_is_still_recognized() {
+    for subject in subjects() {
+        let entry = entry("settled");
+        put(&subject.map, std::slice::from_ref(&entry)).await;
+        let Subject {
+            map,
+            location,
+            _folder,
+        } = subject;
+        drop(map);
+        let no_window = Options {
+            settle: Duration::ZERO,
+            ..options()
+        };
+        let map = open_again(&location, no_window).await;
+        let other = Entry {
+            uuid: entry.uuid,
+            msg: "other".to_owned(),
+        };
+        let never_stored = entry_at(SystemTime::now() - Duration::from_secs(1), "never");
+        let outcomes = put(&map, &[entry, other, never_stored]).await;
+        use Outcome::{Conflict, Duplicate, Stale};
+        assert_eq!(outcomes, [Duplicate, Conflict, Stale]);
+    }
+}
+
+#[tokio::test]
+async fn entries_survive_a_restart() {
+    for subject in subjects() {
+        let entries: Vec<Entry> = (0..100).map(|n| entry(&format!("message {n}"))).collect();
+        put(&subject.map, &entries).await;
+        let Subject {
+            map,
+            location,
+            _folder,
+        } = subject;
+        drop(map);
+        let map = open_again(&location, options()).await;
+        assert_eq!(all(&map).await, entries);
+    }
+}
+
+#[tokio::test]
+async fn batches_at_once_are_all_answered_and_stored() {
+    for subject in subjects() {
+        let batches = (0..200).map(|batch| {
+            let map = subject.map.clone();
+            tokio::spawn(async move {
+                let entries: Vec<Entry> = (0..10).map(|n| entry(&format!("{batch}/{n}"))).collect();
+                let outcomes = put(&map, &entries).await;
+                assert!(outcomes.iter().all(|outcome| *outcome == Outcome::Stored));
+            })
+        });
+        for batch in batches.collect::<Vec<_>>() {
+            batch.await.unwrap();
+        }
+        let stored = all(&subject.map).await;
+        assert_eq!(stored.len(), 2000);
+        assert!(stored.is_sorted_by(|left, right| left.uuid < right.uuid));
+    }
+}
+
+#[tokio::test]
+async fn page_is_cut_in_bytes_but_holds_one_entry() {
+    for subject in subjects() {
+        let entries: Vec<Entry> = (0..4).map(|_| entry(&"x".repeat(1000))).collect();
+        put(&subject.map, &entries).await;
+        for (bytes, expected) in [(0, 1), (1500, 1), (2500, 2), (100_000, 4)] {
+            let limit = PageLimit {
+                entries: u64::MAX,
+                bytes,
+            };
+            let page = subject.map.page(Bounds::default(), limit).await.unwrap();
+            assert_eq!(page.entries, entries[..expected], "with {bytes} bytes");
+            assert_eq!(page.more, expected < 4, "with {bytes} bytes");
+        }
+    }
+}
+
+/// Any bounds, any page size, both orders: going on from the last entry of each page gives what a
+/// sorted map in memory gives.
+#[test]
+fn pages_match_a_model() {
+    const ENTRIES: usize = 30;
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    for subject in runtime.block_on(async { subjects() }) {
+        let entries: Vec<Entry> = (0..ENTRIES)
+            .map(|n| entry(&format!("message {n}")))
+            .collect();
+        runtime.block_on(put(&subject.map, &entries));
+        let model = entries.iter().map(|entry| (entry.uuid, entry.msg.clone()));
+        let model: BTreeMap<Uuid, String> = model.collect();
+        let mut uuids: Vec<Uuid> = model.keys().copied().collect();
+        uuids.extend([Uuid::nil(), Uuid::max()]);
+        let bound = proptest::option::of(proptest::sample::select(uuids));
+        let case = (bound.clone(), bound, any::<bool>(), 1..2 * ENTRIES as u64);
+        TestRunner::new(cases(500))
+            .run(&case, |(after, before, is_desc, limit)| {
+                let order = if is_desc { Order::Desc } else { Order::Asc };
+                let bounds = Bounds {
+                    after,
+                    before,
+                    order,
+                };
+                let read = runtime.block_on(read_in_pages(&subject.map, bounds, limit));
+                prop_assert_eq!(read, expected(&model, bounds));
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+fn cases(cases: u32) -> Config {
+    Config {
+        cases,
+        failure_persistence: None,
+        ..Config::default()
+    }
+}
+
+async fn read_in_pages(
+    map: &Arc<dyn DistributedMap>,
+    mut bounds: Bounds,
+    limit: u64,
+) -> Vec<Entry> {
+    let mut read = Vec::new();
+    loop {
+        let limit = PageLimit {
+            entries: limit,
+            ..WHOLE
+        };
+        let page = map.page(bounds, limit).await.unwrap();
+        assert!(page.entries.len() as u64 <= limit.entries);
+        let last = page.entries.last().map(|entry| entry.uuid);
+        read.extend(page.entries);
+        match last {
+            Some(last) if page.more => bounds = bounds.resumed_from(last),
+            _ => return read,
+        }
+    }
+}
+
+fn expected(model: &BTreeMap<Uuid, String>, bounds: Bounds) -> Vec<Entry> {
+    let is_empty = matches!((bounds.after, bounds.before), (Some(a), Some(b)) if a >= b);
+    if is_empty {
+        return Vec::new();
+    }
+    let after = bounds.after.map_or(Bound::Unbounded, Bound::Excluded);
+    let before = bounds.before.map_or(Bound::Unbounded, Bound::Excluded);
+    let ascending = model.range((after, before)).map(|(uuid, msg)| Entry {
+        uuid: *uuid,
+        msg: msg.clone(),
+    });
+    match bounds.order {
+        Order::Asc => ascending.collect(),
+        Order::Desc => ascending.rev().collect(),
+    }
+}
+
+/// Whatever text is put comes back byte for byte.
+#[test]
+fn messages_are_kept_byte_for_byte() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    for subject in runtime.block_on(async { subjects() }) {
+        TestRunner::new(cases(200))
+            .run(&"(?s).{1,300}", |msg| {
+                let entry = entry(&msg);
+                let entries = std::slice::from_ref(&entry);
+                let outcomes = runtime.block_on(put(&subject.map, entries));
+                prop_assert_eq!(outcomes, [Outcome::Stored]);
+                let stored = runtime.block_on(subject.map.get(entry.uuid)).unwrap();
+                prop_assert_eq!(stored, Some(msg));
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+/// A map is closed when its last user, for LMDB the writer thread, is gone.
+async fn open_again(location: &Location, options: Options) -> Arc<dyn DistributedMap> {
+    loop {
+        match open(location, options.clone()) {
+            Ok(map) => return map,
+            Err(error) if format!("{error:#}").contains("already open") => {
+                tokio::task::yield_now().await;
+            }
+            Err(error) => panic!("{error:#}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn damaged_lmdb_entry_is_an_error_not_a_shorter_page() {
+    let subject = lmdb();
+    let entries = [
+        entry("intact"),
+        entry("will be damaged"),
+        entry("intact too"),
+    ];
+    put(&subject.map, &entries).await;
+    let Location::Lmdb(folder) = &subject.location;
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(folder.join("data.mdb"))
+        .unwrap();
+    let content = std::fs::read(folder.join("data.mdb")).unwrap();
+    let needle = b"will be damaged";
+    for at in 0..content.len() - needle.len() {
+        if content[at..].starts_with(needle) {
+            file.write_all_at(b"W", at as u64).unwrap();
+        }
+    }
+    let damaged = entries[1].uuid;
+    let is_damaged =
+        |error: &MapError| matches!(error, MapError::Damaged(uuid) if *uuid == damaged);
+    let page = subject.map.page(Bounds::default(), WHOLE).await;
+    assert!(is_damaged(&page.unwrap_err()));
+    assert!(is_damaged(&subject.map.get(damaged).await.unwrap_err()));
+    let outcomes = put(&subject.map, &entries[1..2]).await;
+    assert!(
+        matches!(outcomes[..], [Outcome::Unknown { .. }]),
+        "{outcomes:?}"
+    );
+    assert!(subject.map.get(entries[0].uuid).await.unwrap().is_some());
+}

@@ -1,0 +1,136 @@
+//! A service as a real process, on a free port, with its log at hand. Dropping it kills it.
+
+use std::io::{BufRead, BufReader};
+use std::net::{SocketAddr, TcpListener};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+/// Lines of a log that are kept: enough for every assertion, bounded for bulk loads.
+const KEPT_LINES: usize = 100_000;
+
+/// How long a test waits for something that must come.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A running service.
+#[derive(Debug)]
+pub(crate) struct Process {
+    child: Child,
+    pub(crate) address: SocketAddr,
+    log: Arc<Log>,
+}
+
+#[derive(Debug, Default)]
+struct Log {
+    lines: Mutex<Vec<String>>,
+    grown: Condvar,
+}
+
+impl Process {
+    /// Starts the command, which must name a service's binary, on `address`, and waits until it
+    /// serves.
+    pub(crate) fn start(mut command: Command, address: SocketAddr) -> Self {
+        let mut child = command
+            .args(["--listen", &address.to_string()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the service's binary can be started");
+        let stdout = child.stdout.take().expect("stdout is piped");
+        let log = Arc::new(Log::default());
+        let writing = log.clone();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                let mut lines = writing.lines.lock().unwrap();
+                if lines.len() < KEPT_LINES {
+                    lines.push(line);
+                }
+                writing.grown.notify_all();
+            }
+        });
+        let process = Self {
+            child,
+            address,
+            log,
+        };
+        process.wait_for_line(|line| line.contains("serving the "));
+        process
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal by its name, for example `TERM`.
+    pub(crate) fn signal(&self, name: &str) {
+        let sent = Command::new("kill")
+            .args([format!("-{name}"), self.pid().to_string()])
+            .status();
+        assert!(sent.unwrap().success());
+    }
+
+    /// Ends the process with SIGKILL and waits until it is gone.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Waits until the process ends by itself.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        self.child.wait().unwrap()
+    }
+
+    /// What it has logged so far.
+    pub(crate) fn log(&self) -> Vec<String> {
+        self.log.lines.lock().unwrap().clone()
+    }
+
+    /// Waits until the log has a line like this.
+    #[track_caller]
+    pub(crate) fn wait_for_line(&self, is_wanted: impl Fn(&str) -> bool) {
+        self.wait_for_log(|lines| lines.iter().any(|line| is_wanted(line)));
+    }
+
+    /// Waits until the log is like this.
+    #[track_caller]
+    pub(crate) fn wait_for_log(&self, is_complete: impl Fn(&[String]) -> bool) {
+        let lines = self.log.lines.lock().unwrap();
+        let (lines, timed_out) = self
+            .log
+            .grown
+            .wait_timeout_while(lines, PATIENCE, |lines| !is_complete(lines))
+            .unwrap();
+        let last = lines.last();
+        assert!(
+            !timed_out.timed_out(),
+            "the log lacks something; its last line: {last:?}"
+        );
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An address whose port is free and stays so while a service is restarted on it: it lies below
+/// the range from which the system takes ports for outgoing connections.
+pub(crate) fn free_address() -> SocketAddr {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let offset = std::process::id() as u16;
+    loop {
+        let step = NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = 10_000 + (offset.wrapping_mul(97).wrapping_add(step)) % 20_000;
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        if TcpListener::bind(address).is_ok() {
+            return address;
+        }
+    }
+}

@@ -1,0 +1,454 @@
+//! The logging service as real processes: signals, disks that fail, the log and the command line.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use common::entry::{Entry, Outcome, PutResult};
+use reqwest::{Client, StatusCode};
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use crate::process::{Process, free_address};
+
+const LOGGING: &str = env!("CARGO_BIN_EXE_logging");
+
+fn logging(folder: &Path) -> Command {
+    let mut command = Command::new(LOGGING);
+    command.args(["--map", &location(folder)]);
+    command
+}
+
+fn location(folder: &Path) -> String {
+    format!("lmdb:{}", folder.join("map").display())
+}
+
+fn entry(msg: &str) -> Entry {
+    Entry {
+        uuid: Uuid::now_v7(),
+        msg: msg.to_owned(),
+    }
+}
+
+async fn put(http: &Client, url: &str, entries: &[Entry]) -> reqwest::Result<Vec<Outcome>> {
+    let response = http.post(url).json(entries).send().await?;
+    let results: Vec<PutResult> = response.error_for_status()?.json().await?;
+    Ok(results.into_iter().map(|result| result.outcome).collect())
+}
+
+async fn put_one(http: &Client, url: &str, entry: &Entry) -> Outcome {
+    let outcomes = put(http, url, std::slice::from_ref(entry)).await.unwrap();
+    outcomes.into_iter().next().unwrap()
+}
+
+/// All entries of an instance; panics unless the answer is complete.
+async fn all(http: &Client, url: &str) -> Vec<Entry> {
+    let text = http.get(url).send().await.unwrap().text().await.unwrap();
+    let mut lines: Vec<&str> = text.lines().collect();
+    let end = lines.pop().unwrap();
+    assert_eq!(end, format!("{{\"count\":{}}}", lines.len()));
+    lines
+        .iter()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+/// Promises 1 and 3 on the embedded map, with everything that LMDB's locks must survive: three
+/// processes on one folder, a random one killed every 50 ms for 30 s under load.
+#[tokio::test(flavor = "multi_thread")]
+async fn acknowledged_entries_survive_kills_of_random_processes() {
+    const INTERVAL: Duration = Duration::from_millis(50);
+    const LENGTH: Duration = Duration::from_secs(30);
+    let folder = tempfile::tempdir().unwrap();
+    let addresses: Vec<SocketAddr> = (0..3).map(|_| free_address()).collect();
+    let is_over = Arc::new(AtomicBool::new(false));
+    let recorder = Arc::new(Mutex::new(Recorder::default()));
+    let writers: Vec<_> = (0..8)
+        .map(|writer| {
+            let urls = addresses.iter().map(|address| format!("http://{address}"));
+            let urls: Vec<String> = urls.collect();
+            tokio::spawn(write_until_over(
+                writer,
+                urls,
+                is_over.clone(),
+                recorder.clone(),
+            ))
+        })
+        .collect();
+    let path = folder.path().to_owned();
+    let killed = tokio::task::spawn_blocking(move || {
+        let start = |address: &SocketAddr| Process::start(quiet(&path), *address);
+        let mut processes: Vec<Process> = addresses.iter().map(start).collect();
+        let began = Instant::now();
+        let mut kills = 0_u32;
+        while began.elapsed() < LENGTH {
+            let due = began + INTERVAL * kills;
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            let victim = Uuid::new_v4().as_u128() as usize % processes.len();
+            processes[victim].kill();
+            processes[victim] = start(&addresses[victim]);
+            kills += 1;
+        }
+        (processes, kills)
+    });
+    let (processes, kills) = killed.await.unwrap();
+    is_over.store(true, Ordering::Relaxed);
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    let Recorder {
+        attempted,
+        acknowledged,
+    } = Arc::into_inner(recorder).unwrap().into_inner().unwrap();
+    println!(
+        "{kills} kills, {} entries attempted, {} acknowledged",
+        attempted.len(),
+        acknowledged.len()
+    );
+    assert!(
+        kills > 200,
+        "the run was too slow to prove anything: {kills} kills"
+    );
+    assert!(
+        acknowledged.len() > 2000,
+        "too little load to prove anything"
+    );
+    let http = Client::new();
+    for process in &processes {
+        let stored = all(&http, &process.url()).await;
+        assert!(
+            stored.is_sorted_by(|left, right| left.uuid < right.uuid),
+            "once and in order"
+        );
+        let stored: BTreeMap<Uuid, String> = stored.into_iter().map(|e| (e.uuid, e.msg)).collect();
+        for uuid in &acknowledged {
+            assert_eq!(stored.get(uuid), attempted.get(uuid), "lost or changed");
+        }
+        for (uuid, msg) in &stored {
+            assert_eq!(attempted.get(uuid), Some(msg), "never attempted");
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Recorder {
+    attempted: HashMap<Uuid, String>,
+    acknowledged: Vec<Uuid>,
+}
+
+/// Posts batches to random instances; repeats each until it is acknowledged, wherever that is.
+async fn write_until_over(
+    writer: usize,
+    urls: Vec<String>,
+    is_over: Arc<AtomicBool>,
+    recorder: Arc<Mutex<Recorder>>,
+) {
+    let http = Client::builder()
+        .timeout(Duration::from_secs(2))
+        .build()
+        .unwrap();
+    let mut sent = 0;
+    while !is_over.load(Ordering::Relaxed) {
+        let entries: Vec<Entry> = (0..5)
+            .map(|n| entry(&format!("{writer}/{sent}/{n}")))
+            .collect();
+        sent += 1;
+        let known = entries.iter().map(|entry| (entry.uuid, entry.msg.clone()));
+        recorder.lock().unwrap().attempted.extend(known);
+        while !is_over.load(Ordering::Relaxed) {
+            let url = &urls[Uuid::new_v4().as_u128() as usize % urls.len()];
+            let Ok(outcomes) = put(&http, url, &entries).await else {
+                tokio::task::yield_now().await;
+                continue;
+            };
+            let is_stored = |o: &Outcome| matches!(o, Outcome::Stored | Outcome::Duplicate);
+            let with_outcomes = entries.iter().zip(&outcomes);
+            let stored = with_outcomes.filter(|(_, outcome)| is_stored(outcome));
+            let stored: Vec<Uuid> = stored.map(|(entry, _)| entry.uuid).collect();
+            recorder.lock().unwrap().acknowledged.extend(stored);
+            if outcomes.iter().all(is_stored) {
+                break;
+            }
+        }
+    }
+}
+
+fn quiet(folder: &Path) -> Command {
+    let mut command = logging(folder);
+    command.env("RUST_LOG", "warn,logging=info");
+    command
+}
+
+/// On a small disk of its own (a tmpfs in a mount namespace that ends with the process): refused
+/// when full, readable meanwhile, and working again with space.
+#[tokio::test]
+async fn full_disk_refuses_and_recovers() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Command::new("unshare");
+    command
+        .args(["--mount", "sh", "-c"])
+        .arg("mount -t tmpfs -o size=4m tmpfs \"$0\" && exec \"$@\"")
+        .arg(folder.path())
+        .args([LOGGING, "--map", &location(folder.path())]);
+    let process = Process::start(command, free_address());
+    let filler = seen_by(&process, &folder.path().join("filler"));
+    fs::File::create(&filler)
+        .unwrap()
+        .write_all(&vec![0; 2 << 20])
+        .unwrap();
+
+    let http = Client::new();
+    let url = process.url();
+    let mut stored = Vec::new();
+    let refused = loop {
+        let entry = entry(&"x".repeat(64 * 1024));
+        match put_one(&http, &url, &entry).await {
+            Outcome::Stored => stored.push(entry),
+            outcome => break outcome,
+        }
+    };
+    assert_eq!(
+        refused,
+        Outcome::refused("the disk that holds the map is full")
+    );
+    assert!(!stored.is_empty());
+    assert_eq!(all(&http, &url).await, stored);
+
+    fs::remove_file(&filler).unwrap();
+    let entry = entry(&"y".repeat(64 * 1024));
+    assert_eq!(put_one(&http, &url, &entry).await, Outcome::Stored);
+    stored.push(entry);
+    assert_eq!(all(&http, &url).await, stored);
+}
+
+/// A path as the process sees it in its own mount namespace.
+fn seen_by(process: &Process, path: &Path) -> PathBuf {
+    let relative = path.strip_prefix("/").unwrap();
+    Path::new(&format!("/proc/{}/root", process.pid())).join(relative)
+}
+
+/// The disk fails when the second transaction is synced, before LMDB writes its meta page: it
+/// certainly did not happen.
+#[tokio::test]
+async fn failed_sync_is_refused_and_not_stored() {
+    let outcome = outcome_with_fault("fdatasync:error=EIO:when=2").await;
+    assert!(
+        matches!(outcome.second, Outcome::Refused { .. }),
+        "{outcome:?}"
+    );
+    assert!(!outcome.is_second_stored);
+}
+
+/// The disk fails when the second transaction's meta page is written: nobody can tell.
+#[tokio::test]
+async fn failed_meta_page_is_unknown_and_the_map_is_opened_again() {
+    let outcome = outcome_with_fault("pwrite64:error=EIO:when=3").await;
+    assert!(
+        matches!(outcome.second, Outcome::Unknown { .. }),
+        "{outcome:?}"
+    );
+}
+
+#[derive(Debug)]
+struct FaultOutcome {
+    second: Outcome,
+    is_second_stored: bool,
+}
+
+/// Puts three entries, the second while a system call of the writer thread fails; the first and
+/// the third must be stored, and still be after a restart.
+async fn outcome_with_fault(fault: &str) -> FaultOutcome {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Command::new("strace");
+    command
+        .args([
+            "--daemonize",
+            "--quiet=all",
+            "--follow-forks",
+            "--output=/dev/null",
+        ])
+        .arg(format!("--inject={fault}"))
+        .args([LOGGING, "--map", &location(folder.path())]);
+    let mut process = Process::start(command, free_address());
+    let http = Client::new();
+    let url = process.url();
+    let entries = [entry("first"), entry("second"), entry("third")];
+    assert_eq!(put_one(&http, &url, &entries[0]).await, Outcome::Stored);
+    let second = put_one(&http, &url, &entries[1]).await;
+    assert_eq!(put_one(&http, &url, &entries[2]).await, Outcome::Stored);
+    let before = all(&http, &url).await;
+    process.signal("TERM");
+    process.wait();
+    let process = Process::start(logging(folder.path()), free_address());
+    let stored = all(&http, &process.url()).await;
+    assert_eq!(stored, before);
+    assert!(stored.contains(&entries[0]) && stored.contains(&entries[2]));
+    FaultOutcome {
+        second,
+        is_second_stored: stored.contains(&entries[1]),
+    }
+}
+
+/// Each acknowledged entry is one line of the log, whatever the message contains.
+#[tokio::test]
+async fn acknowledged_entries_are_one_log_line_each() {
+    let folder = tempfile::tempdir().unwrap();
+    let forged = "x\nINFO entry acknowledged msg=\"forged\"\r\u{1b}[31m\u{0}\u{202e}\"";
+    let entries = [entry("plain"), entry(forged)];
+    let http = Client::new();
+    for format in ["text", "json"] {
+        let mut command = logging(folder.path());
+        command.args(["--log-format", format]);
+        let process = Process::start(command, free_address());
+        let outcomes = put(&http, &process.url(), &entries).await.unwrap();
+        let stale = entry_of_1970();
+        let refused = put_one(&http, &process.url(), &stale).await;
+        assert_eq!(refused, Outcome::Stale);
+        let is_entry = |line: &&String| line.contains("entry acknowledged");
+        process.wait_for_log(|lines| lines.iter().filter(is_entry).count() >= 2);
+        let log = process.log();
+        assert_eq!(log.iter().filter(is_entry).count(), 2, "{log:#?}");
+        let word = match outcomes[0] {
+            Outcome::Stored => "stored",
+            _ => "duplicate",
+        };
+        for (entry, line) in entries.iter().zip(log.iter().filter(is_entry)) {
+            assert!(line.contains(&entry.uuid.to_string()), "{line}");
+            assert!(line.contains(word), "{line}");
+            assert!(!line.contains(['\u{1b}', '\r', '\0']), "{line:?}");
+            let quoted = match format {
+                "text" => format!("msg={:?}", entry.msg),
+                _ => format!("\"msg\":{}", serde_json::to_string(&entry.msg).unwrap()),
+            };
+            assert!(line.contains(&quoted), "{line} has no {quoted}");
+        }
+    }
+}
+
+fn entry_of_1970() -> Entry {
+    Entry {
+        uuid: "00000000-0001-7000-8000-000000000000".parse().unwrap(),
+        msg: "old".to_owned(),
+    }
+}
+
+/// A folder that is shared between two containers would be damaged, so the second one is told.
+#[test]
+fn second_pid_namespace_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let _first = Process::start(logging(folder.path()), free_address());
+    let output = Command::new("unshare")
+        .args(["--pid", "--fork", "--mount-proc", LOGGING, "--map"])
+        .arg(location(folder.path()))
+        .args(["--listen", "127.0.0.1:0"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(one_line(&output).contains("in another container or PID namespace"));
+}
+
+#[test]
+fn taken_port_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = Process::start(logging(folder.path()), free_address());
+    let address = first.address.to_string();
+    let output = logging(folder.path())
+        .args(["--listen", &address])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let line = one_line(&output);
+    assert!(
+        line.contains(&address) && line.contains("--listen"),
+        "{line}"
+    );
+}
+
+#[test]
+fn wrong_configuration_is_one_line_and_exit_code_2() {
+    let cases: [(&[&str], &str); 7] = [
+        (&["--map", "hazelcast:x"], "lmdb:"),
+        (&["--map", "lmdb:"], "lmdb:data/map"),
+        (&["--listen", "here"], "--listen"),
+        (&["--grace", "soon"], "--grace"),
+        (&["--backups", "1"], "write 0"),
+        (&["--log-format", "xml"], "--log-format"),
+        (&["--no-such-flag"], "--help"),
+    ];
+    for (arguments, hint) in cases {
+        let output = Command::new(LOGGING).args(arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        let line = one_line(&output);
+        assert!(line.contains(hint), "{arguments:?}: {line}");
+    }
+    let output = Command::new(LOGGING)
+        .env("LOGGING_SETTLE", "never")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let output = Command::new(LOGGING)
+        .env("RUST_LOG", "a=b=c")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(one_line(&output).contains("RUST_LOG"));
+}
+
+#[track_caller]
+fn one_line(output: &Output) -> String {
+    let text = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(text.lines().count(), 1, "{text}");
+    text
+}
+
+#[test]
+fn help_names_each_flag_with_its_environment_twin() {
+    let output = Command::new(LOGGING).arg("--help").output().unwrap();
+    assert!(output.status.success());
+    let help = String::from_utf8(output.stdout).unwrap();
+    let flags = [
+        ("--listen", "LOGGING_LISTEN=", "127.0.0.1:8082"),
+        ("--map", "LOGGING_MAP=", "lmdb:data/map"),
+        ("--backups", "LOGGING_BACKUPS=", "0"),
+        ("--store-timeout", "LOGGING_STORE_TIMEOUT=", "800ms"),
+        ("--settle", "LOGGING_SETTLE=", "10s"),
+        ("--grace", "LOGGING_GRACE=", "10s"),
+        ("--log-format", "LOGGING_LOG_FORMAT=", "text"),
+    ];
+    for (flag, twin, default) in flags {
+        assert!(help.contains(flag), "{flag} in {help}");
+        assert!(help.contains(twin), "{twin} in {help}");
+        assert!(
+            help.contains(&format!("[default: {default}]")),
+            "{flag}: {default} in {help}"
+        );
+    }
+}
+
+/// An instance that is told to stop ends with code 0 and leaves the map to the others.
+#[tokio::test]
+async fn told_to_stop_it_ends_cleanly() {
+    let folder = TempDir::new().unwrap();
+    let http = Client::new();
+    for signal in ["INT", "TERM"] {
+        let mut process = Process::start(logging(folder.path()), free_address());
+        let entry = entry(signal);
+        assert_eq!(
+            put_one(&http, &process.url(), &entry).await,
+            Outcome::Stored
+        );
+        let response = http.get(process.url()).send().await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK);
+        drop(response);
+        process.signal(signal);
+        assert!(process.wait().success());
+    }
+    let process = Process::start(logging(folder.path()), free_address());
+    assert_eq!(all(&http, &process.url()).await.len(), 2);
+}
