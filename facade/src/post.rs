@@ -44,7 +44,7 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
     }
     let key = idempotency_key(&parts.headers)?;
     let _reserved = reserve(&app, &parts.headers)?;
-    let body = read(body, body_limit(app.max_message)).await?;
+    let body = read(body, app.max_message).await?;
     let msg = message(format, body, app.max_message)?;
     let request_id = server::request_id(&parts.headers);
     let stored = store(&app.pool, msg.clone(), key, request_id, app.deadline).await;
@@ -151,10 +151,10 @@ fn reserve(app: &App, headers: &HeaderMap) -> Result<OwnedSemaphorePermit, Probl
     app.reserve(bytes)
 }
 
-async fn read(body: Body, limit: usize) -> Result<Bytes, Problem> {
-    match Limited::new(body, limit).collect().await {
+async fn read(body: Body, max_message: usize) -> Result<Bytes, Problem> {
+    match Limited::new(body, body_limit(max_message)).collect().await {
         Ok(body) => Ok(body.to_bytes()),
-        Err(error) if error.is::<LengthLimitError>() => Err(too_large(limit)),
+        Err(error) if error.is::<LengthLimitError>() => Err(too_large(max_message)),
         Err(error) => Err(answer_broken_body(&*error)),
     }
 }
@@ -172,10 +172,10 @@ pub(crate) fn answer_broken_body(error: &(dyn std::error::Error + 'static)) -> P
     Problem::bad_request("the body ended too early or cannot be read")
 }
 
-fn too_large(limit: usize) -> Problem {
+fn too_large(max_message: usize) -> Problem {
     Problem::new(
         StatusCode::PAYLOAD_TOO_LARGE,
-        format!("a message may have {limit} bytes at most; split it or raise --max-message"),
+        format!("a message may have {max_message} bytes at most; split it or raise --max-message"),
     )
 }
 

@@ -1,0 +1,202 @@
+//! Tests of serving: limits of connections, bodies and answers, panics, and stopping. They talk to
+//! the server in bytes, because well-behaved clients do not do such things.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::net::{SocketAddr, TcpListener};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::routing::{get, post};
+use common::problem::Problem;
+use common::server::{Limits, RequestLog, serve, with_middleware};
+use futures_util::stream;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+/// Short enough to wait for.
+const SHORT: Duration = Duration::from_millis(200);
+/// So long that a test which waited for it would hang visibly.
+const NEVER: Duration = Duration::from_secs(3600);
+
+const PATIENT: Limits = Limits {
+    head: NEVER,
+    body_idle: NEVER,
+    write_idle: NEVER,
+};
+
+struct Server {
+    address: SocketAddr,
+    stop: CancellationToken,
+    serving: JoinHandle<std::io::Result<()>>,
+}
+
+impl Server {
+    fn start(routes: Router, limits: Limits, grace: Duration) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let stop = CancellationToken::new();
+        let router = with_middleware(routes, RequestLog::On, limits);
+        let serving = tokio::spawn(serve(listener, router, limits, stop.clone(), grace));
+        Self {
+            address,
+            stop,
+            serving,
+        }
+    }
+
+    async fn send(&self, request: &str) -> TcpStream {
+        let mut connection = TcpStream::connect(self.address).await.unwrap();
+        connection.write_all(request.as_bytes()).await.unwrap();
+        connection
+    }
+}
+
+/// Everything that still comes on a connection, until the server closes it.
+async fn rest(mut connection: TcpStream) -> String {
+    let mut text = Vec::new();
+    let _cut_or_closed = connection.read_to_end(&mut text).await;
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+async fn echo(
+    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
+) -> Result<Bytes, Problem> {
+    body.map_err(|error| Problem::new(error.status(), error.body_text()))
+}
+
+#[tokio::test]
+async fn panic_is_a_problem_and_the_server_goes_on() {
+    async fn panics() -> &'static str {
+        panic!("on purpose")
+    }
+    let routes = Router::new()
+        .route("/", get(panics))
+        .route("/ok", get("ok"));
+    let server = Server::start(routes, PATIENT, NEVER);
+    let request = "GET / HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n";
+    let answer = rest(server.send(request).await).await;
+    assert!(answer.starts_with("HTTP/1.1 500 "), "{answer}");
+    assert!(answer.contains("application/problem+json"), "{answer}");
+    assert!(answer.contains("x-request-id: "), "{answer}");
+    assert!(!answer.contains("on purpose"), "{answer}");
+    let request = "GET /ok HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n";
+    assert!(rest(server.send(request).await).await.ends_with("ok"));
+}
+
+#[tokio::test]
+async fn slow_head_and_idle_connection_are_cut() {
+    let limits = Limits {
+        head: SHORT,
+        ..PATIENT
+    };
+    let server = Server::start(Router::new().route("/", get("ok")), limits, NEVER);
+    let unfinished = server.send("GET / HTTP/1.1\r\nhost:").await;
+    rest(unfinished).await;
+    let idle = server.send("GET / HTTP/1.1\r\nhost: h\r\n\r\n").await;
+    assert!(
+        rest(idle).await.ends_with("ok"),
+        "answered, then closed when idle"
+    );
+    rest(server.send("").await).await;
+}
+
+#[tokio::test]
+async fn stalled_body_is_cut() {
+    let limits = Limits {
+        body_idle: SHORT,
+        ..PATIENT
+    };
+    let server = Server::start(Router::new().route("/", post(echo)), limits, NEVER);
+    let request = "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 10\r\n\r\nhalf";
+    let answer = rest(server.send(request).await).await;
+    assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+    assert!(answer.contains("application/problem+json"), "{answer}");
+}
+
+/// Says so when it is dropped, here with the body that holds it.
+struct Tell(mpsc::UnboundedSender<()>);
+
+impl Drop for Tell {
+    fn drop(&mut self) {
+        let _nobody_may_listen = self.0.send(());
+    }
+}
+
+#[tokio::test]
+async fn reader_that_takes_nothing_is_cut() {
+    let (ended, mut has_ended) = mpsc::unbounded_channel();
+    let endless = async move || {
+        let tell = Tell(ended.clone());
+        let chunk = Bytes::from(vec![b'x'; 64 * 1024]);
+        Body::from_stream(stream::repeat_with(move || {
+            let _held_by_the_body = &tell;
+            Ok::<_, std::io::Error>(chunk.clone())
+        }))
+    };
+    let limits = Limits {
+        write_idle: SHORT,
+        ..PATIENT
+    };
+    let server = Server::start(Router::new().route("/", get(endless)), limits, NEVER);
+    let connection = server.send("GET / HTTP/1.1\r\nhost: h\r\n\r\n").await;
+    assert_eq!(has_ended.recv().await, Some(()));
+    drop(connection);
+}
+
+/// A body in two halves; the second comes when the test says so.
+fn in_halves() -> (Router, mpsc::Sender<Bytes>) {
+    let (halves, received) = mpsc::channel::<Bytes>(2);
+    let received = std::sync::Arc::new(tokio::sync::Mutex::new(Some(received)));
+    let body = async move || {
+        let received = received.lock().await.take().unwrap();
+        Body::from_stream(stream::unfold(received, async |mut received| {
+            Some((Ok::<_, std::io::Error>(received.recv().await?), received))
+        }))
+    };
+    (Router::new().route("/", get(body)), halves)
+}
+
+async fn read_until(connection: &mut TcpStream, end: &str) -> String {
+    let mut text = Vec::new();
+    while !text.ends_with(end.as_bytes()) {
+        text.push(connection.read_u8().await.unwrap());
+    }
+    String::from_utf8(text).unwrap()
+}
+
+#[tokio::test]
+async fn body_in_flight_finishes_after_the_stop() {
+    let (routes, halves) = in_halves();
+    let server = Server::start(routes, PATIENT, NEVER);
+    let mut connection = server.send("GET / HTTP/1.1\r\nhost: h\r\n\r\n").await;
+    halves.send("first half".into()).await.unwrap();
+    read_until(&mut connection, "first half").await;
+    server.stop.cancel();
+    while TcpStream::connect(server.address).await.is_ok() {
+        tokio::task::yield_now().await;
+    }
+    halves.send("second half".into()).await.unwrap();
+    drop(halves);
+    assert!(rest(connection).await.ends_with("second half\r\n0\r\n\r\n"));
+    server.serving.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn body_that_outlasts_the_grace_period_is_cut() {
+    let (routes, halves) = in_halves();
+    let server = Server::start(routes, PATIENT, SHORT);
+    let mut connection = server.send("GET / HTTP/1.1\r\nhost: h\r\n\r\n").await;
+    halves.send("first half".into()).await.unwrap();
+    read_until(&mut connection, "first half").await;
+    server.stop.cancel();
+    server.serving.await.unwrap().unwrap();
+    assert!(
+        !rest(connection).await.contains("0\r\n\r\n"),
+        "no polite end"
+    );
+}

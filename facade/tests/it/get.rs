@@ -1,0 +1,385 @@
+//! GET: formats, bounds, single entries, and services that are away.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::StatusCode;
+use axum::routing::get;
+use common::entry::Entry;
+use futures_util::StreamExt;
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
+use serde_json::{Value, json};
+use tokio::sync::Notify;
+use uuid::Uuid;
+
+use crate::system::{Server, System, nobody, problem, serve};
+
+async fn text(system: &System, path: &str, accept: &str) -> String {
+    let url = format!("{}{path}", system.url);
+    let request = system.http.get(url).header("accept", accept);
+    request.send().await.unwrap().text().await.unwrap()
+}
+
+#[tokio::test]
+async fn json_has_one_entry_a_line() {
+    let system = System::start();
+    let tail = r#"],"messages_service":"Messages Service not Implemented","count":"#;
+    let empty = format!("{{\"logging_service\":[\n{tail}0}}\n");
+    assert_eq!(text(&system, "/", "*/*").await, empty);
+    let first = system.store("first").await;
+    let second = system.store("\"second\"\n").await;
+    let expected = format!(
+        "{{\"logging_service\":[\n{{\"uuid\":\"{first}\",\"msg\":\"first\"}},\n\
+         {{\"uuid\":\"{second}\",\"msg\":\"\\\"second\\\"\\n\"}}\n{tail}2}}\n"
+    );
+    for accept in [
+        "*/*",
+        "application/json",
+        "application/*",
+        "text/html,*/*;q=0.8",
+    ] {
+        assert_eq!(text(&system, "/", accept).await, expected, "{accept}");
+    }
+    let response = system.get("/").await;
+    assert_eq!(response.headers()["content-type"], "application/json");
+    let cut = text(&system, "/?limit=1", "*/*").await;
+    assert!(
+        cut.ends_with(&format!("{tail}1,\"next\":\"{first}\"}}\n")),
+        "{cut}"
+    );
+}
+
+#[tokio::test]
+async fn ndjson_ends_with_the_messages_reply_and_count() {
+    let system = System::start();
+    let uuid = system.store("hello").await;
+    let reply = r#""messages_service":"Messages Service not Implemented""#;
+    let expected = format!("{{\"uuid\":\"{uuid}\",\"msg\":\"hello\"}}\n{{{reply},\"count\":1}}\n");
+    let ndjson = "application/x-ndjson";
+    assert_eq!(text(&system, "/", ndjson).await, expected);
+    assert_eq!(
+        text(&system, "/", "application/json;q=0.5,application/x-ndjson").await,
+        expected
+    );
+    system.store("more").await;
+    let cut = text(&system, "/?limit=1", ndjson).await;
+    assert!(
+        cut.ends_with(&format!("{{{reply},\"count\":1,\"next\":\"{uuid}\"}}\n")),
+        "{cut}"
+    );
+}
+
+#[tokio::test]
+async fn text_line_cannot_be_forged() {
+    let system = System::start();
+    let forged = "a\n2 messages\r\u{1b}[2J\u{0}\u{85}\u{2028}\u{202e}\\n é🦀\"";
+    let uuid = system.store(forged).await;
+    let escaped = "a\\n2 messages\\r\\u{1b}[2J\\u{0}\\u{85}\\u{2028}\\u{202e}\\\\n é🦀\"";
+    let expected = format!("{uuid} {escaped}\n1 messages\nMessages Service not Implemented\n");
+    for accept in ["text/plain", "text/*"] {
+        assert_eq!(text(&system, "/", accept).await, expected);
+    }
+    system.store("b").await;
+    let cut = text(&system, "/?limit=1", "text/plain").await;
+    assert!(
+        cut.contains(&format!("\n1 messages, next {uuid}\n")),
+        "{cut}"
+    );
+}
+
+#[tokio::test]
+async fn unacceptable_formats_are_406() {
+    let system = System::start();
+    for accept in ["text/html", "image/*", "application/json;q=0"] {
+        let request = system.http.get(&system.url).header("accept", accept);
+        problem(request.send().await.unwrap(), 406).await;
+    }
+    let request = system.http.get(&system.url).header("accept", "nonsense");
+    problem(request.send().await.unwrap(), 400).await;
+}
+
+#[tokio::test]
+async fn bounds_are_exclusive_and_unknown_fields_ignored() {
+    let system = System::start();
+    let mut uuids = Vec::new();
+    for n in 0..5 {
+        uuids.push(system.store(&n.to_string()).await);
+    }
+    let msgs = async |query: &str| -> Vec<String> {
+        let read = system.read(query).await.logging_service;
+        read.into_iter().map(|entry| entry.msg).collect()
+    };
+    let (second, fourth) = (uuids[1], uuids[3]);
+    assert_eq!(msgs("?msg=HELLO").await, ["0", "1", "2", "3", "4"]);
+    assert_eq!(msgs(&format!("?after={second}")).await, ["2", "3", "4"]);
+    assert_eq!(msgs(&format!("?before={fourth}")).await, ["0", "1", "2"]);
+    assert_eq!(
+        msgs(&format!("?after={second}&before={fourth}")).await,
+        ["2"]
+    );
+    assert_eq!(msgs("?order=desc&limit=2").await, ["4", "3"]);
+    assert_eq!(msgs("?order=asc&limit=2").await, ["0", "1"]);
+    assert!(
+        msgs(&format!("?after={fourth}&before={second}"))
+            .await
+            .is_empty()
+    );
+    let exact = system.read("?limit=5").await;
+    assert_eq!((exact.count, exact.next), (5, None));
+    let malformed = [
+        "after=x",
+        "before=",
+        "order=up",
+        "order=",
+        "limit=0",
+        "limit=-1",
+        "limit=x",
+        "limit=",
+        "limit=1&limit=2",
+        "after=0",
+    ];
+    for query in malformed {
+        problem(system.get(&format!("/?{query}")).await, 400).await;
+    }
+}
+
+/// Any bounds, any limit, both orders: following `next` gives what the whole log says.
+#[test]
+fn following_next_gives_the_whole_within_any_bounds() {
+    const MESSAGES: usize = 40;
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (system, all) = runtime.block_on(async {
+        let system = System::start();
+        for n in 0..MESSAGES {
+            system.store(&format!("message {n}")).await;
+        }
+        let all = system.read("").await.logging_service;
+        (system, all)
+    });
+    let uuids: Vec<Uuid> = all.iter().map(|entry| entry.uuid).collect();
+    let bound = proptest::option::of(proptest::sample::select(uuids));
+    let case = (bound.clone(), bound, any::<bool>(), 1..=MESSAGES + 1);
+    let config = ProptestConfig {
+        cases: 150,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    };
+    TestRunner::new(config)
+        .run(&case, |(mut after, mut before, is_desc, limit)| {
+            let is_within = |entry: &&Entry| {
+                after.is_none_or(|after| entry.uuid > after)
+                    && before.is_none_or(|before| entry.uuid < before)
+            };
+            let mut expected: Vec<Entry> = all.iter().filter(is_within).cloned().collect();
+            if is_desc {
+                expected.reverse();
+            }
+            let mut read = Vec::new();
+            loop {
+                let order = if is_desc { "desc" } else { "asc" };
+                let mut query = format!("?order={order}&limit={limit}");
+                after
+                    .iter()
+                    .for_each(|uuid| query += &format!("&after={uuid}"));
+                before
+                    .iter()
+                    .for_each(|uuid| query += &format!("&before={uuid}"));
+                let page = runtime.block_on(system.read(&query));
+                prop_assert!(page.count <= limit as u64);
+                read.extend(page.logging_service);
+                match page.next {
+                    Some(next) if is_desc => before = Some(next),
+                    Some(next) => after = Some(next),
+                    None => break,
+                }
+            }
+            prop_assert_eq!(read, expected);
+            Ok(())
+        })
+        .unwrap();
+}
+
+#[tokio::test]
+async fn single_messages_are_found_by_uuid() {
+    let system = System::start();
+    let uuid = system.store("hello").await;
+    let found: Value = system.get(&format!("/{uuid}")).await.json().await.unwrap();
+    assert_eq!(found, json!({"uuid": uuid, "msg": "hello"}));
+    problem(system.get(&format!("/{}", Uuid::now_v7())).await, 404).await;
+    problem(system.get("/hello").await, 400).await;
+}
+
+/// An upper bound stands before the first page, so a read ends though writers go on.
+#[tokio::test(flavor = "multi_thread")]
+async fn read_ends_while_messages_keep_coming() {
+    let system = Arc::new(System::start());
+    let msg = "x".repeat(50_000);
+    for _ in 0..20 {
+        system.store(&msg).await;
+    }
+    let mut body = system.get("/").await.bytes_stream();
+    let mut read = body.next().await.unwrap().unwrap().to_vec();
+    while let Some(chunk) = body.next().await {
+        system.store(&msg).await;
+        read.extend_from_slice(&chunk.unwrap());
+    }
+    let merged: Value = serde_json::from_slice(&read).unwrap();
+    assert_eq!(merged["count"], 20);
+}
+
+fn logging_of(system_entries: usize) -> Server {
+    let entries = (0..system_entries).map(|n| Entry {
+        uuid: Uuid::now_v7(),
+        msg: n.to_string(),
+    });
+    let mut body = Vec::new();
+    entries.for_each(|entry| entry.write_line(&mut body));
+    body.extend_from_slice(format!("{{\"count\":{system_entries}}}\n").as_bytes());
+    serve(Router::new().route("/", get(async move || body)))
+}
+
+#[tokio::test]
+async fn entries_come_though_the_messages_service_is_away() {
+    let away = serve(Router::new().fallback(StatusCode::INTERNAL_SERVER_ERROR));
+    let system = System::with_stubs(vec![logging_of(3)], away, &[]);
+    let read = system.read("").await;
+    assert_eq!((read.count, read.messages_service), (3, None));
+    assert!(
+        read.messages_service_error
+            .unwrap()
+            .contains("messages service")
+    );
+    let ndjson = text(&system, "/", "application/x-ndjson").await;
+    assert!(ndjson.contains("{\"messages_service\":null,\"messages_service_error\":\""));
+    let plain = text(&system, "/", "text/plain").await;
+    assert!(
+        plain.contains("3 messages\nthe messages service "),
+        "{plain}"
+    );
+}
+
+#[tokio::test]
+async fn hanging_messages_service_delays_only_the_tail() {
+    let answer = Arc::new(Notify::new());
+    let waiting = answer.clone();
+    let reply = async move || {
+        waiting.notified().await;
+        "at last"
+    };
+    let slow = serve(Router::new().route("/", get(reply)));
+    let flags = ["--messages-timeout", "30s"];
+    let system = System::with_stubs(vec![logging_of(3)], slow, &flags);
+    let mut body = system.get("/").await.bytes_stream();
+    let mut read = String::new();
+    while read.lines().count() < 4 {
+        let chunk = body.next().await.unwrap().unwrap();
+        read += std::str::from_utf8(&chunk).unwrap();
+    }
+    assert!(!read.contains("messages_service"));
+    answer.notify_one();
+    while let Some(chunk) = body.next().await {
+        read += std::str::from_utf8(&chunk.unwrap()).unwrap();
+    }
+    assert!(
+        read.ends_with("],\"messages_service\":\"at last\",\"count\":3}\n"),
+        "{read}"
+    );
+}
+
+#[tokio::test]
+async fn messages_service_that_never_answers_is_named_in_time() {
+    let hanging = serve(Router::new().route("/", get(std::future::pending::<()>)));
+    let flags = ["--messages-timeout", "100ms"];
+    let system = System::with_stubs(vec![logging_of(1)], hanging, &flags);
+    let read = system.read("").await;
+    assert_eq!(
+        read.messages_service_error.unwrap(),
+        "the messages service did not answer in time"
+    );
+}
+
+#[tokio::test]
+async fn no_logging_instance_is_a_503() {
+    let not_ready = serve(Router::new().fallback(StatusCode::SERVICE_UNAVAILABLE));
+    for logging in [vec![not_ready], vec![nobody(), nobody()]] {
+        let system = System::with_stubs(logging, nobody(), &[]);
+        let response = system.get("/").await;
+        assert!(response.headers().contains_key("retry-after"));
+        problem(response, 503).await;
+        problem(system.get(&format!("/{}", Uuid::now_v7())).await, 503).await;
+    }
+}
+
+/// A logging service that gives these answers, one for each read, then errors.
+fn logging_script(answers: &[&str]) -> Server {
+    let answers: VecDeque<String> = answers.iter().map(|&answer| answer.to_owned()).collect();
+    let answers = Arc::new(Mutex::new(answers));
+    let answer = async move || {
+        let next = answers.lock().unwrap().pop_front();
+        next.ok_or(StatusCode::SERVICE_UNAVAILABLE)
+    };
+    serve(Router::new().route("/", get(answer)))
+}
+
+const FIRST_LINE: &str = r#"{"uuid":"01890000-0000-7000-8000-000000000001","msg":"a"}"#;
+const SECOND_LINE: &str = r#"{"uuid":"01890000-0000-7000-8000-000000000002","msg":"b"}"#;
+
+/// A page that cannot be had makes the body break off; it never ends it politely.
+#[tokio::test]
+async fn body_that_cannot_be_finished_is_aborted() {
+    let page = format!(
+        "{FIRST_LINE}\n{{\"count\":1,\"next\":\"01890000-0000-7000-8000-000000000001\"}}\n"
+    );
+    let logging = logging_script(&[&page]);
+    let messages = serve(messages::router(Default::default()));
+    let system = System::with_stubs(vec![logging], messages, &["--read-deadline", "200ms"]);
+    let mut body = system.get("/").await.bytes_stream();
+    let first = body.next().await.unwrap().unwrap();
+    assert!(first.ends_with(FIRST_LINE.as_bytes()));
+    assert!(body.next().await.unwrap().is_err());
+}
+
+#[tokio::test]
+async fn page_that_contradicts_itself_is_not_passed_on() {
+    let pages = [
+        format!("{FIRST_LINE}\n{SECOND_LINE}\n{{\"count\":3}}\n"),
+        format!("{SECOND_LINE}\n{FIRST_LINE}\n{{\"count\":2}}\n"),
+        format!("{FIRST_LINE}\n{FIRST_LINE}\n{{\"count\":2}}\n"),
+        format!("{FIRST_LINE}\n{{\"count\":1}}"),
+        format!("{FIRST_LINE}\n"),
+        "nonsense\n{\"count\":1}\n".to_owned(),
+        String::new(),
+    ];
+    for page in pages {
+        let messages = serve(messages::router(Default::default()));
+        let system = System::with_stubs(vec![logging_script(&[&page])], messages, &[]);
+        problem(system.get("/").await, 503).await;
+    }
+}
+
+#[tokio::test]
+async fn reads_at_once_are_bounded_in_number() {
+    let answer = Arc::new(Notify::new());
+    let waiting = answer.clone();
+    let reply = async move || waiting.notified().await;
+    let slow = serve(Router::new().route("/", get(reply)));
+    let flags = ["--max-reads", "1", "--messages-timeout", "30s"];
+    let system = System::with_stubs(vec![logging_of(1)], slow, &flags);
+    let first = system.get("/").await;
+    let second = system.get("/").await;
+    assert!(second.headers().contains_key("retry-after"));
+    problem(second, 503).await;
+    answer.notify_one();
+    first.bytes().await.unwrap();
+    answer.notify_one();
+    tokio::time::timeout(Duration::from_secs(30), async {
+        while system.get("/").await.status() != 200 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
+}

@@ -1,0 +1,77 @@
+//! What holds for every request: paths, methods, request ids, health.
+
+use serde_json::Value;
+
+use crate::system::{System, nobody, problem};
+
+#[tokio::test]
+async fn wrong_paths_and_methods_are_problems() {
+    let system = System::start();
+    problem(system.get("/a/b").await, 404).await;
+    for (method, path) in [
+        ("PUT", "/"),
+        ("DELETE", "/"),
+        ("PATCH", "/x"),
+        ("POST", "/livez"),
+    ] {
+        let url = format!("{}{path}", system.url);
+        let request = system.http.request(method.parse().unwrap(), url);
+        let response = request.send().await.unwrap();
+        assert!(response.headers().contains_key("allow"));
+        problem(response, 405).await;
+    }
+}
+
+#[tokio::test]
+async fn request_id_is_kept_or_made() {
+    let system = System::start();
+    let send = async |id: Option<&str>| {
+        let request = system.http.get(format!("{}/livez", system.url));
+        let request = match id {
+            Some(id) => request.header("x-request-id", id),
+            None => request,
+        };
+        let response = request.send().await.unwrap();
+        response.headers()["x-request-id"]
+            .to_str()
+            .unwrap()
+            .to_owned()
+    };
+    assert_eq!(send(Some("my-id-1")).await, "my-id-1");
+    assert_eq!(send(None).await.len(), 36);
+    for unusable in ["with space", &"x".repeat(129), ""] {
+        assert_eq!(send(Some(unusable)).await.len(), 36);
+    }
+}
+
+#[tokio::test]
+async fn readiness_says_what_is_missing() {
+    let system = System::start();
+    assert_eq!(system.get("/livez").await.text().await.unwrap(), "alive\n");
+    let ready: Value = system.get("/readyz").await.json().await.unwrap();
+    assert_eq!(ready["status"], "ready");
+    let ready: Value = system.get("/readyz?verbose").await.json().await.unwrap();
+    assert_eq!(ready["checks"].as_array().unwrap().len(), 4);
+    system.stop.cancel();
+    let stopping = problem(system.get("/readyz").await, 503).await;
+    assert!(stopping["detail"].as_str().unwrap().contains("stopping"));
+    assert_eq!(system.get("/livez").await.status(), 200);
+}
+
+#[tokio::test]
+async fn facade_alone_is_alive_but_not_ready() {
+    let system = System::with_stubs(vec![nobody()], nobody(), &[]);
+    assert_eq!(system.get("/livez").await.status(), 200);
+    let missing = problem(system.get("/readyz?verbose").await, 503).await;
+    assert!(
+        missing["detail"]
+            .as_str()
+            .unwrap()
+            .contains("no logging instance")
+    );
+    let checks = missing["checks"].as_array().unwrap();
+    assert!(
+        checks.iter().all(|check| check["ok"] == false),
+        "{checks:?}"
+    );
+}

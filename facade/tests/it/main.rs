@@ -1,0 +1,22 @@
+//! Tests of the whole system as its callers see it, through HTTP.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+/// Starts the services as real processes.
+#[path = "../../../logging/tests/it/process.rs"]
+mod process;
+/// Real processes together: the exercise's client, kills, signals, logs.
+mod processes;
+/// Starts the services in-process, each on a free port.
+mod system;
+
+/// Uploads of many messages.
+mod bulk;
+/// GET: formats, bounds, single entries, what happens when something is away.
+mod get;
+/// Paths, methods, request ids, health.
+mod http;
+/// A million entries, slow readers, memory.
+mod large;
+/// POST of one message: every accepted shape, every refusal, keys.
+mod post;

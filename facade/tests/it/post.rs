@@ -1,0 +1,437 @@
+//! POST of one message.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use axum::{Json, Router};
+use common::entry::{Entry, Outcome, PutEntry, PutResult};
+use facade::post::{BodyFormat, message};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::system::{Server, System, nobody, problem, serve};
+
+const FORM: &str = "application/x-www-form-urlencoded";
+const JSON: &str = "application/json";
+const TEXT: &str = "text/plain";
+
+#[tokio::test]
+async fn every_accepted_shape_is_stored_as_posted() {
+    let system = System::start();
+    let cases: [(Option<&str>, &[u8], &str); 22] = [
+        (Some(FORM), b"msg=hello", "hello"),
+        (Some(FORM), b"Hello", "Hello"),
+        (Some(FORM), b"Hello+World %26", "Hello+World %26"),
+        (Some(FORM), b"a&b", "a&b"),
+        (Some(FORM), b"msg=a+b%26c%3Dd", "a b&c=d"),
+        (Some(FORM), b"msg=a=b", "a=b"),
+        (Some(FORM), b"msg=100%", "100%"),
+        (Some(FORM), b"%6Dsg=encoded+name", "encoded name"),
+        (Some(FORM), "msg=%F0%9F%A6%80é".as_bytes(), "🦀é"),
+        (
+            Some("APPLICATION/X-WWW-FORM-URLENCODED; charset=UTF-8"),
+            b"msg=x",
+            "x",
+        ),
+        (Some(JSON), br#"{"msg":"hello"}"#, "hello"),
+        (Some(JSON), b" {\n\"msg\" : \"hello\" } ", "hello"),
+        (Some(JSON), br#""hello""#, "hello"),
+        (Some(JSON), br#""\u0000\ud83e\udd80\n""#, "\0🦀\n"),
+        (Some("application/json; charset=utf-8"), br#""x""#, "x"),
+        (Some(TEXT), b"msg=hello", "msg=hello"),
+        (
+            Some(TEXT),
+            b" a: b\r\n\"c\"\0&+=% ",
+            " a: b\r\n\"c\"\0&+=% ",
+        ),
+        (Some("text/plain; charset=\"utf-8\""), b"x", "x"),
+        (Some("text/plain;charset=us-ascii"), b"x", "x"),
+        (None, b"no content type", "no content type"),
+        (None, b"msg=a&b=c", "msg=a&b=c"),
+        (None, "\u{feff}bom".as_bytes(), "\u{feff}bom"),
+    ];
+    for (content_type, body, expected) in cases {
+        let request = system.post().body(body.to_vec());
+        let request = match content_type {
+            Some(content_type) => request.header("content-type", content_type),
+            None => request,
+        };
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), 200, "{content_type:?} {expected:?}");
+        let instance = response.headers()["x-logging-instance"].to_str().unwrap();
+        assert!(
+            system.logging.iter().any(|name| name == instance),
+            "{instance}"
+        );
+        let answer: Value = response.json().await.unwrap();
+        let uuid = answer["uuid"].as_str().unwrap();
+        assert_eq!(answer, json!({"uuid": uuid, "msg": expected}));
+        assert_eq!(Uuid::try_parse(uuid).unwrap().get_version_num(), 7);
+        let stored: Entry = system.get(&format!("/{uuid}")).await.json().await.unwrap();
+        assert_eq!(stored.msg, expected);
+    }
+    assert_eq!(system.messages().await, cases.map(|(_, _, msg)| msg));
+}
+
+#[tokio::test]
+async fn what_nobody_asked_for_is_refused_and_changes_nothing() {
+    let system = System::start();
+    let cases: [(&str, &[u8], u16); 33] = [
+        (FORM, b"", 400),
+        (FORM, b"msg=", 400),
+        (FORM, b"msg=a&b=c", 400),
+        (FORM, b"msg=a&msg=b", 400),
+        (FORM, b"msg=a&", 400),
+        (FORM, b"&msg=a", 400),
+        (FORM, b"message=a", 400),
+        (FORM, b"MSG=a", 400),
+        (FORM, b"=a", 400),
+        (FORM, b"msg=%FF", 400),
+        (FORM, b"\xff", 400),
+        (JSON, b"", 400),
+        (JSON, b"hello", 400),
+        (JSON, b"{}", 400),
+        (JSON, br#"{"msg":""}"#, 400),
+        (JSON, br#"{"msg":"a","uuid":"b"}"#, 400),
+        (JSON, br#"{"msg":"a","msg":"b"}"#, 400),
+        (JSON, br#"{"msg":1}"#, 400),
+        (JSON, br#"{"msg":null}"#, 400),
+        (JSON, br#"["a"]"#, 400),
+        (JSON, b"1", 400),
+        (JSON, br#""a" "b""#, 400),
+        (JSON, br#""\ud83e""#, 400),
+        (JSON, b"\"\xff\"", 400),
+        (TEXT, b"", 400),
+        (TEXT, b"\xf0\x9f", 400),
+        ("text/plain; charset=latin1", b"a", 415),
+        ("text/html", b"a", 415),
+        ("multipart/form-data; boundary=x", b"--x--", 415),
+        ("application/octet-stream", b"a", 415),
+        ("application/xml", b"<a/>", 415),
+        ("nonsense", b"a", 415),
+        ("", b"a", 415),
+    ];
+    for (content_type, body, status) in cases {
+        let request = system.post().header("content-type", content_type);
+        let response = request.body(body.to_vec()).send().await.unwrap();
+        let what = format!("{content_type} {:?}", String::from_utf8_lossy(body));
+        assert_eq!(response.status(), status, "{what}");
+        problem(response, status).await;
+    }
+    let twice = system
+        .post()
+        .header("content-type", FORM)
+        .header("content-type", TEXT);
+    problem(twice.body("a").send().await.unwrap(), 415).await;
+    let packed = system.post().header("content-encoding", "gzip").body("a");
+    problem(packed.send().await.unwrap(), 415).await;
+    assert_eq!(system.read("").await.count, 0);
+}
+
+#[tokio::test]
+async fn largest_message_is_stored_and_one_byte_more_is_413() {
+    for flags in [&[][..], &["--max-message", "1MiB"]] {
+        let system = System::start_with(flags);
+        let size = if flags.is_empty() { 64 << 10 } else { 1 << 20 };
+        let largest = "\u{1}".repeat(size);
+        let larger = "\u{1}".repeat(size + 1);
+        let encode = |msg: &str| {
+            [
+                (TEXT, msg.to_owned()),
+                (FORM, format!("msg={}", msg.replace('\u{1}', "%01"))),
+                (JSON, serde_json::to_string(msg).unwrap()),
+            ]
+        };
+        for (content_type, body) in encode(&largest) {
+            let request = system.post().header("content-type", content_type);
+            let response = request.body(body).send().await.unwrap();
+            assert_eq!(response.status(), 200, "{content_type}");
+        }
+        for (content_type, body) in encode(&larger) {
+            let request = system.post().header("content-type", content_type);
+            let announced = request.try_clone().unwrap().body(body.clone()).send();
+            problem(announced.await.unwrap(), 413).await;
+            let chunks = futures_util::stream::iter([Ok::<_, String>(body)]);
+            let chunked = request.body(reqwest::Body::wrap_stream(chunks)).send();
+            problem(chunked.await.unwrap(), 413).await;
+        }
+        let stored = system.messages().await;
+        assert_eq!(stored.len(), 3);
+        assert!(stored.iter().all(|msg| *msg == largest));
+    }
+}
+
+#[tokio::test]
+async fn idempotency_key_becomes_the_uuid_and_repeats_are_duplicates() {
+    let system = System::start();
+    let key = Uuid::now_v7();
+    let post = |key: String, msg: &'static str| {
+        system
+            .post()
+            .header("idempotency-key", key)
+            .body(msg)
+            .send()
+    };
+    let first: Value = post(key.to_string(), "a")
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
+    assert_eq!(first, json!({"uuid": key, "msg": "a"}));
+    for repeated in [key.to_string(), format!("\"{key}\"")] {
+        let repeat: Value = post(repeated, "a").await.unwrap().json().await.unwrap();
+        assert_eq!(repeat, json!({"uuid": key, "msg": "a", "duplicate": true}));
+    }
+    problem(post(key.to_string(), "b").await.unwrap(), 422).await;
+    for bad in [
+        "",
+        "x",
+        "\"",
+        &Uuid::nil().to_string(),
+        "d9428888-122b-4fee-8123-123456789abc",
+    ] {
+        problem(post(bad.to_owned(), "c").await.unwrap(), 400).await;
+    }
+    let two = system
+        .post()
+        .header("idempotency-key", Uuid::now_v7().to_string());
+    let two = two.header("idempotency-key", Uuid::now_v7().to_string());
+    problem(two.body("c").send().await.unwrap(), 400).await;
+    let old = "01890000-0000-7000-8000-000000000000";
+    let answer = problem(post(old.to_owned(), "c").await.unwrap(), 409).await;
+    assert!(
+        answer["detail"]
+            .as_str()
+            .unwrap()
+            .contains("post again with a new key")
+    );
+    assert_eq!(system.messages().await, ["a"]);
+}
+
+#[tokio::test]
+async fn uuids_of_one_facade_increase_with_each_answer() {
+    let system = System::start();
+    let mut last = Uuid::nil();
+    for n in 0..500 {
+        let uuid = system.store(&n.to_string()).await;
+        assert!(uuid > last, "{uuid} after {last}");
+        last = uuid;
+    }
+    let expected: Vec<String> = (0..500).map(|n| n.to_string()).collect();
+    assert_eq!(system.messages().await, expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn acknowledged_message_is_in_every_get_that_begins_afterwards() {
+    let system = Arc::new(System::start());
+    let writers = (0..16).map(|writer| {
+        let system = system.clone();
+        tokio::spawn(async move {
+            for n in 0..20 {
+                let uuid = system.store(&format!("{writer}/{n}")).await;
+                let before = Uuid::from_u128(uuid.as_u128() + 1);
+                let read = system
+                    .read(&format!("?before={before}&order=desc&limit=1"))
+                    .await;
+                assert_eq!(read.logging_service[0].uuid, uuid);
+            }
+        })
+    });
+    for writer in writers.collect::<Vec<_>>() {
+        writer.await.unwrap();
+    }
+    let entries = system.read("").await.logging_service;
+    let unique: HashSet<&str> = entries.iter().map(|entry| entry.msg.as_str()).collect();
+    assert_eq!((entries.len(), unique.len()), (320, 320));
+}
+
+/// A logging service that answers each entry as the test says.
+fn logging_stub(answer: impl Fn(&PutEntry) -> Outcome + Clone + Send + Sync + 'static) -> Server {
+    let put = async move |Json(entries): Json<Vec<PutEntry>>| {
+        let results = entries.iter().map(|entry| PutResult {
+            uuid: entry.uuid,
+            outcome: answer(entry),
+        });
+        Json(results.collect::<Vec<_>>())
+    };
+    serve(Router::new().route("/", axum::routing::post(put)))
+}
+
+fn system_of(logging: Vec<Server>) -> System {
+    System::with_stubs(logging, nobody(), &["--deadline", "300ms"])
+}
+
+#[tokio::test]
+async fn refused_message_is_a_503_that_was_not_stored() {
+    let system = system_of(vec![logging_stub(|_| Outcome::refused("no room"))]);
+    let response = system.post().body("a").send().await.unwrap();
+    assert!(response.headers().contains_key("retry-after"));
+    let answer = problem(response, 503).await;
+    assert_eq!(answer["stored"], "no");
+    assert!(answer["detail"].as_str().unwrap().contains("no room"));
+    assert!(Uuid::try_parse(answer["uuid"].as_str().unwrap()).is_ok());
+}
+
+#[tokio::test]
+async fn message_of_unknown_fate_is_a_503_with_the_uuid_to_repeat() {
+    let system = system_of(vec![logging_stub(|_| Outcome::unknown("lost"))]);
+    let response = system.post().body("a").send().await.unwrap();
+    assert!(response.headers().contains_key("retry-after"));
+    let answer = problem(response, 503).await;
+    assert_eq!(answer["stored"], "unknown");
+    let uuid = answer["uuid"].as_str().unwrap();
+    let key = Uuid::now_v7().to_string();
+    let with_key = system.post().header("idempotency-key", &key).body("a");
+    let answer = problem(with_key.send().await.unwrap(), 503).await;
+    assert_eq!(answer["uuid"], key);
+    assert_ne!(uuid, key);
+}
+
+#[tokio::test]
+async fn own_uuid_is_kept_after_an_unknown_try_and_never_shown_as_duplicate() {
+    let tries = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let (count, list) = (tries.clone(), seen.clone());
+    let system = system_of(vec![logging_stub(move |entry| {
+        list.lock().unwrap().push(entry.uuid);
+        match count.fetch_add(1, Ordering::Relaxed) {
+            0 => Outcome::refused("certainly not executed"),
+            1 => Outcome::unknown("perhaps executed"),
+            2 => Outcome::refused("this try was not executed"),
+            _ => Outcome::Duplicate,
+        }
+    })]);
+    let response = system.post().body("a").send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    let answer: Value = response.json().await.unwrap();
+    let seen = seen.lock().unwrap().clone();
+    assert_ne!(seen[0], seen[1], "a new UUID after a certain refusal");
+    assert_eq!(
+        [seen[1], seen[1]],
+        [seen[2], seen[3]],
+        "the same one from then on"
+    );
+    assert_eq!(answer, json!({"uuid": seen[3], "msg": "a"}));
+}
+
+#[tokio::test]
+async fn too_many_messages_at_once_are_turned_away_quickly() {
+    let hanging = serve(Router::new().route("/", axum::routing::post(std::future::pending::<()>)));
+    let flags = [
+        "--max-message",
+        "1MiB",
+        "--try-timeout",
+        "30s",
+        "--deadline",
+        "30s",
+    ];
+    let system = Arc::new(System::with_stubs(vec![hanging], nobody(), &flags));
+    let body = "x".repeat(1 << 20);
+    let mut posts = tokio::task::JoinSet::new();
+    for _ in 0..80 {
+        let request = system.post().body(body.clone());
+        posts.spawn(async move { request.send().await.unwrap() });
+    }
+    for _ in 0..80 - 64 {
+        let response = posts.join_next().await.unwrap().unwrap();
+        assert!(response.headers().contains_key("retry-after"));
+        assert_eq!(problem(response, 503).await["stored"], "no");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_body_makes_the_rules_panic(body: Vec<u8>, format in any_format()) {
+        let _ = message(format, body.into(), 1000);
+    }
+
+    #[test]
+    fn text_is_taken_as_it_is(msg in "(?s).{1,200}") {
+        let taken = message(BodyFormat::Text, msg.clone().into(), 1000).unwrap();
+        prop_assert_eq!(taken, msg);
+    }
+
+    #[test]
+    fn form_field_is_decoded_to_what_was_encoded(msg in "(?s).{1,200}") {
+        let encoded: String = msg.bytes().map(|byte| format!("%{byte:02X}")).collect();
+        let body = format!("msg={encoded}");
+        prop_assert_eq!(message(BodyFormat::Form, body.into(), 1000).unwrap(), msg.clone());
+        let encoded = url_encoded(&msg);
+        let taken = message(BodyFormat::Form, format!("msg={encoded}").into(), 1000).unwrap();
+        prop_assert_eq!(taken, msg);
+    }
+
+    #[test]
+    fn json_is_decoded_to_what_was_encoded(msg in "(?s).{1,200}") {
+        for body in [json!(msg), json!({"msg": msg})] {
+            let taken = message(BodyFormat::Json, body.to_string().into(), 1000).unwrap();
+            prop_assert_eq!(&taken, &msg);
+        }
+    }
+
+    #[test]
+    fn what_is_accepted_was_in_the_body(body in "(?s)[a-z&=+%0-9{}\":\\\\]{0,30}") {
+        if let Ok(taken) = message(BodyFormat::Form, body.clone().into(), 1000) {
+            let is_plain = !body.contains('=') && taken == body;
+            prop_assert!(is_plain || !body.contains('&'), "{} became {}", body, taken);
+        }
+    }
+}
+
+fn any_format() -> impl Strategy<Value = BodyFormat> {
+    prop_oneof![
+        Just(BodyFormat::Form),
+        Just(BodyFormat::Json),
+        Just(BodyFormat::Text)
+    ]
+}
+
+fn url_encoded(msg: &str) -> String {
+    reqwest::Url::parse_with_params("http://h/", [("msg", msg)])
+        .unwrap()
+        .query()
+        .unwrap()
+        .strip_prefix("msg=")
+        .unwrap()
+        .to_owned()
+}
+
+/// What GET returns is byte for byte what was posted, in every format that it was posted in.
+#[test]
+fn posted_messages_come_back_byte_for_byte() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let system = runtime.block_on(async { System::start() });
+    let config = ProptestConfig {
+        cases: 100,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    };
+    let mut runner = proptest::test_runner::TestRunner::new(config);
+    runner
+        .run(&"(?s).{1,200}", |msg| {
+            runtime.block_on(async {
+                let bodies = [
+                    (TEXT, msg.clone()),
+                    (FORM, format!("msg={}", url_encoded(&msg))),
+                    (JSON, json!(msg).to_string()),
+                    (JSON, json!({"msg": msg}).to_string()),
+                ];
+                for (content_type, body) in bodies {
+                    let request = system.post().header("content-type", content_type);
+                    let response = request.body(body).send().await.unwrap();
+                    assert_eq!(response.status(), 200);
+                    let stored: Entry = response.json().await.unwrap();
+                    assert_eq!(stored.msg, msg);
+                    let read = system.read("?order=desc&limit=1").await.logging_service;
+                    assert_eq!(read, [stored]);
+                }
+            });
+            Ok(())
+        })
+        .unwrap();
+}

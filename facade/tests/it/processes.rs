@@ -1,0 +1,301 @@
+//! The system as real processes: the exercise's client, who got what, kills, signals, the command
+//! line.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use futures_util::StreamExt;
+use reqwest::Client;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::process::{Process, free_address};
+
+/// All services as processes on one embedded map.
+pub(crate) struct Processes {
+    pub(crate) messages: Process,
+    pub(crate) logging: Vec<Process>,
+    pub(crate) facade: Process,
+    pub(crate) http: Client,
+    folder: TempDir,
+}
+
+impl Processes {
+    pub(crate) fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let messages = Process::start(Command::new(binary("messages")), free_address());
+        let start = |_| Process::start(logging(folder.path()), free_address());
+        let logging: Vec<Process> = (0..3).map(start).collect();
+        let urls: Vec<String> = logging.iter().map(Process::url).collect();
+        let mut facade = Command::new(binary("facade"));
+        facade.args(["--logging", &urls.join(",")]);
+        facade.args(["--messages", &messages.url()]);
+        let facade = Process::start(facade, free_address());
+        Self {
+            messages,
+            logging,
+            facade,
+            http: Client::new(),
+            folder,
+        }
+    }
+
+    /// Starts a logging instance again where it was.
+    pub(crate) fn restart_logging(&mut self, index: usize) {
+        let address = self.logging[index].address;
+        self.logging[index] = Process::start(logging(self.folder.path()), address);
+    }
+
+    pub(crate) async fn post(&self, msg: &str) -> reqwest::Response {
+        let request = self.http.post(self.facade.url()).body(msg.to_owned());
+        request.send().await.unwrap()
+    }
+
+    pub(crate) async fn get(&self) -> reqwest::Response {
+        self.http.get(self.facade.url()).send().await.unwrap()
+    }
+
+    pub(crate) async fn messages_in_log(&self) -> Vec<String> {
+        let merged: Value = self.get().await.json().await.unwrap();
+        let entries = merged["logging_service"].as_array().unwrap();
+        let msgs = entries.iter().map(|entry| entry["msg"].as_str().unwrap());
+        msgs.map(str::to_owned).collect()
+    }
+}
+
+/// A binary of the workspace, beside the facade's; `scripts/test.sh` builds them all.
+fn binary(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_facade")).with_file_name(name);
+    assert!(
+        path.exists(),
+        "{name} is not built: run cargo build --workspace with this profile"
+    );
+    path
+}
+
+fn logging(folder: &Path) -> Command {
+    let mut command = Command::new(binary("logging"));
+    let map = format!("lmdb:{}", folder.join("map").display());
+    command.args(["--map", &map, "--log-format", "json"]);
+    command
+}
+
+/// The client of the original exercise: Python requests, ten form POSTs, then a GET with a query
+/// that means nothing.
+#[test]
+fn client_of_the_exercise_works_unmodified() {
+    const CLIENT: &str = r#"
+import requests, sys
+url = sys.argv[1]
+for i in range(1, 11):
+    response = requests.post(url, data={"msg": f"msg{i}"})
+    print(response.status_code, response.text)
+response = requests.get(url, params={"msg": "HELLO"})
+print(response.status_code, response.text)
+"#;
+    let system = Processes::start();
+    let output = Command::new("python3")
+        .args(["-c", CLIENT, &system.facade.url()])
+        .output()
+        .unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let lines: Vec<&str> = printed.lines().collect();
+    for (n, line) in (1..=10).zip(&lines) {
+        assert!(line.starts_with("200 {\"uuid\":\""), "{line}");
+        assert!(line.ends_with(&format!("\"msg\":\"msg{n}\"}}")), "{line}");
+    }
+    assert_eq!(lines[10], "200 {\"logging_service\":[");
+    for (n, line) in (1..=10).zip(&lines[11..]) {
+        assert!(line.contains(&format!("\"msg\":\"msg{n}\"")), "{line}");
+    }
+    assert!(lines[21].ends_with("Messages Service not Implemented\",\"count\":10}"));
+}
+
+/// Each of three instances gets its third: chi-square with two degrees of freedom stays below its
+/// 99.9 % quantile, 13.82, and headers and logs agree on who got what.
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_are_spread_uniformly_and_headers_agree_with_logs() {
+    const POSTS: usize = 30_000;
+    let processes = Processes::start();
+    let system = crate::system::System::in_front_of(&processes.logging, &processes.messages);
+    let answers = futures_util::stream::iter(0..POSTS)
+        .map(|n| system.post().body(n.to_string()).send())
+        .buffer_unordered(128);
+    let by_header: Vec<(String, String)> = answers
+        .then(async |response| {
+            let response = response.unwrap();
+            assert_eq!(response.status(), 200);
+            let instance = response.headers()["x-logging-instance"].to_str().unwrap();
+            let instance = instance.to_owned();
+            let answer: Value = response.json().await.unwrap();
+            (answer["uuid"].as_str().unwrap().to_owned(), instance)
+        })
+        .collect()
+        .await;
+    let by_header: BTreeMap<String, String> = by_header.into_iter().collect();
+    assert_eq!(by_header.len(), POSTS);
+
+    let mut shares = HashMap::new();
+    by_header
+        .values()
+        .for_each(|instance| *shares.entry(instance).or_insert(0) += 1);
+    let expected = POSTS as f64 / 3.0;
+    let deviation = |share: &i32| (f64::from(*share) - expected).powi(2) / expected;
+    let chi_square: f64 = shares.values().map(deviation).sum();
+    println!("shares {shares:?}, chi-square {chi_square:.2}");
+    assert_eq!(shares.len(), 3);
+    assert!(chi_square < 13.82, "{shares:?}: {chi_square}");
+
+    let mut by_log = BTreeMap::new();
+    for instance in &processes.logging {
+        let name = instance.address.to_string();
+        let share = shares[&name] as usize;
+        let is_entry = |line: &&String| line.contains("entry acknowledged");
+        instance.wait_for_log(|log| log.iter().filter(is_entry).count() >= share);
+        for line in instance.log().iter().filter(is_entry) {
+            let line: Value = serde_json::from_str(line).unwrap();
+            let uuid = line["uuid"].as_str().unwrap().to_owned();
+            by_log.insert(uuid, name.clone());
+        }
+    }
+    assert_eq!(by_log, by_header);
+}
+
+/// A request id given to the facade is in the log of the instance that stored the message, and in
+/// those of facade and messages.
+#[tokio::test]
+async fn request_id_is_passed_through_the_services() {
+    let system = Processes::start();
+    let request = system
+        .http
+        .post(system.facade.url())
+        .header("x-request-id", "post-1");
+    request.body("hello").send().await.unwrap();
+    let request = system
+        .http
+        .get(system.facade.url())
+        .header("x-request-id", "get-1");
+    request.send().await.unwrap().bytes().await.unwrap();
+    system
+        .facade
+        .wait_for_line(|line| line.contains("post-1") && line.contains("status=200"));
+    system
+        .facade
+        .wait_for_line(|line| line.contains("get-1") && line.contains("status=200"));
+    system
+        .messages
+        .wait_for_line(|line| line.contains("get-1") && line.contains("status=200"));
+    let is_stored = |line: &String| line.contains("post-1") && line.contains("entry acknowledged");
+    let instances = system.logging.iter();
+    let stored = instances.filter(|instance| instance.log().iter().any(is_stored));
+    assert_eq!(stored.count(), 1);
+}
+
+/// Three, two, one logging instance alive: everything is there each time. With none, a clear 503;
+/// and everything again when one returns.
+#[tokio::test]
+async fn messages_stay_readable_while_one_logging_instance_lives() {
+    let mut system = Processes::start();
+    let expected: Vec<String> = (1..=10).map(|n| format!("msg{n}")).collect();
+    for msg in &expected {
+        assert_eq!(system.post(msg).await.status(), 200);
+    }
+    for victim in 0..3 {
+        assert_eq!(system.messages_in_log().await, expected);
+        system.logging[victim].kill();
+    }
+    crate::system::problem(system.get().await, 503).await;
+    system.restart_logging(1);
+    assert_eq!(system.messages_in_log().await, expected);
+}
+
+/// Told to stop in the middle of a long GET, the facade still delivers every byte.
+#[tokio::test(flavor = "multi_thread")]
+async fn stopping_facade_finishes_bodies_in_flight() {
+    for signal in ["TERM", "INT"] {
+        let mut system = Processes::start();
+        let lines: String = (0..200_000).map(|n| format!("\"message {n}\"\n")).collect();
+        let upload = system.http.post(system.facade.url()).body(lines);
+        let upload = upload.header("content-type", "application/x-ndjson").send();
+        assert_eq!(upload.await.unwrap().status(), 200);
+        let request = system
+            .http
+            .get(system.facade.url())
+            .header("accept", "application/x-ndjson");
+        let mut body = request.send().await.unwrap().bytes_stream();
+        let mut read = body.next().await.unwrap().unwrap().to_vec();
+        system.facade.signal(signal);
+        system
+            .facade
+            .wait_for_line(|line| line.contains("stopping"));
+        while let Some(chunk) = body.next().await {
+            read.extend_from_slice(&chunk.unwrap());
+        }
+        let text = String::from_utf8(read).unwrap();
+        assert_eq!(text.lines().count(), 200_001);
+        assert!(text.ends_with("\"count\":200000}\n"));
+        assert!(system.facade.wait().success());
+        assert!(system.http.get(system.facade.url()).send().await.is_err());
+    }
+}
+
+#[test]
+fn wrong_configuration_is_one_line_and_exit_code_2() {
+    let cases: [(&[&str], &str); 8] = [
+        (&["--logging", "127.0.0.1:8082"], "http://HOST:PORT"),
+        (&["--logging", "http://a:1,ftp://b:2"], "http://HOST:PORT"),
+        (&["--messages", "http://a:1/path"], "http://HOST:PORT"),
+        (&["--max-message", "0"], "64KiB"),
+        (&["--max-message", "2MiB"], "1MiB"),
+        (&["--max-reads", "0"], "--max-reads"),
+        (&["--deadline", "5"], "--deadline"),
+        (&["--try-timeout"], "--try-timeout"),
+    ];
+    for (arguments, hint) in cases {
+        let output = Command::new(binary("facade"))
+            .args(arguments)
+            .output()
+            .unwrap();
+        let line = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {line}");
+        assert_eq!(line.lines().count(), 1, "{line}");
+        assert!(line.contains(hint), "{arguments:?}: {line}");
+    }
+}
+
+#[test]
+fn help_names_each_flag_with_its_environment_twin() {
+    let output = Command::new(binary("facade"))
+        .arg("--help")
+        .output()
+        .unwrap();
+    let help = String::from_utf8(output.stdout).unwrap();
+    let three = "http://127.0.0.1:8082,http://127.0.0.1:8083,http://127.0.0.1:8084";
+    let flags = [
+        ("--listen", "FACADE_LISTEN=", "127.0.0.1:8086"),
+        ("--logging", "FACADE_LOGGING=", three),
+        ("--messages", "FACADE_MESSAGES=", "http://127.0.0.1:8081"),
+        ("--try-timeout", "FACADE_TRY_TIMEOUT=", "1s"),
+        ("--deadline", "FACADE_DEADLINE=", "5s"),
+        ("--read-deadline", "FACADE_READ_DEADLINE=", "15s"),
+        ("--messages-timeout", "FACADE_MESSAGES_TIMEOUT=", "1s"),
+        ("--max-message", "FACADE_MAX_MESSAGE=", "64KiB"),
+        ("--max-reads", "FACADE_MAX_READS=", "64"),
+        ("--grace", "FACADE_GRACE=", "10s"),
+        ("--log-format", "FACADE_LOG_FORMAT=", "text"),
+    ];
+    for (flag, twin, default) in flags {
+        assert!(help.contains(flag), "{flag} in {help}");
+        assert!(help.contains(twin), "{twin} in {help}");
+        assert!(
+            help.contains(&format!("[default: {default}]")),
+            "{flag}: {default} in {help}"
+        );
+    }
+}

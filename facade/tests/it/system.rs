@@ -1,0 +1,214 @@
+//! The whole system in one process: messages, three logging instances over one embedded map, and
+//! the facade, each on a free port. Everything ends when it is dropped.
+
+use std::net::TcpListener;
+use std::time::Duration;
+
+use axum::Router;
+use clap::Parser;
+use common::entry::Entry;
+use common::server::Limits;
+use facade::{App, Config};
+use logging::map::{Location, Options, open};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use reqwest::{Client, RequestBuilder, Response};
+use serde::Deserialize;
+use tempfile::TempDir;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use uuid::Uuid;
+
+use crate::process::{Process, free_address};
+
+/// Seed of the random choice of instances, so that a failing run can be repeated.
+const SEED: u64 = 8086;
+
+/// A running system and a client for it.
+pub(crate) struct System {
+    pub(crate) http: Client,
+    /// The facade's address, as a URL without a path.
+    pub(crate) url: String,
+    /// `HOST:PORT` of each logging instance.
+    pub(crate) logging: Vec<String>,
+    /// Cancelled to make the facade believe that it is stopping.
+    pub(crate) stop: CancellationToken,
+    _servers: Vec<DropGuard>,
+    _folder: TempDir,
+}
+
+/// A body of `GET /` in JSON.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Merged {
+    pub(crate) logging_service: Vec<Entry>,
+    pub(crate) messages_service: Option<String>,
+    pub(crate) messages_service_error: Option<String>,
+    pub(crate) count: u64,
+    pub(crate) next: Option<Uuid>,
+}
+
+impl System {
+    /// A system on an empty map.
+    pub(crate) fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// The same, with further flags for the facade.
+    pub(crate) fn start_with(flags: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let options = Options {
+            store_timeout: Duration::from_secs(30),
+            settle: Duration::from_secs(10),
+        };
+        let map = open(&Location::Lmdb(folder.path().into()), options).unwrap();
+        let logging: Vec<Server> = (0..3)
+            .map(|_| {
+                serve(logging::router(logging::App {
+                    map: map.clone(),
+                    stop: CancellationToken::new(),
+                }))
+            })
+            .collect();
+        let messages = serve(messages::router(CancellationToken::new()));
+        Self::with_services(logging, messages, folder, flags)
+    }
+
+    /// A facade in front of logging services and a messages service of the test's own.
+    pub(crate) fn with_stubs(logging: Vec<Server>, messages: Server, flags: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        Self::with_services(logging, messages, folder, flags)
+    }
+
+    /// A facade of this process, with its fixed seed, in front of services that are processes.
+    pub(crate) fn in_front_of(logging: &[Process], messages: &Process) -> Self {
+        let elsewhere = |process: &Process| Server {
+            address: process.address.to_string(),
+            stop: CancellationToken::new().drop_guard(),
+        };
+        let logging = logging.iter().map(elsewhere).collect();
+        Self::with_stubs(logging, elsewhere(messages), &[])
+    }
+
+    fn with_services(
+        logging: Vec<Server>,
+        messages: Server,
+        folder: TempDir,
+        flags: &[&str],
+    ) -> Self {
+        let urls: Vec<String> = logging.iter().map(Server::url).collect();
+        let required = [
+            "facade",
+            "--logging",
+            &urls.join(","),
+            "--messages",
+            &messages.url(),
+        ];
+        let config = Config::parse_from(required.iter().chain(flags));
+        let stop = CancellationToken::new();
+        let app = App::new(&config, StdRng::seed_from_u64(SEED), stop.clone()).unwrap();
+        let facade = serve(facade::router(app));
+        Self {
+            http: Client::new(),
+            url: facade.url(),
+            logging: logging
+                .iter()
+                .map(|server| server.address.clone())
+                .collect(),
+            stop,
+            _servers: logging
+                .into_iter()
+                .chain([messages, facade])
+                .map(|server| server.stop)
+                .collect(),
+            _folder: folder,
+        }
+    }
+
+    /// A POST to `/`.
+    pub(crate) fn post(&self) -> RequestBuilder {
+        self.http.post(&self.url)
+    }
+
+    /// Posts a text and returns its UUID.
+    pub(crate) async fn store(&self, msg: &str) -> Uuid {
+        let response = self.post().body(msg.to_owned()).send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        response.json::<Entry>().await.unwrap().uuid
+    }
+
+    /// A GET of this path and query.
+    pub(crate) async fn get(&self, path: &str) -> Response {
+        let url = format!("{}{path}", self.url);
+        self.http.get(url).send().await.unwrap()
+    }
+
+    /// The merged body for this query.
+    pub(crate) async fn read(&self, query: &str) -> Merged {
+        let response = self.get(&format!("/{query}")).await;
+        assert_eq!(response.status(), 200);
+        let merged: Merged = response.json().await.unwrap();
+        assert_eq!(merged.count, merged.logging_service.len() as u64);
+        merged
+    }
+
+    /// All messages, in order.
+    pub(crate) async fn messages(&self) -> Vec<String> {
+        let entries = self.read("").await.logging_service;
+        entries.into_iter().map(|entry| entry.msg).collect()
+    }
+}
+
+/// A server of this process; it ends when dropped.
+pub(crate) struct Server {
+    pub(crate) address: String,
+    stop: DropGuard,
+}
+
+impl Server {
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+}
+
+/// Serves a router on a free port.
+pub(crate) fn serve(router: Router) -> Server {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let stop = CancellationToken::new();
+    let serving = common::server::serve(
+        listener,
+        router,
+        Limits::default(),
+        stop.clone(),
+        Duration::ZERO,
+    );
+    tokio::spawn(serving);
+    Server {
+        address,
+        stop: stop.drop_guard(),
+    }
+}
+
+/// The address of a server that is not there.
+pub(crate) fn nobody() -> Server {
+    Server {
+        address: free_address().to_string(),
+        stop: CancellationToken::new().drop_guard(),
+    }
+}
+
+/// Asserts that an answer is a problem of this status with a detail, and returns it.
+#[track_caller]
+pub(crate) fn problem(response: Response, status: u16) -> impl Future<Output = serde_json::Value> {
+    assert_eq!(response.status(), status);
+    assert_eq!(
+        response.headers()["content-type"],
+        "application/problem+json"
+    );
+    async move {
+        let problem: serde_json::Value = response.json().await.unwrap();
+        assert_eq!(problem["status"], status);
+        assert!(problem["detail"].as_str().unwrap().len() > 10, "{problem}");
+        problem
+    }
+}

@@ -1,0 +1,126 @@
+#!/usr/bin/env bash
+# The story in one command: ten messages survive the death of one, two and all logging instances.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    cat <<'HELP'
+usage: scripts/demo.sh
+
+Builds the services and starts messages, three logging instances and the facade on free ports of
+loopback, with an embedded map in a temporary folder. Posts ten messages, shows which logging
+instance took which, then reads them with three, two and one instance alive (the others are ended
+with kill -9), with none, and with one that has returned. Stops everything it started.
+
+Exit code: 0 only if everything was as it should be.
+HELP
+    exit 0
+fi
+
+say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+fail() {
+    printf '\nFAILED: %s\n' "$*" >&2
+    exit 1
+}
+
+say "Building (the first time takes a few minutes)"
+cargo build --release --locked
+
+folder=$(mktemp -d)
+declare -A pid port
+stop_all() {
+    for name in "${!pid[@]}"; do kill -KILL "${pid[$name]}" 2>/dev/null || true; done
+    wait 2>/dev/null || true
+    rm -rf "$folder"
+}
+trap stop_all EXIT
+trap 'exit 130' INT TERM
+
+free_port() {
+    local candidate
+    while true; do
+        candidate=$((10000 + RANDOM % 20000))
+        [[ " ${port[*]} " == *" $candidate "* ]] && continue
+        if ! (exec 3<>"/dev/tcp/127.0.0.1/$candidate") 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+}
+
+# start NAME BINARY [ARGUMENT…]: on the service's port, with its log in a file.
+start() {
+    local name=$1 binary=$2
+    shift 2
+    "target/release/$binary" --listen "127.0.0.1:${port[$name]}" "$@" \
+        >>"$folder/$name.log" 2>&1 &
+    pid[$name]=$!
+    disown
+    curl --silent --output /dev/null --retry 100 --retry-delay 1 --retry-max-time 30 \
+        --retry-connrefused "http://127.0.0.1:${port[$name]}/livez" ||
+        fail "$name does not serve; its log: $(cat "$folder/$name.log")"
+}
+
+start_logging() { start "$1" logging --map "lmdb:$folder/map"; }
+
+instances=(logging-1 logging-2 logging-3)
+for name in messages "${instances[@]}" facade; do port[$name]=$(free_port); done
+
+say "Starting messages, three logging instances and the facade"
+start messages messages
+for name in "${instances[@]}"; do start_logging "$name"; done
+urls=$(printf ',http://127.0.0.1:%s' "${port[logging-1]}" "${port[logging-2]}" "${port[logging-3]}")
+start facade facade --messages "http://127.0.0.1:${port[messages]}" --logging "${urls:1}"
+export FACADE_URL=http://127.0.0.1:${port[facade]}
+for name in messages "${instances[@]}" facade; do echo "$name: 127.0.0.1:${port[$name]}"; done
+
+say "Posting ten messages (status, logging instance, answer)"
+scripts/post.sh 10 || fail "a POST was not answered with 200"
+
+say "Which logging instance took which message, by their own logs"
+taken=0
+for name in "${instances[@]}"; do
+    messages=$(grep -o 'msg="msg[0-9]*"' "$folder/$name.log" || true)
+    [[ -z $messages ]] || taken=$((taken + $(wc -l <<<"$messages")))
+    echo "$name: $(tr '\n' ' ' <<<"$messages")"
+done
+((taken == 10)) || fail "the logs name $taken messages, not ten"
+
+# expect_all_ten: one GET, complete and in order.
+expect_all_ten() {
+    local body expected actual
+    body=$(scripts/get.sh) || fail "the GET was not answered with 200: $body"
+    echo "$body"
+    expected=$(printf '"msg":"msg%s"\n' {1..10})
+    actual=$(grep -o '"msg":"[^"]*"' <<<"$body" || true)
+    [[ $actual == "$expected" ]] || fail "not all ten messages are there, in order"
+    [[ $body == *'"messages_service":"Messages Service not Implemented","count":10}'* ]] ||
+        fail "the body does not end as it should"
+}
+
+end_instance() {
+    say "kill -9 $1"
+    kill -KILL "${pid[$1]}"
+    while kill -0 "${pid[$1]}" 2>/dev/null; do :; done
+    unset "pid[$1]"
+}
+
+say "GET with three logging instances alive"
+expect_all_ten
+end_instance logging-2
+say "GET with two alive"
+expect_all_ten
+end_instance logging-1
+say "GET with one alive"
+expect_all_ten
+end_instance logging-3
+say "GET with none alive: a clear 503"
+if body=$(scripts/get.sh); then fail "there was nobody to read from, and yet: $body"; fi
+echo "$body"
+[[ $body == *'"status":503'* && $body == *503 ]] || fail "this is no clear 503"
+
+say "logging-2 returns"
+start_logging logging-2
+expect_all_ten
+
+say "All ten messages were there each time."

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The exercise's POST demo: posts messages as forms and shows the status and body of each answer.
+set -euo pipefail
+
+url=${FACADE_URL:-http://localhost:8086}
+
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    cat <<HELP
+usage: scripts/post.sh [N | MESSAGE…]
+
+Posts msg1 to msgN (N is 10 unless given), or each MESSAGE, to the facade and prints the status, the
+logging instance that stored it, and the body of each answer.
+
+  FACADE_URL  where the facade is (now: $url)
+
+Exit code: 0 if every answer was a 200, 1 otherwise.
+HELP
+    exit 0
+fi
+
+messages=()
+if (($# == 0)) || { (($# == 1)) && [[ $1 =~ ^[1-9][0-9]*$ ]]; }; then
+    for ((n = 1; n <= ${1:-10}; n++)); do messages+=("msg$n"); done
+else
+    messages=("$@")
+fi
+
+failed=0
+for message in "${messages[@]}"; do
+    answer=$(curl --silent --show-error --max-time 30 --data-urlencode "msg=$message" \
+        --write-out '\n%{http_code} %header{x-logging-instance}' "$url/") || exit 1
+    status=${answer##*$'\n'}
+    printf '%s %s\n' "$status" "${answer%$'\n'*}"
+    [[ $status == 200* ]] || failed=1
+done
+exit "$failed"

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Installs what the tests need if it is missing, then runs all of them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    cat <<'HELP'
+usage: scripts/test.sh [ARGUMENT…]
+
+Runs all tests of the workspace in release mode: what is tested is what is shipped. Arguments go to
+the tests, for example: scripts/test.sh post::   runs those whose name contains it.
+
+The tests start the services as real processes on free ports of the loopback interface. They need
+Linux, the rights to mount and to make PID namespaces (root, or a container that grants them),
+and these tools, which the script installs on Debian and Ubuntu when it may:
+  strace             makes a disk fail
+  python3, requests  the client of the original exercise
+HELP
+    exit 0
+fi
+
+missing() { ! command -v "$1" >/dev/null; }
+lacks_requests() { ! python3 -c 'import requests' 2>/dev/null; }
+
+packages=()
+if missing strace; then packages+=(strace); fi
+if missing unshare; then packages+=(util-linux); fi
+if missing cc; then packages+=(gcc libc6-dev); fi
+if missing python3; then packages+=(python3); fi
+if lacks_requests; then packages+=(python3-requests); fi
+if ((${#packages[@]})); then
+    if missing apt-get || ((EUID != 0)); then
+        echo "error: please install: ${packages[*]}" >&2
+        exit 1
+    fi
+    echo "installing ${packages[*]}"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}"
+    # A python3 that is not Debian's does not see Debian's packages.
+    if lacks_requests; then python3 -m pip install --quiet requests; fi
+fi
+
+cargo build --workspace --release --locked
+cargo test --workspace --release --locked -- "$@"
