@@ -256,7 +256,7 @@ fn request_span<B>(request: &Request<B>) -> Span {
 }
 
 fn log_answer(status: StatusCode, elapsed: Duration) {
-    let elapsed_ms = elapsed.as_secs_f64() * 1000.0;
+    let elapsed_ms = elapsed.as_micros() as f64 / 1000.0;
     tracing::info!(status = status.as_u16(), elapsed_ms, "answered");
 }
 

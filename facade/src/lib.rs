@@ -159,7 +159,7 @@ impl App {
 }
 
 /// All routes of the service.
-pub fn router(app: App) -> Router {
+pub fn router(app: App, limits: Limits) -> Router {
     let routes = Router::new()
         .route("/", get(get::list).post(post::create))
         .route("/{uuid}", get(get::show))
@@ -167,7 +167,7 @@ pub fn router(app: App) -> Router {
         .route("/readyz", get(readyz))
         .layer(DefaultBodyLimit::disable())
         .with_state(app);
-    server::with_middleware(routes, RequestLog::On, Limits::default())
+    server::with_middleware(routes, RequestLog::On, limits)
 }
 
 /// Ready while any logging instance is up. The messages service is looked at but not needed.

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use common::server::Limits;
 use common::{config, server, telemetry};
 use facade::{App, Config};
 
@@ -18,14 +19,8 @@ async fn run() -> anyhow::Result<()> {
     let app = App::new(&config, rand::make_rng(), stop.clone())?;
     let listener = config::bind(config.listen).map_err(anyhow::Error::msg)?;
     tracing::info!(address = %listener.local_addr()?, "serving the log");
-    let router = facade::router(app);
-    server::serve(
-        listener,
-        router,
-        Default::default(),
-        stop,
-        config.service.grace,
-    )
-    .await?;
+    let limits = Limits::default();
+    let router = facade::router(app, limits);
+    server::serve(listener, router, limits, stop, config.service.grace).await?;
     Ok(())
 }

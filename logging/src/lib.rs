@@ -79,7 +79,7 @@ pub struct App {
 }
 
 /// All routes of the service.
-pub fn router(app: App) -> Router {
+pub fn router(app: App, limits: Limits) -> Router {
     let routes = Router::new()
         .route("/", get(list).post(put))
         .route("/{uuid}", get(show))
@@ -87,7 +87,7 @@ pub fn router(app: App) -> Router {
         .route("/readyz", get(readyz))
         .layer(DefaultBodyLimit::max(MAX_BATCH_BYTES))
         .with_state(app);
-    server::with_middleware(routes, RequestLog::Off, Limits::default())
+    server::with_middleware(routes, RequestLog::Off, limits)
 }
 
 async fn put(

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use common::server::Limits;
 use common::{config, server, telemetry};
 use logging::{App, Config, map};
 
@@ -23,14 +24,8 @@ async fn run() -> anyhow::Result<()> {
     let listener = config::bind(config.listen).map_err(anyhow::Error::msg)?;
     tracing::info!(address = %listener.local_addr()?, map = ?config.map, "serving the map");
     let stopping = stop.clone();
-    let router = logging::router(App { map, stop });
-    server::serve(
-        listener,
-        router,
-        Default::default(),
-        stopping,
-        config.service.grace,
-    )
-    .await?;
+    let limits = Limits::default();
+    let router = logging::router(App { map, stop }, limits);
+    server::serve(listener, router, limits, stopping, config.service.grace).await?;
     Ok(())
 }

@@ -28,14 +28,14 @@ pub struct Config {
 }
 
 /// All routes of the service. Readiness fails once `stop` is cancelled.
-pub fn router(stop: CancellationToken) -> Router {
+pub fn router(stop: CancellationToken, limits: Limits) -> Router {
     let routes = Router::new()
         .route("/", get(reply))
         .route("/{*path}", get(reply))
         .route("/livez", get(server::livez))
         .route("/readyz", get(readyz))
         .with_state(stop);
-    server::with_middleware(routes, RequestLog::On, Limits::default())
+    server::with_middleware(routes, RequestLog::On, limits)
 }
 
 async fn reply() -> &'static str {

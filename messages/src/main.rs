@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use common::server::Limits;
 use common::{config, server, telemetry};
 use messages::Config;
 
@@ -17,14 +18,8 @@ async fn run() -> anyhow::Result<()> {
     let stop = server::stop_on_signal()?;
     let listener = config::bind(config.listen).map_err(anyhow::Error::msg)?;
     tracing::info!(address = %listener.local_addr()?, "serving the messages stub");
-    let router = messages::router(stop.clone());
-    server::serve(
-        listener,
-        router,
-        Default::default(),
-        stop,
-        config.service.grace,
-    )
-    .await?;
+    let limits = Limits::default();
+    let router = messages::router(stop.clone(), limits);
+    server::serve(listener, router, limits, stop, config.service.grace).await?;
     Ok(())
 }

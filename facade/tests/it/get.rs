@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use crate::system::{Server, System, nobody, problem, serve};
+use crate::system::{LIMITS, Server, System, nobody, problem, serve};
 
 async fn text(system: &System, path: &str, accept: &str) -> String {
     let url = format!("{}{path}", system.url);
@@ -334,7 +334,7 @@ async fn body_that_cannot_be_finished_is_aborted() {
         "{FIRST_LINE}\n{{\"count\":1,\"next\":\"01890000-0000-7000-8000-000000000001\"}}\n"
     );
     let logging = logging_script(&[&page]);
-    let messages = serve(messages::router(Default::default()));
+    let messages = serve(messages::router(Default::default(), LIMITS));
     let system = System::with_stubs(vec![logging], messages, &["--read-deadline", "200ms"]);
     let mut body = system.get("/").await.bytes_stream();
     let first = body.next().await.unwrap().unwrap();
@@ -354,7 +354,7 @@ async fn page_that_contradicts_itself_is_not_passed_on() {
         String::new(),
     ];
     for page in pages {
-        let messages = serve(messages::router(Default::default()));
+        let messages = serve(messages::router(Default::default(), LIMITS));
         let system = System::with_stubs(vec![logging_script(&[&page])], messages, &[]);
         problem(system.get("/").await, 503).await;
     }

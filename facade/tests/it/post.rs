@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use axum::{Json, Router};
 use common::entry::{Entry, Outcome, PutEntry, PutResult};
 use facade::post::{BodyFormat, message};
+use futures_util::stream;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -153,7 +154,7 @@ async fn largest_message_is_stored_and_one_byte_more_is_413() {
             let request = system.post().header("content-type", content_type);
             let announced = request.try_clone().unwrap().body(body.clone()).send();
             problem(announced.await.unwrap(), 413).await;
-            let chunks = futures_util::stream::iter([Ok::<_, String>(body)]);
+            let chunks = stream::iter([Ok::<_, String>(body)]);
             let chunked = request.body(reqwest::Body::wrap_stream(chunks)).send();
             problem(chunked.await.unwrap(), 413).await;
         }
@@ -340,6 +341,21 @@ async fn too_many_messages_at_once_are_turned_away_quickly() {
         assert!(response.headers().contains_key("retry-after"));
         assert_eq!(problem(response, 503).await["stored"], "no");
     }
+}
+
+#[tokio::test]
+async fn stalled_body_is_408_and_changes_nothing() {
+    let system = System::start();
+    for content_type in [TEXT, "application/x-ndjson"] {
+        let (parts, body) = tokio::sync::mpsc::channel::<Result<&str, std::io::Error>>(1);
+        parts.send(Ok("\"half")).await.unwrap();
+        let body = stream::unfold(body, async |mut body| Some((body.recv().await?, body)));
+        let request = system.post().header("content-type", content_type);
+        let response = request.body(reqwest::Body::wrap_stream(body)).send();
+        problem(response.await.unwrap(), 408).await;
+        drop(parts);
+    }
+    assert_eq!(system.read("").await.count, 0);
 }
 
 proptest! {

@@ -23,6 +23,13 @@ use crate::process::{Process, free_address};
 /// Seed of the random choice of instances, so that a failing run can be repeated.
 const SEED: u64 = 8086;
 
+/// As in production, but bodies may not stall for longer than a test waits.
+pub(crate) const LIMITS: Limits = Limits {
+    head: Duration::from_secs(30),
+    body_idle: Duration::from_secs(3),
+    write_idle: Duration::from_secs(180),
+};
+
 /// A running system and a client for it.
 pub(crate) struct System {
     pub(crate) http: Client,
@@ -63,13 +70,14 @@ impl System {
         let map = open(&Location::Lmdb(folder.path().into()), options).unwrap();
         let logging: Vec<Server> = (0..3)
             .map(|_| {
-                serve(logging::router(logging::App {
+                let app = logging::App {
                     map: map.clone(),
                     stop: CancellationToken::new(),
-                }))
+                };
+                serve(logging::router(app, LIMITS))
             })
             .collect();
-        let messages = serve(messages::router(CancellationToken::new()));
+        let messages = serve(messages::router(CancellationToken::new(), LIMITS));
         Self::with_services(logging, messages, folder, flags)
     }
 
@@ -106,7 +114,7 @@ impl System {
         let config = Config::parse_from(required.iter().chain(flags));
         let stop = CancellationToken::new();
         let app = App::new(&config, StdRng::seed_from_u64(SEED), stop.clone()).unwrap();
-        let facade = serve(facade::router(app));
+        let facade = serve(facade::router(app, LIMITS));
         Self {
             http: Client::new(),
             url: facade.url(),
@@ -175,13 +183,7 @@ pub(crate) fn serve(router: Router) -> Server {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let stop = CancellationToken::new();
-    let serving = common::server::serve(
-        listener,
-        router,
-        Limits::default(),
-        stop.clone(),
-        Duration::ZERO,
-    );
+    let serving = common::server::serve(listener, router, LIMITS, stop.clone(), Duration::ZERO);
     tokio::spawn(serving);
     Server {
         address,

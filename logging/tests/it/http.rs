@@ -32,10 +32,11 @@ impl Instance {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let stop = CancellationToken::new();
-        let router = router(App {
+        let app = App {
             map,
             stop: stop.clone(),
-        });
+        };
+        let router = router(app, Limits::default());
         let stop_serving = CancellationToken::new();
         tokio::spawn(common::server::serve(
             listener,
