@@ -8,7 +8,7 @@ use std::sync::Arc;
 use common::entry::{Outcome, PutEntry, PutResult};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::client::{LoggingClient, UpstreamError};
+use crate::client::{Logging, UpstreamError};
 use crate::pool::Health;
 
 /// A batch takes no further entry once it has this many bytes: one group commit's worth, which an
@@ -31,7 +31,7 @@ struct Queued {
 
 impl Batcher {
     /// Starts the task that sends the batches. It ends when the batcher is dropped.
-    pub fn start(client: LoggingClient, health: Arc<Health>) -> Self {
+    pub fn start(client: Arc<dyn Logging>, health: Arc<Health>) -> Self {
         let (queue, queued) = mpsc::unbounded_channel();
         tokio::spawn(send_batches(client, health, queued));
         Self { queue }
@@ -53,7 +53,7 @@ impl Batcher {
 }
 
 async fn send_batches(
-    client: LoggingClient,
+    client: Arc<dyn Logging>,
     health: Arc<Health>,
     mut queue: mpsc::UnboundedReceiver<Queued>,
 ) {

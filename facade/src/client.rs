@@ -2,8 +2,11 @@
 //!
 //! They know no failover and keep no state about who is up: that is the pool's subject.
 
+use std::error::Error;
+use std::fmt;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use common::entry::{Entry, MAX_BATCH_BYTES, PutResult};
 use common::page::{Bounds, PageEnd};
@@ -26,18 +29,21 @@ const MAX_PAGE_BODY: usize = MAX_BATCH_BYTES + PAGE_BYTES;
 /// The longest reply of the messages service that is passed on.
 const MAX_REPLY_BYTES: usize = 64 * 1024;
 
+/// What lies behind an [`UpstreamError`], for the log.
+pub type Cause = Box<dyn Error + Send + Sync>;
+
 /// Why a service behind the facade gave no usable answer.
 #[derive(Debug, thiserror::Error)]
 pub enum UpstreamError {
     /// No connection: the request was certainly not executed.
     #[error("cannot be reached")]
-    Unreachable(#[source] reqwest::Error),
+    Unreachable(#[source] Cause),
     /// No complete answer in time.
     #[error("did not answer in time")]
     TimedOut,
     /// The connection was lost before the answer was complete.
     #[error("broke the connection off")]
-    Lost(#[source] reqwest::Error),
+    Lost(#[source] Cause),
     /// It answered that it cannot do this now.
     #[error("answered {0}: {1}")]
     Status(StatusCode, String),
@@ -49,11 +55,11 @@ pub enum UpstreamError {
 impl From<reqwest::Error> for UpstreamError {
     fn from(error: reqwest::Error) -> Self {
         if error.is_connect() {
-            Self::Unreachable(error)
+            Self::Unreachable(error.into())
         } else if error.is_timeout() {
             Self::TimedOut
         } else {
-            Self::Lost(error)
+            Self::Lost(error.into())
         }
     }
 }
@@ -73,7 +79,29 @@ pub fn http_client() -> reqwest::Result<Client> {
         .build()
 }
 
-/// One logging instance.
+/// One logging instance, as the pool, the batcher and reads see it. Tests of failover put a
+/// simulated one in its place, whose network loses and delays what the test says.
+#[async_trait]
+pub trait Logging: fmt::Debug + Send + Sync {
+    /// Puts a batch, a JSON array of entries, and returns what became of each, in order.
+    async fn put(&self, batch: Vec<u8>) -> Result<Vec<PutResult>, UpstreamError>;
+
+    /// Reads the first page within the bounds, at most `limit` entries.
+    async fn page(
+        &self,
+        bounds: Bounds,
+        limit: Option<u64>,
+        request_id: Option<&str>,
+    ) -> Result<Page, UpstreamError>;
+
+    /// Reads one entry.
+    async fn get(&self, uuid: Uuid) -> Result<Option<Entry>, UpstreamError>;
+
+    /// Asks whether the instance serves at all.
+    async fn probe(&self) -> Result<(), UpstreamError>;
+}
+
+/// A logging instance behind HTTP.
 #[derive(Clone, Debug)]
 pub struct LoggingClient {
     http: Client,
@@ -89,9 +117,11 @@ impl LoggingClient {
             timeout,
         }
     }
+}
 
-    /// Puts a batch, a JSON array of entries, and returns what became of each, in order.
-    pub async fn put(&self, batch: Vec<u8>) -> Result<Vec<PutResult>, UpstreamError> {
+#[async_trait]
+impl Logging for LoggingClient {
+    async fn put(&self, batch: Vec<u8>) -> Result<Vec<PutResult>, UpstreamError> {
         let request = self
             .http
             .post(self.base.clone())
@@ -103,8 +133,7 @@ impl LoggingClient {
         serde_json::from_slice(&body).map_err(garbled)
     }
 
-    /// Reads the first page within the bounds, at most `limit` entries.
-    pub async fn page(
+    async fn page(
         &self,
         bounds: Bounds,
         limit: Option<u64>,
@@ -134,8 +163,7 @@ impl LoggingClient {
         Page::parse(&read_body(response, MAX_PAGE_BODY).await?, bounds)
     }
 
-    /// Reads one entry.
-    pub async fn get(&self, uuid: Uuid) -> Result<Option<Entry>, UpstreamError> {
+    async fn get(&self, uuid: Uuid) -> Result<Option<Entry>, UpstreamError> {
         let mut url = self.base.clone();
         url.set_path(&uuid.to_string());
         let request = self.http.get(url).timeout(self.timeout);
@@ -147,8 +175,7 @@ impl LoggingClient {
         serde_json::from_slice(&body).map(Some).map_err(garbled)
     }
 
-    /// Asks whether the instance serves at all.
-    pub async fn probe(&self) -> Result<(), UpstreamError> {
+    async fn probe(&self) -> Result<(), UpstreamError> {
         let mut url = self.base.clone();
         url.set_path("livez");
         accept(self.http.get(url).timeout(self.timeout).send().await?).await?;

@@ -1,5 +1,7 @@
 //! GET: bounds, the choice of a format, and single entries. The body itself is made in `merge`.
 
+use std::sync::Arc;
+
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, State};
@@ -15,7 +17,7 @@ use serde::Deserialize;
 use uuid::Uuid;
 
 use crate::App;
-use crate::client::{LoggingClient, UpstreamError};
+use crate::client::{Logging, UpstreamError};
 use crate::merge::{self, Read};
 use crate::post::RETRY_AFTER;
 
@@ -123,7 +125,7 @@ pub(crate) async fn show(
         .map_err(|error| Problem::bad_request(format!("{uuid:?} is no UUID: {error}")))?;
     let entry = app
         .pool
-        .ask(move |logging: LoggingClient| async move { logging.get(uuid).await })
+        .ask(move |logging: Arc<dyn Logging>| async move { logging.get(uuid).await })
         .await
         .map_err(|error| answer_unreadable(&error))?;
     entry.map(Json).ok_or_else(|| {

@@ -6,6 +6,7 @@
 pub mod batcher;
 mod bulk;
 pub mod client;
+mod discovery;
 pub mod get;
 mod merge;
 pub mod pool;
@@ -128,13 +129,10 @@ impl App {
     /// When the HTTP client cannot be built.
     pub fn new(config: &Config, random: StdRng, stop: CancellationToken) -> reqwest::Result<Self> {
         let http = http_client()?;
+        let pool = Arc::new(Pool::new(random));
+        discovery::start(&pool, &http, &config.logging, config.try_timeout);
         Ok(Self {
-            pool: Arc::new(Pool::new(
-                &http,
-                &config.logging,
-                config.try_timeout,
-                random,
-            )),
+            pool,
             messages: MessagesClient::new(http, config.messages.clone(), config.messages_timeout),
             deadline: config.deadline,
             read_deadline: config.read_deadline,

@@ -4,6 +4,7 @@
 //! A body that ends properly is complete, and its count proves it. One that cannot be finished is
 //! aborted: the connection breaks before the last chunk.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -20,7 +21,7 @@ use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use crate::App;
-use crate::client::{LoggingClient, Page, UpstreamError};
+use crate::client::{Logging, Page, UpstreamError};
 use crate::get::{Format, answer_unreadable};
 
 /// Pause before all instances are asked again for a page that none of them gave.
@@ -119,7 +120,7 @@ impl MergedBody {
     /// Asks each instance once, in random order, for the next page.
     async fn ask_for_page(&self) -> Result<Page, UpstreamError> {
         let (bounds, left) = (self.bounds, self.left);
-        let ask = |logging: LoggingClient| {
+        let ask = |logging: Arc<dyn Logging>| {
             let request_id = self.request_id.clone();
             async move { logging.page(bounds, left, request_id.as_deref()).await }
         };

@@ -5,34 +5,58 @@
 //! answers about an entry, or its readiness, does not.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
-use reqwest::Url;
+use tower::retry::budget::TpsBudget;
 
 use crate::batcher::Batcher;
-use crate::client::{LoggingClient, UpstreamError};
+use crate::client::{Logging, UpstreamError};
 
 /// How often an instance that is down is asked whether it is back.
 const PROBE_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Repeats of POSTs may be this share of the POSTs of the last [`BUDGET_SPAN`], and
+/// [`FREE_RETRIES_PER_SECOND`] besides: enough for the death of instances, not for a storm.
+const RETRY_SHARE: f32 = 0.1;
+const BUDGET_SPAN: Duration = Duration::from_secs(10);
+const FREE_RETRIES_PER_SECOND: u32 = 10;
 
 /// One logging instance with its batcher.
 #[derive(Debug)]
 pub struct Instance {
     /// `HOST:PORT`, as callers see it in `x-logging-instance`.
     pub name: String,
-    pub client: LoggingClient,
+    pub client: Arc<dyn Logging>,
     pub batcher: Batcher,
     pub health: Arc<Health>,
+}
+
+impl Instance {
+    /// An instance that is believed to be up. Its batcher ends when it has been dropped and what
+    /// was queued is answered.
+    fn new(name: String, client: Arc<dyn Logging>) -> Self {
+        let health = Arc::new(Health {
+            name: name.clone(),
+            client: client.clone(),
+            is_up: AtomicBool::new(true),
+        });
+        Self {
+            name,
+            batcher: Batcher::start(client.clone(), health.clone()),
+            client,
+            health,
+        }
+    }
 }
 
 /// Whether an instance is believed to serve. It is up until a request finds otherwise.
 #[derive(Debug)]
 pub struct Health {
     name: String,
-    client: LoggingClient,
+    client: Arc<dyn Logging>,
     is_up: AtomicBool,
 }
 
@@ -52,106 +76,116 @@ impl Health {
             return;
         }
         tracing::warn!(instance = self.name, %error, "a logging instance is down");
-        tokio::spawn(self.clone().probe_until_up());
+        tokio::spawn(probe_until_up(Arc::downgrade(self)));
     }
+}
 
-    async fn probe_until_up(self: Arc<Self>) {
-        loop {
-            tokio::time::sleep(PROBE_INTERVAL).await;
-            if self.client.probe().await.is_ok() {
-                break;
-            }
+/// Ends also when the instance is no longer one of the pool's.
+async fn probe_until_up(health: Weak<Health>) {
+    loop {
+        tokio::time::sleep(PROBE_INTERVAL).await;
+        let Some(health) = health.upgrade() else {
+            return;
+        };
+        if health.client.probe().await.is_ok() {
+            health.is_up.store(true, Ordering::Release);
+            tracing::info!(instance = health.name, "a logging instance is up again");
+            return;
         }
-        self.is_up.store(true, Ordering::Release);
-        tracing::info!(instance = self.name, "a logging instance is up again");
     }
 }
 
 /// All logging instances.
 #[derive(Debug)]
 pub struct Pool {
-    instances: Vec<Arc<Instance>>,
+    members: RwLock<Vec<Member>>,
     random: Mutex<StdRng>,
+    /// What POSTs may be repeated, so that trouble does not multiply the load.
+    pub retries: TpsBudget,
+}
+
+/// An instance and the configured address that it was found under.
+#[derive(Clone, Debug)]
+struct Member {
+    origin: String,
+    instance: Arc<Instance>,
 }
 
 impl Pool {
-    /// A pool of the instances at these addresses; `random` decides who gets what.
-    pub fn new(
-        http: &reqwest::Client,
-        urls: &[Url],
-        try_timeout: Duration,
-        random: StdRng,
-    ) -> Self {
-        let instances = urls.iter().map(|url| {
-            let client = LoggingClient::new(http.clone(), url.clone(), try_timeout);
-            let name = host_and_port(url);
-            let health = Arc::new(Health {
-                name: name.clone(),
-                client: client.clone(),
-                is_up: AtomicBool::new(true),
-            });
-            let batcher = Batcher::start(client.clone(), health.clone());
-            Arc::new(Instance {
-                name,
-                client,
-                batcher,
-                health,
-            })
-        });
+    /// A pool without instances; `random` decides who gets what.
+    pub fn new(random: StdRng) -> Self {
         Self {
-            instances: instances.collect(),
+            members: RwLock::default(),
             random: Mutex::new(random),
+            retries: TpsBudget::new(BUDGET_SPAN, FREE_RETRIES_PER_SECOND, RETRY_SHARE),
+        }
+    }
+
+    /// Makes these, by name, the instances that were found under `origin`. Those that were there
+    /// already stay as they are; those that are missing get nothing new, and what they have is
+    /// finished.
+    pub fn set_instances(&self, origin: &str, found: Vec<(String, Arc<dyn Logging>)>) {
+        let mut members = self.members.write().unwrap_or_else(PoisonError::into_inner);
+        members.retain(|member| {
+            let stays = found.iter().any(|(name, _)| *name == member.instance.name);
+            member.origin != origin || stays
+        });
+        for (name, client) in found {
+            if members.iter().any(|member| member.instance.name == name) {
+                continue;
+            }
+            tracing::info!(instance = name, "a logging instance is known");
+            members.push(Member {
+                origin: origin.to_owned(),
+                instance: Arc::new(Instance::new(name, client)),
+            });
         }
     }
 
     /// All instances, up or down.
-    pub fn instances(&self) -> &[Arc<Instance>] {
-        &self.instances
+    pub fn instances(&self) -> Vec<Arc<Instance>> {
+        let members = self.members.read().unwrap_or_else(PoisonError::into_inner);
+        members
+            .iter()
+            .map(|member| member.instance.clone())
+            .collect()
     }
 
     /// One of the instances that are up and not in `tried`, each equally likely. If there is none,
     /// one of those that are down: it may have come back unnoticed.
     pub fn choose(&self, tried: &[Arc<Instance>]) -> Option<Arc<Instance>> {
         let is_untried =
-            |instance: &&Arc<Instance>| !tried.iter().any(|tried| Arc::ptr_eq(tried, instance));
-        let (up, down): (Vec<_>, Vec<_>) = self
-            .instances
-            .iter()
-            .filter(is_untried)
-            .partition(|instance| instance.health.is_up());
+            |instance: &Arc<Instance>| !tried.iter().any(|tried| Arc::ptr_eq(tried, instance));
+        let instances = self.instances().into_iter().filter(is_untried);
+        let (up, down): (Vec<_>, Vec<_>) = instances.partition(|one| one.health.is_up());
         let candidates = if up.is_empty() { down } else { up };
         let mut random = self.random.lock().unwrap_or_else(PoisonError::into_inner);
-        candidates
-            .choose(&mut *random)
-            .map(|chosen| Arc::clone(chosen))
+        candidates.choose(&mut *random).cloned()
     }
 
     /// Asks instances in random order until one answers, each at most once.
     ///
     /// # Errors
     /// The last instance's error when none answered.
-    pub async fn ask<T, F>(&self, question: impl Fn(LoggingClient) -> F) -> Result<T, UpstreamError>
+    pub async fn ask<T, F>(
+        &self,
+        question: impl Fn(Arc<dyn Logging>) -> F,
+    ) -> Result<T, UpstreamError>
     where
         F: Future<Output = Result<T, UpstreamError>>,
     {
         let mut tried = Vec::new();
-        let mut failure = None;
+        let mut failure = UpstreamError::Unreachable("no logging instance is known".into());
         while let Some(instance) = self.choose(&tried) {
             match question(instance.client.clone()).await {
                 Ok(answer) => return Ok(answer),
                 Err(error) => {
                     instance.health.note_failure(&error);
-                    failure = Some(error);
+                    failure = error;
                 }
             }
             tried.push(instance);
         }
-        Err(failure.expect("the configuration names at least one instance"))
+        Err(failure)
     }
-}
-
-fn host_and_port(url: &Url) -> String {
-    let host = url.host_str().unwrap_or_default();
-    let port = url.port_or_known_default().unwrap_or_default();
-    format!("{host}:{port}")
 }

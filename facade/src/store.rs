@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use common::entry::{Outcome, PutEntry};
 use tokio::time::{Instant, sleep, timeout_at};
+use tower::retry::budget::Budget;
 use uuid::Uuid;
 
 use crate::pool::{Instance, Pool};
@@ -100,6 +101,9 @@ impl Certainty {
 ///
 /// A repeat after an unknown outcome keeps its UUID, so the map sees that it is the same entry. A
 /// UUID of ours is made anew only while every try with it was certainly not executed.
+///
+/// Repeats take from the pool's retry budget. When it is used up, what an instance that is up
+/// refused is given up at once, because it is overloaded; everything else waits for the budget.
 pub async fn store(
     pool: &Pool,
     msg: String,
@@ -109,6 +113,7 @@ pub async fn store(
 ) -> Result<Stored, NotStored> {
     let deadline = Instant::now() + patience;
     let mut certainty = Certainty::No;
+    let mut detail = "no logging instance is known".to_owned();
     let mut tried = Vec::new();
     let mut pause = FIRST_PAUSE;
     let mut entry = PutEntry {
@@ -119,19 +124,36 @@ pub async fn store(
         msg,
         request_id: request_id.map(str::to_owned),
     };
+    pool.retries.deposit();
+    let mut has_budget = true;
     loop {
-        let Some(instance) = pool.choose(&tried) else {
-            tried.clear();
+        let instance = if has_budget {
+            pool.choose(&tried)
+        } else {
+            None
+        };
+        let Some(instance) = instance else {
+            if Instant::now() + pause >= deadline {
+                return Err(NotStored::GaveUp {
+                    uuid: entry.uuid,
+                    certainty,
+                    detail,
+                });
+            }
             sleep(pause).await;
             pause = (pause * 2).min(MAX_PAUSE);
+            tried.clear();
+            has_budget = has_budget || pool.retries.withdraw();
             continue;
         };
         let outcome = timeout_at(deadline, instance.batcher.put(&entry))
             .await
             .unwrap_or_else(|_| Outcome::unknown("no answer came before the deadline"));
-        let detail = match (outcome, key) {
-            (Outcome::Stored, _) => return Ok(stored(entry.uuid, &instance, false)),
-            (Outcome::Duplicate, Key::Own) => return Ok(stored(entry.uuid, &instance, false)),
+        let is_refused = matches!(outcome, Outcome::Refused { .. });
+        detail = match (outcome, key) {
+            (Outcome::Stored, _) | (Outcome::Duplicate, Key::Own) => {
+                return Ok(stored(entry.uuid, &instance, false));
+            }
             (Outcome::Duplicate, Key::Caller(_)) => {
                 return Ok(stored(entry.uuid, &instance, true));
             }
@@ -151,7 +173,9 @@ pub async fn store(
                 detail
             }
         };
-        if Instant::now() + pause >= deadline {
+        has_budget = pool.retries.withdraw();
+        let is_overloaded = !has_budget && is_refused && instance.health.is_up();
+        if is_overloaded || Instant::now() >= deadline {
             return Err(NotStored::GaveUp {
                 uuid: entry.uuid,
                 certainty,
