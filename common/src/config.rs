@@ -33,7 +33,7 @@ pub fn parse<C: Parser>() -> C {
         .and_then(|matches| C::from_arg_matches(&matches));
     parsed.unwrap_or_else(|error| match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => error.exit(),
-        _ => fail(first_line(&error.to_string())),
+        _ => fail(&in_one_line(&error.to_string())),
     })
 }
 
@@ -75,7 +75,13 @@ pub fn report<E: Display>(result: Result<(), E>) -> ExitCode {
     }
 }
 
-fn first_line(message: &str) -> &str {
-    let line = message.lines().next().unwrap_or_default();
-    line.strip_prefix("error: ").unwrap_or(line)
+/// The first line of `clap`'s message, and the one that lists what may be written instead.
+fn in_one_line(message: &str) -> String {
+    let mut lines = message.lines().map(str::trim);
+    let first = lines.next().unwrap_or_default();
+    let first = first.strip_prefix("error: ").unwrap_or(first);
+    match lines.find(|line| line.starts_with("[possible values")) {
+        Some(values) => format!("{first} {values}"),
+        None => first.to_owned(),
+    }
 }

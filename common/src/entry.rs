@@ -63,8 +63,13 @@ pub enum Outcome {
     Duplicate,
     /// The map holds another message under this UUID; nothing was changed.
     Conflict,
-    /// It is not in the map and its UUID's time lies outside the settle window: it never will be.
-    Stale,
+    /// It is not in the map, and its UUID's time lies outside the settle window.
+    Stale {
+        /// Whether that time is still to come. Otherwise it has passed, and the entry never will
+        /// be in the map.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        is_ahead: bool,
+    },
     /// It was certainly not executed; the same or another instance may be asked again.
     Refused {
         /// Why, for the caller.
@@ -106,7 +111,7 @@ pub fn unix_millis(uuid: Uuid) -> u64 {
 /// # Errors
 /// A sentence for the caller when the text is no UUID or one of another version.
 pub fn parse_entry_uuid(text: &str) -> Result<Uuid, String> {
-    let uuid = Uuid::try_parse(text).map_err(|error| format!("{text:?} is no UUID: {error}"))?;
+    let uuid = Uuid::try_parse(text).map_err(|error| format!("this is no UUID: {error}"))?;
     require_entry_uuid(uuid)
 }
 

@@ -9,6 +9,18 @@ use problem_details::ProblemDetails;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+/// A detail that quotes what the caller sent is cut here, in bytes.
+const MAX_DETAIL: usize = 500;
+
+/// Cuts a text that may quote what a caller sent, so that errors stay small.
+pub fn shortened(mut text: String) -> String {
+    if text.len() > MAX_DETAIL {
+        text.truncate(text.floor_char_boundary(MAX_DETAIL));
+        text.push('…');
+    }
+    text
+}
+
 /// An error answer: a status, a detail, further members, and when to come back.
 #[derive(Debug)]
 pub struct Problem {
@@ -20,7 +32,7 @@ impl Problem {
     /// A problem with this status and a detail meant for the caller.
     pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
         let details = ProblemDetails::from_status_code(status)
-            .with_detail(detail)
+            .with_detail(shortened(detail.into()))
             .with_extensions(Map::new());
         Self {
             details: Box::new(details),

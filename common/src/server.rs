@@ -8,12 +8,14 @@ use std::any::Any;
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
+use axum::body::{Body, Bytes};
 use axum::extract::Request;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
 use axum_server::Handle;
 use axum_server::accept::Accept;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper_util::rt::TokioTimer;
 use serde::Serialize;
 use tokio::net::TcpStream;
@@ -26,7 +28,6 @@ use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::request_id::{
     MakeRequestUuid, PropagateRequestIdLayer, RequestId, SetRequestIdLayer,
 };
-use tower_http::timeout::RequestBodyTimeoutLayer;
 use tower_http::trace::TraceLayer;
 use tracing::Span;
 
@@ -48,8 +49,8 @@ pub struct Limits {
     /// From the first wait for a request's head until the head is complete; idle keep-alive
     /// connections end after this time too.
     pub head: Duration,
-    /// Between two pieces of a request body.
-    pub body_idle: Duration,
+    /// For a whole request body; for an upload of any length, between two pieces of it.
+    pub body: Duration,
     /// Between two moments in which the reader of an answer takes something. TCP tells the sender
     /// about progress in steps of up to 64 KiB on loopback, so readers of 1 KiB/s need more than
     /// a minute.
@@ -60,7 +61,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             head: Duration::from_secs(30),
-            body_idle: Duration::from_secs(30),
+            body: Duration::from_secs(30),
             write_idle: Duration::from_secs(180),
         }
     }
@@ -76,10 +77,10 @@ pub enum RequestLog {
 }
 
 /// Adds what all services share to their routes: problem+json for everything that goes wrong,
-/// request ids, the request log and the limit on idle request bodies.
-pub fn with_middleware(routes: Router, log: RequestLog, limits: Limits) -> Router {
+/// request ids and the request log.
+pub fn with_middleware(routes: Router, log: RequestLog) -> Router {
     // From the outside in: an id for each request, given back in the answer; the span and line of
-    // the log, which name it; panics become a 500 that both of them still see; body limits.
+    // the log, which name it; panics become a 500 that both of them still see.
     let stack = ServiceBuilder::new()
         .layer(MapRequestLayer::new(drop_unusable_request_id))
         .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid))
@@ -99,8 +100,7 @@ pub fn with_middleware(routes: Router, log: RequestLog, limits: Limits) -> Route
                 .on_eos(())
                 .on_failure(()),
         )
-        .layer(CatchPanicLayer::custom(answer_panic))
-        .layer(RequestBodyTimeoutLayer::new(limits.body_idle));
+        .layer(CatchPanicLayer::custom(answer_panic));
     routes
         .fallback(answer_not_found)
         .method_not_allowed_fallback(answer_method_not_allowed)
@@ -177,6 +177,45 @@ pub fn stop_on_signal() -> std::io::Result<CancellationToken> {
 /// The request id that [`with_middleware`] gave this request, as text.
 pub fn request_id(headers: &HeaderMap) -> Option<&str> {
     headers.get(REQUEST_ID)?.to_str().ok()
+}
+
+/// Why a request body could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum BodyError {
+    /// It has more bytes than the limit.
+    #[error("the body is larger than {0} bytes")]
+    TooLarge(usize),
+    /// It, or its next piece, did not come in time.
+    #[error("the body stalled; send it without long pauses")]
+    TooSlow,
+    /// The connection broke, or the body is not valid HTTP.
+    #[error("the body ended too early or cannot be read")]
+    Broken,
+}
+
+impl From<BodyError> for Problem {
+    fn from(error: BodyError) -> Self {
+        let status = match error {
+            BodyError::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            BodyError::TooSlow => StatusCode::REQUEST_TIMEOUT,
+            BodyError::Broken => StatusCode::BAD_REQUEST,
+        };
+        Self::new(status, error.to_string())
+    }
+}
+
+/// Reads a whole request body of at most `limit` bytes within `patience`.
+///
+/// # Errors
+/// When it is larger, slower, or breaks off.
+pub async fn read_body(body: Body, limit: usize, patience: Duration) -> Result<Bytes, BodyError> {
+    let reading = Limited::new(body, limit).collect();
+    let read = tokio::time::timeout(patience, reading).await;
+    match read.map_err(|_| BodyError::TooSlow)? {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => Err(BodyError::TooLarge(limit)),
+        Err(_) => Err(BodyError::Broken),
+    }
 }
 
 /// Readiness as an answer: what is checked, whether it is so, and in words what is missing.

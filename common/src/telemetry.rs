@@ -1,7 +1,7 @@
 //! Logs: text or JSON lines on standard output, filtered by `RUST_LOG`.
 //!
 //! Lines are written by a thread of their own, so that a slow terminal does not stall a request at
-//! once; when its queue is full, logging waits: a line is never dropped.
+//! once; when its queue is full, logging waits: no line is dropped because there are too many.
 
 use std::io::{BufWriter, IsTerminal};
 

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use common::entry::{Outcome, PutEntry, PutResult};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use crate::client::{Logging, UpstreamError};
 use crate::pool::Health;
@@ -15,9 +15,12 @@ use crate::pool::Health;
 /// instance stores well within its store timeout.
 const MAX_BATCH: usize = 1024 * 1024;
 
+/// Memory that a request has reserved, for as long as anything of it is queued.
+pub type Reservation = Arc<OwnedSemaphorePermit>;
+
 /// The queue to one instance.
 ///
-/// It has no bound of its own: each entry in it belongs to a request that reserved its bytes.
+/// It has no bound of its own: each entry in it holds the reservation of its request.
 #[derive(Debug)]
 pub struct Batcher {
     queue: mpsc::UnboundedSender<Queued>,
@@ -27,6 +30,7 @@ pub struct Batcher {
 struct Queued {
     json: Vec<u8>,
     reply: oneshot::Sender<Outcome>,
+    _reserved: Reservation,
 }
 
 impl Batcher {
@@ -39,10 +43,15 @@ impl Batcher {
 
     /// Puts one entry with the next batch. The caller may stop waiting at any time: the entry may
     /// then be stored or not.
-    pub async fn put(&self, entry: &PutEntry) -> Outcome {
+    pub async fn put(&self, entry: &PutEntry, reserved: Reservation) -> Outcome {
         let json = serde_json::to_vec(entry).expect("an entry is plain JSON");
         let (reply, outcome) = oneshot::channel();
-        if self.queue.send(Queued { json, reply }).is_err() {
+        let queued = Queued {
+            json,
+            reply,
+            _reserved: reserved,
+        };
+        if self.queue.send(queued).is_err() {
             return Outcome::refused("the facade is stopping");
         }
         match outcome.await {

@@ -5,6 +5,7 @@
 
 use std::future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::body::{Body, BodyDataStream};
@@ -12,17 +13,19 @@ use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use bytes::{Bytes, BytesMut};
 use common::entry;
-use common::problem::Problem;
-use common::server;
+use common::problem::{Problem, shortened};
+use common::server::{self, BodyError};
 use futures_util::{Stream, StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
 use uuid::Uuid;
 
-use crate::App;
+use crate::batcher::Reservation;
 use crate::get::{self, Format};
-use crate::post::{answer_broken_body, body_limit, check_size};
-use crate::store::{Certainty, Key, NotStored, store};
+use crate::post::{body_limit, check_size};
+use crate::store::{Certainty, Key, NotStored, Post, store};
+use crate::{App, too_many};
 
 /// Lines of one upload that are being stored, in bytes: enough for batches of full size.
 const WINDOW_BYTES: usize = 1024 * 1024;
@@ -44,16 +47,15 @@ pub(crate) async fn upload(app: App, headers: &HeaderMap, body: Body) -> Result<
             "an upload of many messages takes no idempotency-key; give lines a uuid of their own",
         ));
     }
-    let reserved = app.reserve(WINDOW_BYTES + body_limit(app.max_message))?;
+    let place = app.uploads.clone().try_acquire_owned();
+    let place = Arc::new(place.map_err(|_| too_many("uploads"))?);
     let reply = get::negotiate(headers, &[Format::Json, Format::Ndjson])?;
     let request_id = server::request_id(headers).map(str::to_owned);
-    let results = store_lines(app, body, request_id);
+    let results = store_lines(app, body, request_id, place);
     if reply == Format::Ndjson {
-        return Ok(stream_results(results, reserved));
+        return Ok(stream_results(results));
     }
-    let summary = summarize(results).await?;
-    drop(reserved);
-    Ok(Json(summary).into_response())
+    Ok(Json(summarize(results).await?).into_response())
 }
 
 /// What became of one line.
@@ -85,8 +87,8 @@ async fn summarize(
     while let Some(result) = results.next().await {
         let result = result.map_err(|problem| {
             problem
-                .with("stored", summary.stored)
-                .with("failed", summary.failed)
+                .with("stored_lines", summary.stored)
+                .with("failed_lines", summary.failed)
         })?;
         if result.error.is_none() {
             summary.stored += 1;
@@ -102,17 +104,21 @@ async fn summarize(
 
 fn stream_results(
     results: impl Stream<Item = Result<LineResult, Problem>> + Send + 'static,
-    reserved: OwnedSemaphorePermit,
 ) -> Response {
-    let chunks = results.ready_chunks(RESULTS_PER_CHUNK).map(move |results| {
-        let _held_until_the_end = &reserved;
+    let chunks = results.ready_chunks(RESULTS_PER_CHUNK).flat_map(|results| {
         let mut chunk = Vec::new();
+        let mut end = None;
         for result in results {
-            let result = result.map_err(|_| "the upload broke off")?;
-            serde_json::to_writer(&mut chunk, &result).expect("writing to a Vec does not fail");
-            chunk.push(b'\n');
+            match result {
+                Ok(result) => {
+                    let written = serde_json::to_writer(&mut chunk, &result);
+                    written.expect("writing to a Vec does not fail");
+                    chunk.push(b'\n');
+                }
+                Err(_) => end = Some(Err("the upload broke off")),
+            }
         }
-        Ok::<_, &'static str>(chunk)
+        stream::iter([Ok(chunk)].into_iter().chain(end))
     });
     let content_type = [(header::CONTENT_TYPE, "application/x-ndjson")];
     (content_type, Body::from_stream(chunks)).into_response()
@@ -124,9 +130,10 @@ fn store_lines(
     app: App,
     body: Body,
     request_id: Option<String>,
+    place: Reservation,
 ) -> impl Stream<Item = Result<LineResult, Problem>> + Send + 'static {
     let window = Arc::new(Semaphore::new(WINDOW_BYTES));
-    let lines = Lines::new(body, body_limit(app.max_message));
+    let lines = Lines::new(body, body_limit(app.max_message), app.body_patience);
     let lines = stream::unfold(lines, async |mut lines| Some((lines.next().await?, lines)));
     let admitted = lines
         .filter(|line| future::ready(!line.is_blank()))
@@ -134,9 +141,10 @@ fn store_lines(
     let stored = admitted.map(move |(line, permit)| {
         let app = app.clone();
         let request_id = request_id.clone();
+        let place = place.clone();
         async move {
             let _until_stored = permit;
-            store_line(&app, line, request_id.as_deref()).await
+            store_line(&app, line, request_id, place).await
         }
     });
     stored.buffered(WINDOW_LINES)
@@ -155,7 +163,8 @@ async fn admit(line: Line, window: Arc<Semaphore>) -> (Line, Option<OwnedSemapho
 async fn store_line(
     app: &App,
     line: Line,
-    request_id: Option<&str>,
+    request_id: Option<String>,
+    place: Reservation,
 ) -> Result<LineResult, Problem> {
     let text = match line.content {
         Content::Text(text) => text,
@@ -169,7 +178,13 @@ async fn store_line(
         Ok(parsed) => parsed,
         Err(reason) => return Ok(LineResult::failed(line.number, None, Certainty::No, reason)),
     };
-    let result = match store(&app.pool, msg, key, request_id, app.deadline).await {
+    let post = Post {
+        msg,
+        key,
+        request_id,
+        reserved: place,
+    };
+    let result = match store(&app.pool, post, app.deadline).await {
         Ok(stored) => LineResult {
             line: line.number,
             uuid: Some(stored.uuid),
@@ -185,10 +200,8 @@ async fn store_line(
                     },
                     _,
                 ) => (Some(*uuid), *certainty),
-                (NotStored::Conflict | NotStored::Stale, Key::Caller(uuid)) => {
-                    (Some(uuid), Certainty::No)
-                }
-                (NotStored::Conflict | NotStored::Stale, Key::Own) => (None, Certainty::No),
+                (_, Key::Caller(uuid)) => (Some(uuid), Certainty::No),
+                (_, Key::Own) => (None, Certainty::No),
             };
             LineResult::failed(line.number, uuid, certainty, error.detail())
         }
@@ -203,7 +216,7 @@ impl LineResult {
             uuid,
             stored: certainty.word(),
             duplicate: false,
-            error: Some(error),
+            error: Some(shortened(error)),
         }
     }
 }
@@ -255,16 +268,18 @@ struct Lines {
     body: BodyDataStream,
     buffer: BytesMut,
     limit: usize,
+    patience: Duration,
     number: u64,
     is_finished: bool,
 }
 
 impl Lines {
-    fn new(body: Body, limit: usize) -> Self {
+    fn new(body: Body, limit: usize, patience: Duration) -> Self {
         Self {
             body: body.into_data_stream(),
             buffer: BytesMut::new(),
             limit,
+            patience,
             number: 0,
             is_finished: false,
         }
@@ -299,12 +314,11 @@ impl Lines {
                 self.buffer.clear();
             }
             scanned = self.buffer.len();
-            match self.body.next().await {
-                Some(Ok(chunk)) => self.buffer.extend_from_slice(&chunk),
-                Some(Err(error)) => {
-                    self.is_finished = true;
-                    return Some(Content::Broken(answer_broken_body(&error)));
-                }
+            let piece = timeout(self.patience, self.body.next()).await;
+            match piece.map_err(|_| BodyError::TooSlow).transpose() {
+                Some(Ok(Ok(piece))) => self.buffer.extend_from_slice(&piece),
+                Some(Ok(Err(_))) => return Some(self.broken(BodyError::Broken)),
+                Some(Err(error)) => return Some(self.broken(error)),
                 None => {
                     self.is_finished = true;
                     let text = self.buffer.split().freeze();
@@ -313,6 +327,11 @@ impl Lines {
                 }
             }
         }
+    }
+
+    fn broken(&mut self, error: BodyError) -> Content {
+        self.is_finished = true;
+        Content::Broken(error.into())
     }
 
     fn bounded(&self, text: Bytes, is_too_long: bool) -> Content {

@@ -65,16 +65,18 @@ impl From<reqwest::Error> for UpstreamError {
 }
 
 /// The HTTP client that all calls share. It goes straight to the services: proxies from the
-/// environment, redirects and hidden retries are off.
+/// environment and redirects are off, and so are retries, except of requests that were never
+/// written because a kept connection had been closed.
 ///
 /// # Errors
 /// When the client cannot be built.
-pub fn http_client() -> reqwest::Result<Client> {
+pub fn http_client(connect_timeout: Duration) -> reqwest::Result<Client> {
     Client::builder()
         .no_proxy()
         .redirect(reqwest::redirect::Policy::none())
         .retry(reqwest::retry::never())
         .tcp_nodelay(true)
+        .connect_timeout(connect_timeout)
         .pool_idle_timeout(IDLE_CONNECTION)
         .build()
 }
@@ -160,7 +162,13 @@ impl Logging for LoggingClient {
             request = request.header(REQUEST_ID, id);
         }
         let response = accept(request.send().await?).await?;
-        Page::parse(&read_body(response, MAX_PAGE_BODY).await?, bounds)
+        let page = Page::parse(&read_body(response, MAX_PAGE_BODY).await?, bounds)?;
+        if limit.is_some_and(|limit| page.end.count > limit) {
+            return Err(UpstreamError::Garbled(
+                "more entries than asked for".to_owned(),
+            ));
+        }
+        Ok(page)
     }
 
     async fn get(&self, uuid: Uuid) -> Result<Option<Entry>, UpstreamError> {
@@ -210,7 +218,7 @@ impl Page {
             bounds = bounds.resumed_from(entry.uuid);
             entries.push(entry);
         }
-        if end.count != entries.len() as u64 {
+        if end.count != entries.len() as u64 || (entries.is_empty() && end.next.is_some()) {
             return Err(UpstreamError::Garbled("the count is wrong".to_owned()));
         }
         Ok(Self { entries, end })

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::rejection::QueryRejection;
+use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
@@ -12,14 +12,14 @@ use common::page::{Bounds, Order};
 use common::problem::Problem;
 use common::server;
 use headers_accept::Accept;
-use mediatype::{MediaType, Name, names};
+use mediatype::{MediaType, Name, ReadParams, names};
 use serde::Deserialize;
 use uuid::Uuid;
 
-use crate::App;
 use crate::client::{Logging, UpstreamError};
 use crate::merge::{self, Read};
 use crate::post::RETRY_AFTER;
+use crate::{App, too_many};
 
 /// The form of an answer that holds entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,26 +49,23 @@ impl Format {
 }
 
 /// The format, of those on offer, that the `Accept` headers like best; the first one if they do
-/// not care.
+/// not care. Ranges that cannot be read are passed over, as are parameters other than `q`.
 ///
 /// # Errors
-/// 406 when none of them is acceptable, 400 when the header cannot be read.
+/// 406 when none of them is acceptable.
 pub(crate) fn negotiate(headers: &HeaderMap, offer: &[Format]) -> Result<Format, Problem> {
-    let wanted: Vec<&str> = headers
-        .get_all(header::ACCEPT)
-        .iter()
-        .map(|value| value.to_str())
-        .collect::<Result<_, _>>()
-        .map_err(|_| Problem::bad_request("the accept header cannot be read"))?;
-    let wanted = wanted.join(",");
-    if wanted.trim().is_empty() {
+    let values = headers.get_all(header::ACCEPT).iter();
+    let values: Vec<&str> = values.filter_map(|value| value.to_str().ok()).collect();
+    if values.iter().all(|value| value.trim().is_empty()) {
         return Ok(offer[0]);
     }
-    let wanted: Accept = wanted
-        .parse()
-        .map_err(|_| Problem::bad_request("the accept header cannot be read"))?;
+    let ranges = values.iter().flat_map(|value| value.split(','));
+    let ranges: Vec<String> = ranges.filter_map(essence_and_quality).collect();
+    let wanted: Option<Accept> = ranges.join(",").parse().ok();
     let available: Vec<MediaType<'_>> = offer.iter().map(|format| format.media_type()).collect();
-    let chosen = wanted.negotiate(&available);
+    let chosen = wanted
+        .as_ref()
+        .and_then(|wanted| wanted.negotiate(&available));
     let format = offer
         .iter()
         .find(|format| chosen == Some(&format.media_type()));
@@ -76,6 +73,15 @@ pub(crate) fn negotiate(headers: &HeaderMap, offer: &[Format]) -> Result<Format,
         let offered: Vec<&str> = offer.iter().map(|format| format.content_type()).collect();
         let detail = format!("accept one of: {}", offered.join(", "));
         Problem::new(StatusCode::NOT_ACCEPTABLE, detail)
+    })
+}
+
+fn essence_and_quality(range: &str) -> Option<String> {
+    let range = MediaType::parse(range.trim()).ok()?;
+    let essence = range.essence();
+    Some(match range.get_param(Name::new_unchecked("q")) {
+        Some(quality) => format!("{essence};q={quality}"),
+        None => essence.to_string(),
     })
 }
 
@@ -109,18 +115,18 @@ pub(crate) async fn list(
         format: negotiate(&headers, &[Format::Json, Format::Ndjson, Format::Text])?,
         request_id: server::request_id(&headers).map(str::to_owned),
     };
-    let place = app.reads.clone().try_acquire_owned().map_err(|_| {
-        let detail = "too many reads at once; come back in a moment";
-        Problem::unavailable(detail, RETRY_AFTER)
-    })?;
+    let place = app.reads.clone().try_acquire_owned();
+    let place = place.map_err(|_| too_many("reads"))?;
     merge::answer(app, read, place).await
 }
 
 /// `GET /{uuid}`: one entry.
 pub(crate) async fn show(
     State(app): State<App>,
-    Path(uuid): Path<String>,
+    path: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Entry>, Problem> {
+    let Path(uuid) = path.map_err(|error| Problem::bad_request(error.body_text()))?;
+    let _place = app.lookups.try_acquire().map_err(|_| too_many("reads"))?;
     let uuid = Uuid::try_parse(&uuid)
         .map_err(|error| Problem::bad_request(format!("{uuid:?} is no UUID: {error}")))?;
     let entry = app

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, RawQuery, State};
+use axum::extract::{RawQuery, State};
 use axum::response::Response;
 use axum::routing::get;
 use bytesize::ByteSize;
@@ -27,6 +27,7 @@ use common::config::ServiceConfig;
 use common::entry::{MAX_BATCH_BYTES, MAX_JSON_EXPANSION};
 use common::problem::Problem;
 use common::server::{self, Check, Limits, RequestLog};
+use futures_util::future::join_all;
 use rand::rngs::StdRng;
 use reqwest::Url;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -35,8 +36,15 @@ use tokio_util::sync::CancellationToken;
 use crate::client::{MessagesClient, UpstreamError, http_client};
 use crate::pool::Pool;
 
-/// Memory for all messages on their way into the log; more are turned away with a 503.
+/// Memory for single messages on their way into the log, in bytes of their bodies; more are turned
+/// away with a 503. Each is in memory up to three times: as body, as message, and encoded.
 const MAX_POSTED_BYTES: usize = 64 * 1024 * 1024;
+
+/// Uploads of many messages at once; each has a window of its own.
+const MAX_UPLOADS: usize = 16;
+
+/// Reads of single messages at once.
+const MAX_LOOKUPS: usize = 256;
 
 /// The largest `--max-message`: escaped in JSON it still fits into a batch.
 const MAX_MAX_MESSAGE: u64 = 1024 * 1024;
@@ -111,34 +119,47 @@ fn message_size(text: &str) -> Result<ByteSize, String> {
 pub struct App {
     pub pool: Arc<Pool>,
     messages: MessagesClient,
+    body_patience: Duration,
     deadline: Duration,
     read_deadline: Duration,
     max_message: usize,
     /// Memory for posts, in bytes.
     posts: Arc<Semaphore>,
+    /// Places for uploads of many messages.
+    uploads: Arc<Semaphore>,
     /// Places for GETs of the log.
     reads: Arc<Semaphore>,
+    /// Places for GETs of single messages.
+    lookups: Arc<Semaphore>,
     stop: CancellationToken,
 }
 
 impl App {
-    /// Everything the handlers need; `random` chooses the instances. Must be called within a
-    /// runtime, where the batchers run.
+    /// Everything the handlers need; `random` chooses the instances, `stop` is cancelled when the
+    /// process was told to stop. Must be called within a runtime, where the batchers run.
     ///
     /// # Errors
     /// When the HTTP client cannot be built.
-    pub fn new(config: &Config, random: StdRng, stop: CancellationToken) -> reqwest::Result<Self> {
-        let http = http_client()?;
+    pub fn new(
+        config: &Config,
+        limits: Limits,
+        random: StdRng,
+        stop: CancellationToken,
+    ) -> reqwest::Result<Self> {
+        let http = http_client(config.try_timeout / 2)?;
         let pool = Arc::new(Pool::new(random));
         discovery::start(&pool, &http, &config.logging, config.try_timeout);
         Ok(Self {
             pool,
             messages: MessagesClient::new(http, config.messages.clone(), config.messages_timeout),
+            body_patience: limits.body,
             deadline: config.deadline,
             read_deadline: config.read_deadline,
             max_message: config.max_message.as_u64() as usize,
             posts: Arc::new(Semaphore::new(MAX_POSTED_BYTES)),
+            uploads: Arc::new(Semaphore::new(MAX_UPLOADS)),
             reads: Arc::new(Semaphore::new(config.max_reads.into())),
+            lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
             stop,
         })
     }
@@ -146,35 +167,36 @@ impl App {
     /// Reserves memory for messages, or turns them away.
     fn reserve(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Problem> {
         let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
-        self.posts
-            .clone()
-            .try_acquire_many_owned(permits)
-            .map_err(|_| {
-                let detail = "too many messages at once, none was stored; come back in a moment";
-                Problem::unavailable(detail, post::RETRY_AFTER).with("stored", "no")
-            })
+        let posts = self.posts.clone();
+        let reserved = posts.try_acquire_many_owned(permits);
+        reserved.map_err(|_| too_many("messages").with("stored", "no"))
     }
 }
 
+/// The answer to what would exceed a bound.
+fn too_many(what: &str) -> Problem {
+    let detail = format!("too many {what} at once, nothing was done; come back in a moment");
+    Problem::unavailable(detail, post::RETRY_AFTER)
+}
+
 /// All routes of the service.
-pub fn router(app: App, limits: Limits) -> Router {
+pub fn router(app: App) -> Router {
     let routes = Router::new()
         .route("/", get(get::list).post(post::create))
         .route("/{uuid}", get(get::show))
         .route("/livez", get(server::livez))
         .route("/readyz", get(readyz))
-        .layer(DefaultBodyLimit::disable())
         .with_state(app);
-    server::with_middleware(routes, RequestLog::On, limits)
+    server::with_middleware(routes, RequestLog::On)
 }
 
 /// Ready while any logging instance is up. The messages service is looked at but not needed.
 async fn readyz(State(app): State<App>, RawQuery(query): RawQuery) -> Response {
-    let mut checks = Vec::new();
-    for instance in app.pool.instances() {
+    let probes = app.pool.instances().into_iter().map(async |instance| {
         let name = format!("logging {}", instance.name);
-        checks.push(check(name, instance.client.probe().await));
-    }
+        check(name, instance.client.probe().await)
+    });
+    let mut checks = join_all(probes).await;
     let is_any_up = checks.iter().any(|check| check.ok);
     let messages = app.messages.reply(None).await.map(|_| ());
     checks.push(check("messages".to_owned(), messages));

@@ -16,11 +16,11 @@ async fn run() -> anyhow::Result<()> {
     let _log =
         telemetry::init(config.service.log_format).unwrap_or_else(|line| config::fail(&line));
     let stop = server::stop_on_signal()?;
-    let app = App::new(&config, rand::make_rng(), stop.clone())?;
+    let limits = Limits::default();
+    let app = App::new(&config, limits, rand::make_rng(), stop.clone())?;
     let listener = config::bind(config.listen).map_err(anyhow::Error::msg)?;
     tracing::info!(address = %listener.local_addr()?, "serving the log");
-    let limits = Limits::default();
-    let router = facade::router(app, limits);
+    let router = facade::router(app);
     server::serve(listener, router, limits, stop, config.service.grace).await?;
     Ok(())
 }

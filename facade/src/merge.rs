@@ -16,7 +16,7 @@ use common::problem::Problem;
 use futures_util::{StreamExt, stream};
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::{Instant, sleep};
+use tokio::time::{sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
@@ -129,14 +129,18 @@ impl MergedBody {
 
     /// Asks until an instance gives the next page, or the read deadline is over.
     async fn ask_until_page(&self) -> Result<Page, UpstreamError> {
-        let deadline = Instant::now() + self.app.read_deadline;
-        loop {
-            match self.ask_for_page().await {
-                Ok(page) => return Ok(page),
-                Err(error) if Instant::now() + RETRY_PAUSE >= deadline => return Err(error),
-                Err(_) => sleep(RETRY_PAUSE).await,
+        let mut failure = UpstreamError::TimedOut;
+        let asking = async {
+            loop {
+                match self.ask_for_page().await {
+                    Ok(page) => return page,
+                    Err(error) => failure = error,
+                }
+                sleep(RETRY_PAUSE).await;
             }
-        }
+        };
+        let asked = timeout(self.app.read_deadline, asking).await;
+        asked.map_err(|_| failure)
     }
 
     fn render_head(&self) -> Vec<u8> {

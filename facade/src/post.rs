@@ -2,26 +2,24 @@
 //!
 //! What nobody asked for is refused, never dropped: a silently cut message is a lost message.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use common::entry::{self, MAX_JSON_EXPANSION};
 use common::problem::Problem;
-use common::server;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use common::server::{self, BodyError};
 use mediatype::{MediaType, ReadParams, names};
 use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Serialize};
 use tokio::sync::OwnedSemaphorePermit;
-use tower_http::timeout::TimeoutError;
 use uuid::Uuid;
 
-use crate::store::{Key, NotStored, Stored, store};
+use crate::store::{Key, NotStored, Post, Stored, store};
 use crate::{App, bulk};
 
 /// Names the logging instance whose answer counted, as `HOST:PORT`.
@@ -38,16 +36,25 @@ pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// `POST /`: one message, or many as NDJSON.
 pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
-    let format = BodyFormat::of(&parts.headers)?;
-    if format == BodyFormat::Ndjson {
-        return bulk::upload(app, &parts.headers, body).await;
-    }
+    let format = match ContentType::of(&parts.headers)? {
+        ContentType::OneMessage(format) => format,
+        ContentType::Ndjson => return bulk::upload(app, &parts.headers, body).await,
+    };
     let key = idempotency_key(&parts.headers)?;
-    let _reserved = reserve(&app, &parts.headers)?;
-    let body = read(body, app.max_message).await?;
+    let reserved = reserve_body(&app, &parts.headers)?;
+    let body = server::read_body(body, body_limit(app.max_message), app.body_patience);
+    let body = body.await.map_err(|error| match error {
+        BodyError::TooLarge(_) => too_large(app.max_message),
+        BodyError::TooSlow | BodyError::Broken => error.into(),
+    })?;
     let msg = message(format, body, app.max_message)?;
-    let request_id = server::request_id(&parts.headers);
-    let stored = store(&app.pool, msg.clone(), key, request_id, app.deadline).await;
+    let post = Post {
+        msg: msg.clone(),
+        key,
+        request_id: server::request_id(&parts.headers).map(str::to_owned),
+        reserved: Arc::new(reserved),
+    };
+    let stored = store(&app.pool, post, app.deadline).await;
     let stored = stored.map_err(|error| answer_not_stored(&error))?;
     Ok(answer_stored(&stored, &msg))
 }
@@ -61,11 +68,16 @@ pub enum BodyFormat {
     Json,
     /// The message itself.
     Text,
+}
+
+/// What a request says it carries.
+enum ContentType {
+    OneMessage(BodyFormat),
     /// One message a line.
     Ndjson,
 }
 
-impl BodyFormat {
+impl ContentType {
     fn of(headers: &HeaderMap) -> Result<Self, Problem> {
         let is_encoded = headers
             .get_all(header::CONTENT_ENCODING)
@@ -76,7 +88,7 @@ impl BodyFormat {
         }
         let mut content_types = headers.get_all(header::CONTENT_TYPE).iter();
         let content_type = match (content_types.next(), content_types.next()) {
-            (None, _) => return Ok(Self::Text),
+            (None, _) => return Ok(Self::OneMessage(BodyFormat::Text)),
             (Some(content_type), None) => content_type.to_str().ok(),
             (Some(_), Some(_)) => None,
         };
@@ -92,9 +104,9 @@ impl BodyFormat {
         }
         let essence = media_type.essence().to_string().to_ascii_lowercase();
         match essence.as_str() {
-            "application/x-www-form-urlencoded" => Ok(Self::Form),
-            "application/json" => Ok(Self::Json),
-            "text/plain" => Ok(Self::Text),
+            "application/x-www-form-urlencoded" => Ok(Self::OneMessage(BodyFormat::Form)),
+            "application/json" => Ok(Self::OneMessage(BodyFormat::Json)),
+            "text/plain" => Ok(Self::OneMessage(BodyFormat::Text)),
             "application/x-ndjson" => Ok(Self::Ndjson),
             _ => Err(unsupported(
                 "send a form with the field msg, application/json, text/plain, or \
@@ -137,8 +149,9 @@ pub(crate) fn body_limit(max_message: usize) -> usize {
     max_message * MAX_JSON_EXPANSION + BODY_OVERHEAD
 }
 
-/// Reserves memory for a body before it is read, so that posts at once are bounded in bytes.
-fn reserve(app: &App, headers: &HeaderMap) -> Result<OwnedSemaphorePermit, Problem> {
+/// Reserves memory for a body before it is read, so that posts at once are bounded in bytes; a body
+/// that announces too many is a 413.
+fn reserve_body(app: &App, headers: &HeaderMap) -> Result<OwnedSemaphorePermit, Problem> {
     let limit = body_limit(app.max_message);
     let announced = headers
         .get(header::CONTENT_LENGTH)
@@ -149,27 +162,6 @@ fn reserve(app: &App, headers: &HeaderMap) -> Result<OwnedSemaphorePermit, Probl
         None => limit,
     };
     app.reserve(bytes)
-}
-
-async fn read(body: Body, max_message: usize) -> Result<Bytes, Problem> {
-    match Limited::new(body, body_limit(max_message)).collect().await {
-        Ok(body) => Ok(body.to_bytes()),
-        Err(error) if error.is::<LengthLimitError>() => Err(too_large(max_message)),
-        Err(error) => Err(answer_broken_body(&*error)),
-    }
-}
-
-/// The answer when a request body ends too early or stalls.
-pub(crate) fn answer_broken_body(error: &(dyn std::error::Error + 'static)) -> Problem {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        if error.is::<TimeoutError>() {
-            let detail = "the body stalled; send it without long pauses";
-            return Problem::new(StatusCode::REQUEST_TIMEOUT, detail);
-        }
-        cause = error.source();
-    }
-    Problem::bad_request("the body ended too early or cannot be read")
 }
 
 fn too_large(max_message: usize) -> Problem {
@@ -187,7 +179,7 @@ pub fn message(format: BodyFormat, body: Bytes, max_message: usize) -> Result<St
     let msg = match format {
         BodyFormat::Form if body.contains(&b'=') => form_message(body)?,
         BodyFormat::Form | BodyFormat::Text => utf8(body.into())?,
-        BodyFormat::Json | BodyFormat::Ndjson => json_message(&body)?,
+        BodyFormat::Json => json_message(&body)?,
     };
     check_size(&msg, max_message)?;
     Ok(msg)
@@ -270,7 +262,7 @@ fn answer_stored(stored: &Stored, msg: &str) -> Response {
 fn answer_not_stored(error: &NotStored) -> Problem {
     match error {
         NotStored::Conflict => Problem::new(StatusCode::UNPROCESSABLE_ENTITY, error.detail()),
-        NotStored::Stale => Problem::new(StatusCode::CONFLICT, error.detail()),
+        NotStored::Stale | NotStored::Early => Problem::new(StatusCode::CONFLICT, error.detail()),
         NotStored::GaveUp {
             uuid, certainty, ..
         } => Problem::unavailable(error.detail(), RETRY_AFTER)

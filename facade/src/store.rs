@@ -1,5 +1,6 @@
 //! Storing one message: on which instance, how often, under which UUID, and until when.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::entry::{Outcome, PutEntry};
@@ -7,6 +8,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tower::retry::budget::Budget;
 use uuid::Uuid;
 
+use crate::batcher::Reservation;
 use crate::pool::{Instance, Pool};
 
 /// Pause after every instance has failed once, doubled each time up to [`MAX_PAUSE`].
@@ -20,6 +22,16 @@ pub enum Key {
     Own,
     /// The caller's; repeats of it are the same entry.
     Caller(Uuid),
+}
+
+/// A message to be stored.
+#[derive(Debug)]
+pub struct Post {
+    pub msg: String,
+    pub key: Key,
+    /// For the logs.
+    pub request_id: Option<String>,
+    pub reserved: Reservation,
 }
 
 /// A message that is in the map.
@@ -37,8 +49,10 @@ pub struct Stored {
 pub enum NotStored {
     /// The caller's UUID is another message's.
     Conflict,
-    /// The caller's UUID is too old or too new, and not in the map.
+    /// The caller's UUID is too old, and not in the map.
     Stale,
+    /// The caller's UUID is of a time to come.
+    Early,
     /// Every try failed until the deadline.
     GaveUp {
         /// To repeat the message with.
@@ -57,8 +71,11 @@ impl NotStored {
             Self::Conflict => {
                 "this key is another message's; make a new one for each message".to_owned()
             }
-            Self::Stale => "this key's time is too far from now, and it never was stored and \
-                            never will be: post again with a new key"
+            Self::Stale => "this key's time has passed, and it never was stored and never will \
+                            be: post again with a new key"
+                .to_owned(),
+            Self::Early => "this key's time is still to come, and nothing was stored: make keys \
+                            from the current time, and post again with a new key"
                 .to_owned(),
             Self::GaveUp {
                 certainty: Certainty::No,
@@ -104,13 +121,13 @@ impl Certainty {
 ///
 /// Repeats take from the pool's retry budget. When it is used up, what an instance that is up
 /// refused is given up at once, because it is overloaded; everything else waits for the budget.
-pub async fn store(
-    pool: &Pool,
-    msg: String,
-    key: Key,
-    request_id: Option<&str>,
-    patience: Duration,
-) -> Result<Stored, NotStored> {
+pub async fn store(pool: &Pool, post: Post, patience: Duration) -> Result<Stored, NotStored> {
+    let Post {
+        msg,
+        key,
+        request_id,
+        reserved,
+    } = post;
     let deadline = Instant::now() + patience;
     let mut certainty = Certainty::No;
     let mut detail = "no logging instance is known".to_owned();
@@ -122,17 +139,17 @@ pub async fn store(
             Key::Caller(uuid) => uuid,
         },
         msg,
-        request_id: request_id.map(str::to_owned),
+        request_id,
     };
     pool.retries.deposit();
-    let mut has_budget = true;
+    let mut may_try = true;
     loop {
-        let instance = if has_budget {
-            pool.choose(&tried)
+        let next = if may_try {
+            next_instance(pool, &tried)
         } else {
             None
         };
-        let Some(instance) = instance else {
+        let Some(instance) = next else {
             if Instant::now() + pause >= deadline {
                 return Err(NotStored::GaveUp {
                     uuid: entry.uuid,
@@ -143,10 +160,10 @@ pub async fn store(
             sleep(pause).await;
             pause = (pause * 2).min(MAX_PAUSE);
             tried.clear();
-            has_budget = has_budget || pool.retries.withdraw();
+            may_try = may_try || pool.retries.withdraw();
             continue;
         };
-        let outcome = timeout_at(deadline, instance.batcher.put(&entry))
+        let outcome = timeout_at(deadline, instance.batcher.put(&entry, reserved.clone()))
             .await
             .unwrap_or_else(|_| Outcome::unknown("no answer came before the deadline"));
         let is_refused = matches!(outcome, Outcome::Refused { .. });
@@ -158,13 +175,17 @@ pub async fn store(
                 return Ok(stored(entry.uuid, &instance, true));
             }
             (Outcome::Conflict, Key::Caller(_)) => return Err(NotStored::Conflict),
-            (Outcome::Stale, Key::Caller(_)) => return Err(NotStored::Stale),
+            (Outcome::Stale { is_ahead: true }, Key::Caller(_)) => return Err(NotStored::Early),
+            (Outcome::Stale { is_ahead: false }, Key::Caller(_)) => return Err(NotStored::Stale),
             (Outcome::Conflict, Key::Own) => {
                 certainty = Certainty::No;
                 "the UUID is another message's".to_owned()
             }
-            (Outcome::Stale, Key::Own) => {
-                certainty = Certainty::No;
+            (Outcome::Stale { is_ahead }, Key::Own) => {
+                // An entry whose time has passed never will be stored, also by an earlier try.
+                if !is_ahead {
+                    certainty = Certainty::No;
+                }
                 "the clocks of facade and map differ too much".to_owned()
             }
             (Outcome::Refused { detail }, _) => detail,
@@ -173,8 +194,8 @@ pub async fn store(
                 detail
             }
         };
-        has_budget = pool.retries.withdraw();
-        let is_overloaded = !has_budget && is_refused && instance.health.is_up();
+        may_try = pool.retries.withdraw();
+        let is_overloaded = !may_try && is_refused && instance.health.is_up();
         if is_overloaded || Instant::now() >= deadline {
             return Err(NotStored::GaveUp {
                 uuid: entry.uuid,
@@ -187,6 +208,14 @@ pub async fn store(
         }
         tried.push(instance);
     }
+}
+
+/// A random instance that was not tried in this round. One that is down may hang, so it is worth a
+/// try only when no other is up.
+fn next_instance(pool: &Pool, tried: &[Arc<Instance>]) -> Option<Arc<Instance>> {
+    let is_any_up = tried.iter().any(|instance| instance.health.is_up());
+    pool.choose(tried)
+        .filter(|instance| instance.health.is_up() || !is_any_up)
 }
 
 fn stored(uuid: Uuid, instance: &Instance, is_duplicate: bool) -> Stored {

@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::Router;
-use axum::body::Body;
-use axum::extract::rejection::{BytesRejection, QueryRejection};
-use axum::extract::{DefaultBodyLimit, Path, Query, RawQuery, State};
+use axum::body::{Body, HttpBody};
+use axum::extract::rejection::{PathRejection, QueryRejection};
+use axum::extract::{Path, Query, RawQuery, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -26,10 +26,17 @@ use common::problem::Problem;
 use common::server::{self, Check, Limits, RequestLog};
 use futures_util::{StreamExt, stream};
 use serde::Deserialize;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::map::{DistributedMap, Location, MapError, PageLimit};
+
+/// Memory for batches on their way to the map, in bytes of bodies; what comes on top gets a 503.
+const MAX_POSTED_BYTES: usize = 64 * 1024 * 1024;
+
+/// Reads at once; what comes on top gets a 503. A facade has at most one for each of its own.
+const MAX_READS: usize = 512;
 
 /// Bytes of entries that a read takes from the map at once.
 const PAGE_BYTES: usize = 128 * 1024;
@@ -73,29 +80,45 @@ fn no_backups(text: &str) -> Result<u16, String> {
 /// What the handlers share.
 #[derive(Clone, Debug)]
 pub struct App {
-    pub map: Arc<dyn DistributedMap>,
-    /// Cancelled when the process was told to stop.
-    pub stop: CancellationToken,
+    map: Arc<dyn DistributedMap>,
+    posts: Arc<Semaphore>,
+    reads: Arc<Semaphore>,
+    body_patience: Duration,
+    stop: CancellationToken,
+}
+
+impl App {
+    /// Everything the handlers need; `stop` is cancelled when the process was told to stop.
+    pub fn new(map: Arc<dyn DistributedMap>, limits: Limits, stop: CancellationToken) -> Self {
+        Self {
+            map,
+            posts: Arc::new(Semaphore::new(MAX_POSTED_BYTES)),
+            reads: Arc::new(Semaphore::new(MAX_READS)),
+            body_patience: limits.body,
+            stop,
+        }
+    }
 }
 
 /// All routes of the service.
-pub fn router(app: App, limits: Limits) -> Router {
+pub fn router(app: App) -> Router {
     let routes = Router::new()
         .route("/", get(list).post(put))
         .route("/{uuid}", get(show))
         .route("/livez", get(server::livez))
         .route("/readyz", get(readyz))
-        .layer(DefaultBodyLimit::max(MAX_BATCH_BYTES))
         .with_state(app);
-    server::with_middleware(routes, RequestLog::Off, limits)
+    server::with_middleware(routes, RequestLog::Off)
 }
 
-async fn put(
-    State(app): State<App>,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Response, Problem> {
-    let body = body.map_err(|error| Problem::new(error.status(), error.body_text()))?;
+async fn put(State(app): State<App>, request: Request) -> Result<Response, Problem> {
+    let announced = request.body().size_hint().exact();
+    let bytes = announced.map_or(MAX_BATCH_BYTES, |bytes| bytes as usize);
+    let permits = u32::try_from(bytes.min(MAX_BATCH_BYTES)).unwrap_or(u32::MAX);
+    let _reserved = app.posts.try_acquire_many(permits).map_err(|_| busy())?;
+    let body = server::read_body(request.into_body(), MAX_BATCH_BYTES, app.body_patience).await?;
     let batch = Batch::parse(&body)?;
+    drop(body);
     let outcomes = app.map.put(batch.entries.clone()).await;
     log_acknowledged(&batch, &outcomes);
     let results = batch.entries.iter().zip(outcomes).map(|(entry, outcome)| {
@@ -169,7 +192,7 @@ fn log_acknowledged(batch: &Batch, outcomes: &[Outcome]) {
             Outcome::Stored => "stored",
             Outcome::Duplicate => "duplicate",
             Outcome::Conflict
-            | Outcome::Stale
+            | Outcome::Stale { .. }
             | Outcome::Refused { .. }
             | Outcome::Unknown { .. } => continue,
         };
@@ -183,7 +206,12 @@ fn log_acknowledged(batch: &Batch, outcomes: &[Outcome]) {
     }
 }
 
-async fn show(State(app): State<App>, Path(uuid): Path<String>) -> Result<Json<Entry>, Problem> {
+async fn show(
+    State(app): State<App>,
+    path: Result<Path<String>, PathRejection>,
+) -> Result<Json<Entry>, Problem> {
+    let Path(uuid) = path.map_err(|error| Problem::bad_request(error.body_text()))?;
+    let _place = app.reads.try_acquire().map_err(|_| busy())?;
     let uuid = Uuid::try_parse(&uuid)
         .map_err(|error| Problem::bad_request(format!("{uuid:?} is no UUID: {error}")))?;
     match app.map.get(uuid).await.map_err(answer_map_error)? {
@@ -214,7 +242,9 @@ async fn list(
     query: Result<Query<ListQuery>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let Query(query) = query.map_err(|error| Problem::bad_request(error.body_text()))?;
-    let mut listing = Listing::begin(app.map, query)
+    let place = app.reads.clone().try_acquire_owned();
+    let place = place.map_err(|_| busy())?;
+    let mut listing = Listing::begin(app.map, query, place)
         .await
         .map_err(answer_map_error)?;
     let first = listing.next_chunk().await.map_err(answer_map_error)?;
@@ -241,19 +271,26 @@ struct Listing {
     is_one_page: bool,
     count: u64,
     is_finished: bool,
+    _place: OwnedSemaphorePermit,
 }
 
 impl Listing {
-    async fn begin(map: Arc<dyn DistributedMap>, query: ListQuery) -> Result<Self, MapError> {
+    async fn begin(
+        map: Arc<dyn DistributedMap>,
+        query: ListQuery,
+        place: OwnedSemaphorePermit,
+    ) -> Result<Self, MapError> {
         let mut bounds = Bounds {
             after: query.after,
             before: query.before,
             order: query.order,
         };
-        if bounds.order == Order::Asc
-            && let Some(last) = map.last().await?
-        {
-            let end = Uuid::from_u128(last.as_u128().saturating_add(1));
+        if bounds.order == Order::Asc {
+            // What comes from now on is left out, or a slow reader would never reach the end.
+            let last = map.last().await?;
+            let end = last.map_or(Uuid::nil(), |last| {
+                Uuid::from_u128(last.as_u128().saturating_add(1))
+            });
             bounds.before = Some(bounds.before.map_or(end, |before| before.min(end)));
         }
         Ok(Self {
@@ -264,6 +301,7 @@ impl Listing {
             is_one_page: query.page_bytes.is_some(),
             count: 0,
             is_finished: false,
+            _place: place,
         })
     }
 
@@ -284,8 +322,8 @@ impl Listing {
         if let Some(last) = last {
             self.bounds = self.bounds.resumed_from(last);
         }
-        let is_cut = self.entries_left == 0 || self.is_one_page;
-        if is_cut || !page.more {
+        let is_last = self.entries_left == 0 || self.is_one_page || !page.more;
+        if is_last {
             self.is_finished = true;
             let next = last.filter(|_| page.more);
             let end = PageEnd {
@@ -312,6 +350,11 @@ async fn readyz(State(app): State<App>, RawQuery(query): RawQuery) -> Response {
     }];
     let ready = server::not_stopping(&app.stop).and(map);
     server::readiness(ready, &checks, query.as_deref())
+}
+
+fn busy() -> Problem {
+    let detail = "this instance is busy, and nothing was done; ask again in a moment";
+    Problem::unavailable(detail, Duration::from_secs(1))
 }
 
 fn answer_map_error(error: MapError) -> Problem {

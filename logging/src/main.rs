@@ -25,7 +25,7 @@ async fn run() -> anyhow::Result<()> {
     tracing::info!(address = %listener.local_addr()?, map = ?config.map, "serving the map");
     let stopping = stop.clone();
     let limits = Limits::default();
-    let router = logging::router(App { map, stop }, limits);
+    let router = logging::router(App::new(map, limits, stop));
     server::serve(listener, router, limits, stopping, config.service.grace).await?;
     Ok(())
 }

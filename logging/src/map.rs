@@ -34,7 +34,8 @@ pub trait DistributedMap: fmt::Debug + Send + Sync {
     /// - *Conflicts*: the same UUID with another message changes nothing.
     /// - *Settle window*: a UUID that is not in the map is added only if its time is at most
     ///   `settle` behind and [`MAX_AHEAD`] ahead of the map's clock, looked at where the entry is
-    ///   written. Otherwise it is `Stale`: it is not in the map and never will be.
+    ///   written. Otherwise it is `Stale`: not in the map, and if its time has passed, it never
+    ///   will be. (A commit becomes visible as long after that look as the disk needs for it.)
     /// - *Failure*: `Refused` means certainly not executed; `Unknown` that it may or may not be
     ///   stored. Entries of one batch may fare differently.
     ///
@@ -52,7 +53,8 @@ pub trait DistributedMap: fmt::Debug + Send + Sync {
     /// The greatest UUID in the map, or `None` when it is empty.
     async fn last(&self) -> Result<Option<Uuid>, MapError>;
 
-    /// Whether reads and writes can be taken now; the error says in words what is missing.
+    /// Whether reads and writes can be taken now; the error says in words what is missing. Takes
+    /// as long as a put.
     async fn ready(&self) -> Result<(), MapError>;
 }
 
@@ -125,8 +127,11 @@ pub fn open(location: &Location, options: Options) -> anyhow::Result<Arc<dyn Dis
     }
 }
 
-/// Whether an entry of this UUID may be new to the map when its clock shows `now`.
-fn is_settling(uuid: Uuid, now: SystemTime, settle: Duration) -> bool {
+/// Why an entry of this UUID may not be new to the map when its clock shows `now`, if so.
+fn staleness(uuid: Uuid, now: SystemTime, settle: Duration) -> Option<Outcome> {
     let time = SystemTime::UNIX_EPOCH + Duration::from_millis(entry::unix_millis(uuid));
-    now <= time + settle && time <= now + MAX_AHEAD
+    if time > now + MAX_AHEAD {
+        return Some(Outcome::Stale { is_ahead: true });
+    }
+    (now > time + settle).then_some(Outcome::Stale { is_ahead: false })
 }

@@ -9,7 +9,7 @@ use axum::response::Response;
 use axum::routing::get;
 use clap::Parser;
 use common::config::ServiceConfig;
-use common::server::{self, Limits, RequestLog};
+use common::server::{self, RequestLog};
 use tokio_util::sync::CancellationToken;
 
 /// What every GET is answered with.
@@ -28,14 +28,14 @@ pub struct Config {
 }
 
 /// All routes of the service. Readiness fails once `stop` is cancelled.
-pub fn router(stop: CancellationToken, limits: Limits) -> Router {
+pub fn router(stop: CancellationToken) -> Router {
     let routes = Router::new()
         .route("/", get(reply))
         .route("/{*path}", get(reply))
         .route("/livez", get(server::livez))
         .route("/readyz", get(readyz))
         .with_state(stop);
-    server::with_middleware(routes, RequestLog::On, limits)
+    server::with_middleware(routes, RequestLog::On)
 }
 
 async fn reply() -> &'static str {

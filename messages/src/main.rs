@@ -19,7 +19,7 @@ async fn run() -> anyhow::Result<()> {
     let listener = config::bind(config.listen).map_err(anyhow::Error::msg)?;
     tracing::info!(address = %listener.local_addr()?, "serving the messages stub");
     let limits = Limits::default();
-    let router = messages::router(stop.clone(), limits);
+    let router = messages::router(stop.clone());
     server::serve(listener, router, limits, stop, config.service.grace).await?;
     Ok(())
 }

@@ -14,7 +14,7 @@ async fn every_get_is_answered_with_the_sentence() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let stop = CancellationToken::new();
-    let router = messages::router(stop.clone(), Limits::default());
+    let router = messages::router(stop.clone());
     let serving = serve(
         listener,
         router,

@@ -10,7 +10,7 @@ use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::routing::{get, post};
 use common::problem::Problem;
-use common::server::{Limits, RequestLog, serve, with_middleware};
+use common::server::{Limits, RequestLog, read_body, serve, with_middleware};
 use futures_util::stream;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -25,7 +25,7 @@ const NEVER: Duration = Duration::from_secs(3600);
 
 const PATIENT: Limits = Limits {
     head: NEVER,
-    body_idle: NEVER,
+    body: NEVER,
     write_idle: NEVER,
 };
 
@@ -40,7 +40,7 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let router = with_middleware(routes, RequestLog::On, limits);
+        let router = with_middleware(routes, RequestLog::On);
         let serving = tokio::spawn(serve(listener, router, limits, stop.clone(), grace));
         Self {
             address,
@@ -61,12 +61,6 @@ async fn rest(mut connection: TcpStream) -> String {
     let mut text = Vec::new();
     let _cut_or_closed = connection.read_to_end(&mut text).await;
     String::from_utf8_lossy(&text).into_owned()
-}
-
-async fn echo(
-    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
-) -> Result<Bytes, Problem> {
-    body.map_err(|error| Problem::new(error.status(), error.body_text()))
 }
 
 #[tokio::test]
@@ -105,17 +99,30 @@ async fn slow_head_and_idle_connection_are_cut() {
     rest(server.send("").await).await;
 }
 
+/// Also one that keeps coming, but in crumbs.
 #[tokio::test]
-async fn stalled_body_is_cut() {
-    let limits = Limits {
-        body_idle: SHORT,
-        ..PATIENT
-    };
-    let server = Server::start(Router::new().route("/", post(echo)), limits, NEVER);
-    let request = "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 10\r\n\r\nhalf";
-    let answer = rest(server.send(request).await).await;
-    assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
-    assert!(answer.contains("application/problem+json"), "{answer}");
+async fn slow_body_is_cut_and_large_one_refused() {
+    async fn read(body: Body) -> Result<Bytes, Problem> {
+        Ok(read_body(body, 100, SHORT).await?)
+    }
+    let server = Server::start(Router::new().route("/", post(read)), PATIENT, NEVER);
+    let request = "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 90\r\n\r\nx";
+    let mut connection = server.send(request).await;
+    let mut status = [0; 12];
+    loop {
+        tokio::select! {
+            biased;
+            read = connection.read_exact(&mut status) => {
+                read.unwrap();
+                break;
+            }
+            () = tokio::time::sleep(SHORT / 10) => connection.write_all(b"x").await.unwrap(),
+        }
+    }
+    assert_eq!(&status, b"HTTP/1.1 408");
+    let request = "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 101\r\n\r\n";
+    let answer = rest(server.send(&(request.to_owned() + &"x".repeat(101))).await).await;
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
 }
 
 /// Says so when it is dropped, here with the body that holds it.

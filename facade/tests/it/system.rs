@@ -24,9 +24,9 @@ use crate::process::{Process, free_address};
 const SEED: u64 = 8086;
 
 /// As in production, but bodies may not stall for longer than a test waits.
-pub(crate) const LIMITS: Limits = Limits {
+const LIMITS: Limits = Limits {
     head: Duration::from_secs(30),
-    body_idle: Duration::from_secs(3),
+    body: Duration::from_secs(3),
     write_idle: Duration::from_secs(180),
 };
 
@@ -70,14 +70,11 @@ impl System {
         let map = open(&Location::Lmdb(folder.path().into()), options).unwrap();
         let logging: Vec<Server> = (0..3)
             .map(|_| {
-                let app = logging::App {
-                    map: map.clone(),
-                    stop: CancellationToken::new(),
-                };
-                serve(logging::router(app, LIMITS))
+                let app = logging::App::new(map.clone(), LIMITS, CancellationToken::new());
+                serve(logging::router(app))
             })
             .collect();
-        let messages = serve(messages::router(CancellationToken::new(), LIMITS));
+        let messages = serve(messages::router(CancellationToken::new()));
         Self::with_services(logging, messages, folder, flags)
     }
 
@@ -113,8 +110,8 @@ impl System {
         ];
         let config = Config::parse_from(required.iter().chain(flags));
         let stop = CancellationToken::new();
-        let app = App::new(&config, StdRng::seed_from_u64(SEED), stop.clone()).unwrap();
-        let facade = serve(facade::router(app, LIMITS));
+        let app = App::new(&config, LIMITS, StdRng::seed_from_u64(SEED), stop.clone()).unwrap();
+        let facade = serve(facade::router(app));
         Self {
             http: Client::new(),
             url: facade.url(),

@@ -26,7 +26,7 @@ use heed::{Database, Env, EnvOpenOptions, MdbError, RwTxn, WithoutTls};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use uuid::Uuid;
 
-use super::{DistributedMap, MapError, Options, Page, PageLimit, is_settling};
+use super::{DistributedMap, MapError, Options, Page, PageLimit, staleness};
 
 /// Address space reserved once for the memory map. It costs nothing until it is used; a map that
 /// grows beyond it refuses entries.
@@ -38,6 +38,9 @@ const MAX_READERS: u32 = 4096;
 /// Readers of killed processes keep pages from being reused until they are cleared this often.
 const STALE_READER_SWEEP: Duration = Duration::from_secs(10);
 
+/// How long reads may keep an environment open that must be opened again.
+const MAX_CLOSING: Duration = Duration::from_secs(5);
+
 /// Entries that may wait for the writer, in bytes; more are refused at once.
 const MAX_QUEUED_BYTES: usize = 32 * 1024 * 1024;
 
@@ -46,6 +49,9 @@ const MAX_GROUP_BYTES: usize = 4 * 1024 * 1024;
 
 /// What an entry costs besides its message: key, checksum, B-tree and queue bookkeeping.
 const ENTRY_OVERHEAD: usize = 64;
+
+/// What a job costs besides its entries, so that many small ones are bounded too.
+const JOB_OVERHEAD: usize = 512;
 
 const CHECKSUM_BYTES: usize = 4;
 
@@ -82,6 +88,35 @@ impl LmdbMap {
         })
     }
 
+    /// Has the writer write a batch; an error is the outcome of all its entries. An empty batch
+    /// tells whether the writer gets LMDB's lock.
+    async fn submit(&self, entries: Arc<[Entry]>) -> Result<Vec<Outcome>, Outcome> {
+        let bytes = queued_bytes(&entries);
+        let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let permit = self.queue.clone().try_acquire_many_owned(permits);
+        let permit = permit.map_err(|_| Outcome::refused("the write queue is full"))?;
+        let (reply, outcomes) = oneshot::channel();
+        let claim = Claim::default();
+        let job = Job {
+            entries,
+            bytes,
+            claim: claim.clone(),
+            reply,
+            _permit: permit,
+        };
+        if self.jobs.send(job).is_err() {
+            return Err(Outcome::refused("the map's writer has stopped"));
+        }
+        match tokio::time::timeout(self.store_timeout, outcomes).await {
+            Ok(Ok(outcomes)) => outcomes,
+            Ok(Err(_)) => Err(Outcome::unknown("the map's writer stopped meanwhile")),
+            Err(_) if claim.take() => Err(Outcome::refused(
+                "the map's write lock was not free in time",
+            )),
+            Err(_) => Err(Outcome::unknown("the commit was not finished in time")),
+        }
+    }
+
     async fn read<T: Send + 'static>(
         &self,
         read: impl FnOnce(&Store) -> Result<T, MapError> + Send + 'static,
@@ -97,32 +132,12 @@ impl LmdbMap {
 impl DistributedMap for LmdbMap {
     async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome> {
         let count = entries.len();
-        let bytes = queued_bytes(&entries);
-        let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
-        let Ok(permit) = self.queue.clone().try_acquire_many_owned(permits) else {
-            return vec![Outcome::refused("the write queue is full"); count];
-        };
-        let (reply, outcomes) = oneshot::channel();
-        let claim = Claim::default();
-        let job = Job {
-            entries,
-            bytes,
-            claim: claim.clone(),
-            reply,
-            _permit: permit,
-        };
-        if self.jobs.send(job).is_err() {
-            return vec![Outcome::refused("the map's writer has stopped"); count];
+        if count == 0 {
+            return Vec::new();
         }
-        match tokio::time::timeout(self.store_timeout, outcomes).await {
-            Ok(Ok(outcomes)) => outcomes,
-            Ok(Err(_)) => vec![Outcome::unknown("the map's writer stopped meanwhile"); count],
-            Err(_) if claim.take() => {
-                let detail = "the map's write lock was not free in time";
-                vec![Outcome::refused(detail); count]
-            }
-            Err(_) => vec![Outcome::unknown("the commit was not finished in time"); count],
-        }
+        self.submit(entries)
+            .await
+            .unwrap_or_else(|outcome| vec![outcome; count])
     }
 
     async fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError> {
@@ -138,7 +153,14 @@ impl DistributedMap for LmdbMap {
     }
 
     async fn ready(&self) -> Result<(), MapError> {
-        self.read(|store| store.last().map(|_| ())).await
+        self.read(Store::last).await?;
+        match self.submit(Arc::new([])).await {
+            Ok(_) => Ok(()),
+            Err(outcome) => Err(MapError::Unavailable(match outcome {
+                Outcome::Refused { detail } | Outcome::Unknown { detail } => detail,
+                other => format!("{other:?}"),
+            })),
+        }
     }
 }
 
@@ -148,13 +170,13 @@ struct Job {
     entries: Arc<[Entry]>,
     bytes: usize,
     claim: Claim,
-    reply: oneshot::Sender<Vec<Outcome>>,
+    reply: oneshot::Sender<Result<Vec<Outcome>, Outcome>>,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Job {
     /// Whoever waited may have given up: then its claim decided what it was told.
-    fn answer(self, outcomes: Vec<Outcome>) {
+    fn answer(self, outcomes: Result<Vec<Outcome>, Outcome>) {
         let _ = self.reply.send(outcomes);
     }
 }
@@ -187,7 +209,7 @@ impl Writer {
                 Err(RecvTimeoutError::Disconnected) => return,
             }
             if swept.elapsed() >= STALE_READER_SWEEP {
-                self.store.clear_stale_readers();
+                self.store.sweep();
                 swept = Instant::now();
             }
         }
@@ -199,14 +221,13 @@ impl Writer {
         match self.write_group(&mut group) {
             Ok(outcomes) => {
                 for (job, outcomes) in group.into_iter().zip(outcomes) {
-                    job.answer(outcomes);
+                    job.answer(Ok(outcomes));
                 }
             }
             Err(failure) => {
                 tracing::error!(outcome = ?failure.outcome, "a write transaction failed");
                 for job in group {
-                    let outcomes = vec![failure.outcome.clone(); job.entries.len()];
-                    job.answer(outcomes);
+                    job.answer(Err(failure.outcome.clone()));
                 }
                 if failure.needs_reopen {
                     self.store.reopen();
@@ -220,7 +241,7 @@ impl Writer {
         let mut txn = env.write_txn().map_err(Failure::before_commit)?;
         self.claim_queued(group);
         let mut written = self.write(entries, &mut txn, group)?;
-        while !self.is_still_settling(&written) {
+        while self.has_gone_stale(&written) {
             txn.abort();
             txn = env.write_txn().map_err(Failure::before_commit)?;
             written = self.write(entries, &mut txn, group)?;
@@ -246,11 +267,10 @@ impl Writer {
         }
     }
 
-    fn is_still_settling(&self, written: &Written) -> bool {
+    fn has_gone_stale(&self, written: &Written) -> bool {
         let now = SystemTime::now();
-        written
-            .oldest_new
-            .is_none_or(|uuid| is_settling(uuid, now, self.settle))
+        let oldest = written.oldest_new;
+        oldest.is_some_and(|uuid| staleness(uuid, now, self.settle).is_some())
     }
 
     fn write(
@@ -265,18 +285,20 @@ impl Writer {
             let mut outcomes = Vec::with_capacity(job.entries.len());
             for entry in job.entries.iter() {
                 let key = entry.uuid.as_bytes();
-                let outcome = match entries.get(txn, key).map_err(Failure::before_commit)? {
-                    Some(value) => compare(entry, value),
-                    None if !is_settling(entry.uuid, now, self.settle) => Outcome::Stale,
-                    None => {
-                        let value = encode(entry);
-                        entries
-                            .put(txn, key, &value)
-                            .map_err(Failure::before_commit)?;
-                        let oldest = written.oldest_new.unwrap_or(entry.uuid);
-                        written.oldest_new = Some(oldest.min(entry.uuid));
-                        Outcome::Stored
-                    }
+                let known = entries.get(txn, key).map_err(Failure::before_commit)?;
+                let outcome = match known.map(|value| compare(entry, value)) {
+                    Some(outcome) => outcome,
+                    None => match staleness(entry.uuid, now, self.settle) {
+                        Some(stale) => stale,
+                        None => {
+                            let value = encode(entry);
+                            let put = entries.put(txn, key, &value);
+                            put.map_err(Failure::before_commit)?;
+                            let oldest = written.oldest_new.unwrap_or(entry.uuid);
+                            written.oldest_new = Some(oldest.min(entry.uuid));
+                            Outcome::Stored
+                        }
+                    },
                 };
                 outcomes.push(outcome);
             }
@@ -362,17 +384,21 @@ impl Store {
         })
     }
 
-    /// Closes the environment, waiting for reads to end, and opens it again. If that fails, the
-    /// next write tries once more.
+    /// Closes the environment, once reads have ended, and opens it again. If that fails, the
+    /// writer tries once more with the next batch or sweep; until then nothing can be read.
     fn reopen(&self) {
-        let mut opened = self.opened.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(broken) = opened.take() {
-            broken.env.prepare_for_closing().wait();
+        if let Some(broken) = self.replace(None) {
+            broken.env.prepare_for_closing().wait_timeout(MAX_CLOSING);
         }
         match Opened::open(&self.folder) {
-            Ok(again) => *opened = Some(again),
+            Ok(opened) => drop(self.replace(Some(opened))),
             Err(error) => tracing::error!(%error, "the map cannot be opened again"),
         }
+    }
+
+    fn replace(&self, opened: Option<Opened>) -> Option<Opened> {
+        let mut current = self.opened.write().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *current, opened)
     }
 
     /// LMDB writes its meta page last. If that write failed, nobody can tell whether it reached
@@ -401,14 +427,15 @@ impl Store {
             .is_ok_and(|disk| disk.f_bavail * disk.f_frsize < MAX_GROUP_BYTES as u64)
     }
 
-    fn clear_stale_readers(&self) {
+    /// What is to be done now and then, even when nobody writes.
+    fn sweep(&self) {
         let Ok(opened) = self.opened() else {
-            return;
+            return self.reopen();
         };
         match opened.env.clear_stale_readers() {
             Ok(0) => {}
             Ok(readers) => tracing::info!(readers, "cleared readers of processes that died"),
-            Err(error) => tracing::warn!(error = %error, "stale readers cannot be cleared"),
+            Err(error) => tracing::warn!(%error, "stale readers cannot be cleared"),
         }
     }
 
@@ -491,9 +518,12 @@ impl Opened {
                       folder belongs to the logging processes, see claim_namespace"
         )]
         let env = unsafe { options.open(folder)? };
-        let mut txn = env.write_txn()?;
-        let entries = env.create_database(&mut txn, None)?;
-        txn.commit()?;
+        // The unnamed database is always there, so no write lock is needed, which a paused process
+        // might hold.
+        let txn = env.read_txn()?;
+        let entries = env.open_database(&txn, None)?;
+        let entries = entries.expect("LMDB makes the unnamed database with the file");
+        drop(txn);
         env.clear_stale_readers()?;
         Ok(Self { env, entries })
     }
@@ -574,10 +604,8 @@ fn key_uuid(key: &[u8]) -> Result<Uuid, MapError> {
 }
 
 fn queued_bytes(entries: &[Entry]) -> usize {
-    entries
-        .iter()
-        .map(|entry| entry.msg.len() + ENTRY_OVERHEAD)
-        .sum()
+    let bytes = entries.iter().map(|entry| entry.msg.len() + ENTRY_OVERHEAD);
+    JOB_OVERHEAD + bytes.sum::<usize>()
 }
 
 fn unavailable(error: heed::Error) -> MapError {

@@ -32,11 +32,7 @@ impl Instance {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let stop = CancellationToken::new();
-        let app = App {
-            map,
-            stop: stop.clone(),
-        };
-        let router = router(app, Limits::default());
+        let router = router(App::new(map, Limits::default(), stop.clone()));
         let stop_serving = CancellationToken::new();
         tokio::spawn(common::server::serve(
             listener,

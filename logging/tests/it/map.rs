@@ -134,8 +134,9 @@ async fn entry_outside_the_settle_window_is_stale() {
         let new = entry_at(now + MAX_AHEAD - margin, "new");
         let too_new = entry_at(now + MAX_AHEAD + margin, "too new");
         let outcomes = put(&map, &[too_old, old.clone(), new.clone(), too_new]).await;
-        use Outcome::{Stale, Stored};
-        assert_eq!(outcomes, [Stale, Stored, Stored, Stale]);
+        let stale = |is_ahead| Outcome::Stale { is_ahead };
+        use Outcome::Stored;
+        assert_eq!(outcomes, [stale(false), Stored, Stored, stale(true)]);
         assert_eq!(all(&map).await, [old, new]);
     }
 }
@@ -162,8 +163,8 @@ async fn settled_entry_is_still_recognized() {
         };
         let never_stored = entry_at(SystemTime::now() - Duration::from_secs(1), "never");
         let outcomes = put(&map, &[entry, other, never_stored]).await;
-        use Outcome::{Conflict, Duplicate, Stale};
-        assert_eq!(outcomes, [Duplicate, Conflict, Stale]);
+        let stale = Outcome::Stale { is_ahead: false };
+        assert_eq!(outcomes, [Outcome::Duplicate, Outcome::Conflict, stale]);
     }
 }
 

@@ -309,7 +309,7 @@ async fn acknowledged_entries_are_one_log_line_each() {
         let outcomes = put(&http, &process.url(), &entries).await.unwrap();
         let stale = entry_of_1970();
         let refused = put_one(&http, &process.url(), &stale).await;
-        assert_eq!(refused, Outcome::Stale);
+        assert_eq!(refused, Outcome::Stale { is_ahead: false });
         let is_entry = |line: &&String| line.contains("entry acknowledged");
         process.wait_for_log(|lines| lines.iter().filter(is_entry).count() >= 2);
         let log = process.log();
