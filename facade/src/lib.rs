@@ -146,9 +146,23 @@ impl App {
         random: StdRng,
         stop: CancellationToken,
     ) -> reqwest::Result<Self> {
-        let http = http_client(config.try_timeout / 2)?;
         let pool = Arc::new(Pool::new(random));
+        let http = http_client(config.try_timeout / 2)?;
         discovery::start(&pool, &http, &config.logging, config.try_timeout);
+        Self::with_pool(config, limits, pool, stop)
+    }
+
+    /// The same, with a pool that the caller fills.
+    ///
+    /// # Errors
+    /// When the HTTP client cannot be built.
+    pub fn with_pool(
+        config: &Config,
+        limits: Limits,
+        pool: Arc<Pool>,
+        stop: CancellationToken,
+    ) -> reqwest::Result<Self> {
+        let http = http_client(config.try_timeout / 2)?;
         Ok(Self {
             pool,
             messages: MessagesClient::new(http, config.messages.clone(), config.messages_timeout),

@@ -11,7 +11,7 @@ use axum::body::Body;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use common::entry::Entry;
-use common::page::Bounds;
+use common::page::{Bounds, Order};
 use common::problem::Problem;
 use futures_util::{StreamExt, stream};
 use serde::Serialize;
@@ -167,7 +167,9 @@ impl MergedBody {
             self.bounds = self.bounds.resumed_from(entry.uuid);
         }
         self.left = self.left.map(|left| left - page.end.count);
-        self.bounds.before = page.end.before.or(self.bounds.before);
+        if self.bounds.order == Order::Asc {
+            self.bounds.before = page.end.before.or(self.bounds.before);
+        }
         let is_cut = self.left == Some(0);
         if is_cut || page.end.next.is_none() {
             self.step = Step::Tail(page.end.next);

@@ -18,5 +18,8 @@ mod get;
 mod http;
 /// A million entries, slow readers, memory.
 mod large;
+/// Promises 3, 4, 6 and 7 on a simulated network and clock, for many seeds.
+mod simulated;
+
 /// POST of one message: every accepted shape, every refusal, keys.
 mod post;
