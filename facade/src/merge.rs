@@ -16,6 +16,7 @@ use common::problem::Problem;
 use futures_util::{StreamExt, stream};
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
+use tokio::task::JoinError;
 use tokio::time::{sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
@@ -23,6 +24,7 @@ use uuid::Uuid;
 use crate::App;
 use crate::client::{Logging, Page, UpstreamError};
 use crate::get::{Format, answer_unreadable};
+use crate::pool::Pool;
 
 /// Pause before all instances are asked again for a page that none of them gave.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
@@ -45,52 +47,109 @@ pub(crate) async fn answer(
     read: Read,
     place: OwnedSemaphorePermit,
 ) -> Result<Response, Problem> {
-    let messages = app.messages.clone();
-    let request_id = read.request_id.clone();
-    let reply = tokio::spawn(async move { messages.reply(request_id.as_deref()).await });
-    let content_type = [(header::CONTENT_TYPE, read.format.content_type())];
-    let mut body = MergedBody {
+    let cursor = Cursor {
         bounds: read.bounds,
         left: read.limit,
+        request_id: read.request_id.clone(),
+        patience: app.read_deadline,
+        pool: app.pool,
+    };
+    let messages = app.messages;
+    let reply = async move { messages.reply(read.request_id.as_deref()).await };
+    let reply = AbortOnDropHandle::new(tokio::spawn(reply));
+    let page = cursor.ask_once().await;
+    let page = page.map_err(|error| answer_unreadable(&error))?;
+    let mut body = MergedBody {
+        cursor,
         format: read.format,
-        request_id: read.request_id,
-        app,
-        reply: AbortOnDropHandle::new(reply),
+        reply,
         count: 0,
-        step: Step::Entries,
+        next: Next::Nothing,
         _place: place,
     };
-    let page = body.ask_for_page().await;
-    let page = page.map_err(|error| answer_unreadable(&error))?;
     let mut first = body.render_head();
-    body.render_page(page, &mut first);
+    body.render_page(&page, &mut first);
     let rest = stream::try_unfold(body, |mut body| async move {
         let chunk = body.next_chunk().await.inspect_err(|error| {
             tracing::warn!(%error, entries = body.count, "a GET is cut off, no instance can go on");
         })?;
         Ok::<_, UpstreamError>(chunk.map(|chunk| (chunk, body)))
     });
+    let content_type = [(header::CONTENT_TYPE, read.format.content_type())];
     let body = Body::from_stream(stream::iter([Ok(first)]).chain(rest));
     Ok((content_type, body).into_response())
 }
 
-/// A merged body under way.
-struct MergedBody {
-    app: App,
+/// Where a read is. Each page comes from whichever instance can give it, so a read goes on from
+/// its last UUID when the instance that gave the page before is gone.
+#[derive(Clone)]
+struct Cursor {
+    pool: Arc<Pool>,
     /// What is still to be read.
     bounds: Bounds,
     left: Option<u64>,
-    format: Format,
     request_id: Option<String>,
+    patience: Duration,
+}
+
+impl Cursor {
+    /// Asks each instance once, in random order, for the next page.
+    async fn ask_once(&self) -> Result<Page, UpstreamError> {
+        let (bounds, left) = (self.bounds, self.left);
+        let ask = |logging: Arc<dyn Logging>| {
+            let request_id = self.request_id.clone();
+            async move { logging.page(bounds, left, request_id.as_deref()).await }
+        };
+        self.pool.ask(ask).await
+    }
+
+    /// Asks until an instance gives the next page, or the read deadline is over.
+    async fn ask(&self) -> Result<Page, UpstreamError> {
+        let mut failure = UpstreamError::TimedOut;
+        let asking = async {
+            loop {
+                match self.ask_once().await {
+                    Ok(page) => return page,
+                    Err(error) => failure = error,
+                }
+                sleep(RETRY_PAUSE).await;
+            }
+        };
+        let asked = timeout(self.patience, asking).await;
+        asked.map_err(|_| failure)
+    }
+
+    /// The next page, asked for while the one before is on its way to the caller.
+    fn ask_ahead(&self) -> AbortOnDropHandle<Result<Page, UpstreamError>> {
+        let cursor = self.clone();
+        AbortOnDropHandle::new(tokio::spawn(async move { cursor.ask().await }))
+    }
+
+    /// Moves behind a page that was read.
+    fn advance(&mut self, page: &Page) {
+        if let Some(last) = page.entries.last() {
+            self.bounds = self.bounds.resumed_from(last.uuid);
+        }
+        if self.bounds.order == Order::Asc {
+            self.bounds.before = page.end.before.or(self.bounds.before);
+        }
+        self.left = self.left.map(|left| left - page.end.count);
+    }
+}
+
+/// A merged body under way.
+struct MergedBody {
+    cursor: Cursor,
+    format: Format,
     reply: AbortOnDropHandle<Result<String, UpstreamError>>,
     count: u64,
-    step: Step,
+    next: Next,
     _place: OwnedSemaphorePermit,
 }
 
 /// What comes next in the body.
-enum Step {
-    Entries,
+enum Next {
+    Page(AbortOnDropHandle<Result<Page, UpstreamError>>),
     /// The end; with the UUID to go on from when the limit cut it.
     Tail(Option<Uuid>),
     Nothing,
@@ -99,48 +158,23 @@ enum Step {
 impl MergedBody {
     async fn next_chunk(&mut self) -> Result<Option<Vec<u8>>, UpstreamError> {
         let mut chunk = Vec::new();
-        match self.step {
-            Step::Entries => {
-                let page = self.ask_until_page().await?;
-                self.render_page(page, &mut chunk);
+        match std::mem::replace(&mut self.next, Next::Nothing) {
+            Next::Page(asked_ahead) => {
+                // What failed while a slow caller took its time may work now.
+                let has_been_over = asked_ahead.is_finished();
+                let page = match finish(asked_ahead).await {
+                    Err(_) if has_been_over => self.cursor.ask().await?,
+                    asked => asked?,
+                };
+                self.render_page(&page, &mut chunk);
             }
-            Step::Tail(next) => {
-                self.step = Step::Nothing;
-                let reply = (&mut self.reply).await;
-                let reply = reply.unwrap_or_else(|error| {
-                    Err(UpstreamError::Garbled(format!("asking failed: {error}")))
-                });
+            Next::Tail(next) => {
+                let reply = finish(&mut self.reply).await;
                 self.render_tail(next, reply, &mut chunk);
             }
-            Step::Nothing => return Ok(None),
+            Next::Nothing => return Ok(None),
         }
         Ok(Some(chunk))
-    }
-
-    /// Asks each instance once, in random order, for the next page.
-    async fn ask_for_page(&self) -> Result<Page, UpstreamError> {
-        let (bounds, left) = (self.bounds, self.left);
-        let ask = |logging: Arc<dyn Logging>| {
-            let request_id = self.request_id.clone();
-            async move { logging.page(bounds, left, request_id.as_deref()).await }
-        };
-        self.app.pool.ask(ask).await
-    }
-
-    /// Asks until an instance gives the next page, or the read deadline is over.
-    async fn ask_until_page(&self) -> Result<Page, UpstreamError> {
-        let mut failure = UpstreamError::TimedOut;
-        let asking = async {
-            loop {
-                match self.ask_for_page().await {
-                    Ok(page) => return page,
-                    Err(error) => failure = error,
-                }
-                sleep(RETRY_PAUSE).await;
-            }
-        };
-        let asked = timeout(self.app.read_deadline, asking).await;
-        asked.map_err(|_| failure)
     }
 
     fn render_head(&self) -> Vec<u8> {
@@ -150,8 +184,8 @@ impl MergedBody {
         }
     }
 
-    /// Appends a page and remembers where the next one begins.
-    fn render_page(&mut self, page: Page, out: &mut Vec<u8>) {
+    /// Appends a page, and has the next one fetched.
+    fn render_page(&mut self, page: &Page, out: &mut Vec<u8>) {
         for entry in &page.entries {
             match self.format {
                 Format::Json => {
@@ -164,16 +198,14 @@ impl MergedBody {
                 Format::Text => write_text_line(out, entry),
             }
             self.count += 1;
-            self.bounds = self.bounds.resumed_from(entry.uuid);
         }
-        self.left = self.left.map(|left| left - page.end.count);
-        if self.bounds.order == Order::Asc {
-            self.bounds.before = page.end.before.or(self.bounds.before);
-        }
-        let is_cut = self.left == Some(0);
-        if is_cut || page.end.next.is_none() {
-            self.step = Step::Tail(page.end.next);
-        }
+        self.cursor.advance(page);
+        let is_last = self.cursor.left == Some(0) || page.end.next.is_none();
+        self.next = if is_last {
+            Next::Tail(page.end.next)
+        } else {
+            Next::Page(self.cursor.ask_ahead())
+        };
     }
 
     fn render_tail(
@@ -209,6 +241,14 @@ impl MergedBody {
             Format::Text => tail.write_text(out),
         }
     }
+}
+
+/// The outcome of a task that asks a service.
+async fn finish<T>(
+    task: impl Future<Output = Result<Result<T, UpstreamError>, JoinError>>,
+) -> Result<T, UpstreamError> {
+    let asked = task.await;
+    asked.unwrap_or_else(|error| Err(UpstreamError::Garbled(format!("asking failed: {error}"))))
 }
 
 /// What comes after the entries.

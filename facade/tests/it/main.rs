@@ -12,6 +12,8 @@ mod system;
 
 /// Uploads of many messages.
 mod bulk;
+/// Instances that die, hang and return, as real processes.
+mod failover;
 /// GET: formats, bounds, single entries, what happens when something is away.
 mod get;
 /// Paths, methods, request ids, health.

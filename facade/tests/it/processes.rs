@@ -5,12 +5,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use common::entry::Entry;
 use futures_util::StreamExt;
 use reqwest::Client;
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::process::{Process, free_address};
+use crate::system::{Merged, System, problem};
 
 /// All services as processes on one embedded map.
 pub(crate) struct Processes {
@@ -23,22 +25,37 @@ pub(crate) struct Processes {
 
 impl Processes {
     pub(crate) fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// With further flags for the facade.
+    pub(crate) fn start_with(flags: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let messages = Process::start(Command::new(binary("messages")), free_address());
         let start = |_| Process::start(logging(folder.path()), free_address());
         let logging: Vec<Process> = (0..3).map(start).collect();
         let urls: Vec<String> = logging.iter().map(Process::url).collect();
-        let mut facade = Command::new(binary("facade"));
-        facade.args(["--logging", &urls.join(",")]);
-        facade.args(["--messages", &messages.url()]);
-        let facade = Process::start(facade, free_address());
+        let facade = facade(&urls.join(","), &messages.url(), flags);
         Self {
             messages,
             logging,
-            facade,
+            facade: Process::start(facade, free_address()),
             http: Client::new(),
             folder,
         }
+    }
+
+    /// Ends the facade and starts another one where it was.
+    pub(crate) fn restart_facade(&mut self, flags: &[&str]) {
+        let urls: Vec<String> = self.logging.iter().map(Process::url).collect();
+        self.restart_facade_with_logging(&urls.join(","), flags);
+    }
+
+    /// The same, in front of these logging instances.
+    pub(crate) fn restart_facade_with_logging(&mut self, logging: &str, flags: &[&str]) {
+        self.facade.kill();
+        let facade = facade(logging, &self.messages.url(), flags);
+        self.facade = Process::start(facade, self.facade.address);
     }
 
     /// Starts a logging instance again where it was.
@@ -56,11 +73,16 @@ impl Processes {
         self.http.get(self.facade.url()).send().await.unwrap()
     }
 
-    pub(crate) async fn messages_in_log(&self) -> Vec<String> {
-        let merged: Value = self.get().await.json().await.unwrap();
-        let entries = merged["logging_service"].as_array().unwrap();
-        let msgs = entries.iter().map(|entry| entry["msg"].as_str().unwrap());
-        msgs.map(str::to_owned).collect()
+    /// The whole log.
+    pub(crate) async fn read_all(&self) -> Vec<Entry> {
+        let merged: Merged = self.get().await.json().await.unwrap();
+        assert_eq!(merged.count, merged.logging_service.len() as u64);
+        merged.logging_service
+    }
+
+    async fn messages_in_log(&self) -> Vec<String> {
+        let entries = self.read_all().await;
+        entries.into_iter().map(|entry| entry.msg).collect()
     }
 }
 
@@ -72,6 +94,13 @@ fn binary(name: &str) -> PathBuf {
         "{name} is not built: run cargo build --workspace with this profile"
     );
     path
+}
+
+fn facade(logging: &str, messages: &str, flags: &[&str]) -> Command {
+    let mut command = Command::new(binary("facade"));
+    command.args(["--logging", logging, "--messages", messages]);
+    command.args(flags);
+    command
 }
 
 fn logging(folder: &Path) -> Command {
@@ -123,7 +152,7 @@ print(response.status_code, response.text)
 async fn messages_are_spread_uniformly_and_headers_agree_with_logs() {
     const POSTS: usize = 30_000;
     let processes = Processes::start();
-    let system = crate::system::System::in_front_of(&processes.logging, &processes.messages);
+    let system = System::in_front_of(&processes.logging, &processes.messages);
     let answers = futures_util::stream::iter(0..POSTS)
         .map(|n| system.post().body(n.to_string()).send())
         .buffer_unordered(128);
@@ -210,7 +239,7 @@ async fn messages_stay_readable_while_one_logging_instance_lives() {
         assert_eq!(system.messages_in_log().await, expected);
         system.logging[victim].kill();
     }
-    crate::system::problem(system.get().await, 503).await;
+    problem(system.get().await, 503).await;
     system.restart_logging(1);
     assert_eq!(system.messages_in_log().await, expected);
 }

@@ -1,0 +1,315 @@
+//! Logging instances that die, hang and return, as real processes under real signals.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use common::entry::Entry;
+use futures_util::{StreamExt, stream};
+use reqwest::{Body, Client};
+use serde_json::Value;
+use uuid::Uuid;
+
+use crate::process::Process;
+use crate::processes::Processes;
+use crate::system::problem;
+
+/// Ten rounds under load, each killing two of three instances and starting them again: no request
+/// fails, nothing is lost or doubled, order is kept.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_post_fails_while_one_instance_lives() {
+    const ROUNDS: usize = 10;
+    const POSTS: u64 = 20_000;
+    const CONNECTIONS: usize = 64;
+    let mut system = Processes::start();
+    let url = system.facade.url();
+    let http = system.http.clone();
+    let sent = Arc::new(AtomicU64::new(0));
+    let is_over = Arc::new(AtomicBool::new(false));
+    let writers: Vec<_> = (0..CONNECTIONS)
+        .map(|_| {
+            let writer = write_until_over(http.clone(), url.clone(), sent.clone(), is_over.clone());
+            tokio::spawn(writer)
+        })
+        .collect();
+    for round in 0..ROUNDS {
+        wait_for_more(&sent, POSTS / ROUNDS as u64 / 2).await;
+        let survivor = round % 3;
+        let victims = (0..3).filter(|index| *index != survivor);
+        victims
+            .clone()
+            .for_each(|victim| system.logging[victim].kill());
+        wait_for_more(&sent, POSTS / ROUNDS as u64 / 2).await;
+        victims.for_each(|victim| system.restart_logging(victim));
+    }
+    is_over.store(true, Ordering::Relaxed);
+    let mut acknowledged = BTreeMap::new();
+    for writer in writers {
+        acknowledged.extend(writer.await.unwrap());
+    }
+    println!("{} POSTs, none failed", acknowledged.len());
+    assert!(acknowledged.len() as u64 >= POSTS);
+    let stored = system.read_all().await;
+    assert!(stored.is_sorted_by(|left, right| left.uuid < right.uuid));
+    let stored: BTreeMap<Uuid, String> = stored.into_iter().map(|e| (e.uuid, e.msg)).collect();
+    assert!(stored == acknowledged, "lost, doubled or changed messages");
+}
+
+/// Posts one message after the other; panics when one is not answered with 200.
+async fn write_until_over(
+    http: Client,
+    url: String,
+    sent: Arc<AtomicU64>,
+    is_over: Arc<AtomicBool>,
+) -> BTreeMap<Uuid, String> {
+    let mut acknowledged = BTreeMap::new();
+    while !is_over.load(Ordering::Relaxed) {
+        let msg = sent.fetch_add(1, Ordering::Relaxed).to_string();
+        let response = http.post(&url).body(msg.clone()).send().await.unwrap();
+        let status = response.status();
+        let body = response.text().await.unwrap();
+        assert_eq!(status, 200, "{body}");
+        let entry: Entry = serde_json::from_str(&body).unwrap();
+        assert_eq!(entry.msg, msg);
+        acknowledged.insert(entry.uuid, msg);
+    }
+    acknowledged
+}
+
+async fn wait_for_more(sent: &AtomicU64, more: u64) {
+    let target = sent.load(Ordering::Relaxed) + more;
+    while sent.load(Ordering::Relaxed) < target {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// Fifty GETs of a million entries, in the formats and orders in turn, each losing two of the three
+/// instances at a random byte: every one is complete, in order, with the right count.
+#[tokio::test(flavor = "multi_thread")]
+async fn get_goes_on_when_instances_die_in_the_middle() {
+    const ENTRIES: usize = 1_000_000;
+    const KILLS: usize = 50;
+    let mut system = Processes::start();
+    load(&system, ENTRIES).await;
+    let whole: usize = read_body(&system, "asc", |_, _| {}).await.1;
+    let mut silences = Vec::new();
+    for kill in 0..KILLS {
+        let order = if kill % 2 == 0 { "asc" } else { "desc" };
+        let at = Uuid::new_v4().as_u128() as usize % whole;
+        let survivor = kill % 3;
+        let mut killed_at = None;
+        let mut silence = Duration::ZERO;
+        let logging = &mut system.logging;
+        let facade = system.facade.address;
+        let (uuids, _) = read_body_of(facade, &system.http, order, |read, waited| {
+            if killed_at.is_none() && read >= at {
+                let victims = (0..3).filter(|index| *index != survivor);
+                victims.for_each(|victim| logging[victim].kill());
+                killed_at = Some(Instant::now());
+            } else if killed_at.is_some() {
+                silence = silence.max(waited);
+            }
+        })
+        .await;
+        assert_eq!(uuids.len(), ENTRIES);
+        let is_ordered = match order {
+            "asc" => uuids.is_sorted_by(|left, right| left < right),
+            _ => uuids.is_sorted_by(|left, right| left > right),
+        };
+        assert!(is_ordered, "kill {kill} at byte {at}");
+        silences.push(silence);
+        for victim in (0..3).filter(|index| *index != survivor) {
+            system.restart_logging(victim);
+        }
+    }
+    silences.sort();
+    let percentile = |percent: usize| silences[(silences.len() * percent / 100).min(KILLS - 1)];
+    println!(
+        "longest silence after the kill, {KILLS} GETs of {ENTRIES}: p50 {:?}, p99 {:?}",
+        percentile(50),
+        percentile(99)
+    );
+}
+
+async fn load(system: &Processes, entries: usize) {
+    let lines = (0..entries).map(|n| Ok::<_, std::io::Error>(format!("\"message number {n}\"\n")));
+    let upload = system.http.post(system.facade.url());
+    let upload = upload.header("content-type", "application/x-ndjson");
+    let upload = upload.body(Body::wrap_stream(
+        stream::iter(lines)
+            .ready_chunks(1000)
+            .map(|lines| lines.into_iter().collect::<Result<String, _>>()),
+    ));
+    let summary: Value = upload.send().await.unwrap().json().await.unwrap();
+    assert_eq!(summary["stored"], entries, "{summary}");
+}
+
+async fn read_body(
+    system: &Processes,
+    order: &str,
+    watch: impl FnMut(usize, Duration),
+) -> (Vec<Uuid>, usize) {
+    read_body_of(system.facade.address, &system.http, order, watch).await
+}
+
+/// Reads the whole log and returns its UUIDs and its size in bytes. `watch` is told with each piece
+/// how many bytes have come, and how long this one took.
+async fn read_body_of(
+    facade: SocketAddr,
+    http: &Client,
+    order: &str,
+    mut watch: impl FnMut(usize, Duration),
+) -> (Vec<Uuid>, usize) {
+    let request = http.get(format!("http://{facade}/?order={order}"));
+    let request = request.header("accept", "application/x-ndjson");
+    let mut body = request.send().await.unwrap().bytes_stream();
+    let mut uuids = Vec::new();
+    let mut rest = Vec::new();
+    let mut read = 0;
+    loop {
+        let began = Instant::now();
+        let Some(piece) = body.next().await else {
+            break;
+        };
+        let piece = piece.unwrap();
+        read += piece.len();
+        watch(read, began.elapsed());
+        rest.extend_from_slice(&piece);
+        let end = rest
+            .iter()
+            .rposition(|byte| *byte == b'\n')
+            .map_or(0, |at| at + 1);
+        for line in rest[..end].split_inclusive(|byte| *byte == b'\n') {
+            if line.starts_with(b"{\"uuid\":\"") {
+                let uuid = std::str::from_utf8(&line[9..45]).unwrap();
+                uuids.push(uuid.parse().unwrap());
+            } else {
+                let tail: Value = serde_json::from_slice(line).unwrap();
+                assert_eq!(tail["count"], uuids.len());
+                assert_eq!(tail["messages_service"], "Messages Service not Implemented");
+            }
+        }
+        rest.drain(..end);
+    }
+    assert!(rest.is_empty());
+    (uuids, read)
+}
+
+/// A stopped process accepts connections and never answers: others take over within the try
+/// timeout, it is skipped from then on, and gets messages again when it goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn hanging_instance_is_skipped_and_comes_back() {
+    let system = Processes::start();
+    for n in 0..20 {
+        assert_eq!(system.post(&n.to_string()).await.status(), 200);
+    }
+    let hanging = &system.logging[1];
+    // Its writer has nothing left to do then; stopped inside a transaction it would block all.
+    let ready = system.http.get(format!("{}/readyz", hanging.url())).send();
+    assert_eq!(ready.await.unwrap().status(), 200);
+    hanging.signal("STOP");
+    for n in 20..60 {
+        let response = system.post(&n.to_string()).await;
+        let status = response.status();
+        let is_from_hanging = status == 200 && is_from(&response, hanging);
+        assert_eq!(status, 200, "{}", response.text().await.unwrap());
+        assert!(!is_from_hanging);
+    }
+    assert_eq!(system.read_all().await.len(), 60);
+    let is_down = |line: &str| line.contains("is down") && line.contains("did not answer in time");
+    system.facade.wait_for_line(is_down);
+    hanging.signal("CONT");
+    system
+        .facade
+        .wait_for_line(|line| line.contains("is up again"));
+    let mut count = 60;
+    loop {
+        count += 1;
+        let response = system.post(&count.to_string()).await;
+        assert_eq!(response.status(), 200);
+        if is_from(&response, hanging) {
+            break;
+        }
+        assert!(count < 200, "the instance that is back gets nothing");
+    }
+    assert_eq!(system.read_all().await.len(), count);
+}
+
+fn is_from(response: &reqwest::Response, instance: &Process) -> bool {
+    response.headers()["x-logging-instance"] == instance.address.to_string()
+}
+
+/// An instance that is told to stop hands its readers over and ends within the grace time; the
+/// bodies that it was serving go on elsewhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn stopping_instances_hand_their_readers_over() {
+    let mut system = Processes::start();
+    load(&system, 200_000).await;
+    let mut stopped = false;
+    let facade = system.facade.address;
+    let logging = &mut system.logging;
+    let (uuids, _) = read_body_of(facade, &system.http, "asc", |read, _| {
+        if !stopped && read > 1_000_000 {
+            logging[..2]
+                .iter()
+                .for_each(|instance| instance.signal("TERM"));
+            stopped = true;
+        }
+    })
+    .await;
+    assert_eq!(uuids.len(), 200_000);
+    assert!(uuids.is_sorted_by(|left, right| left < right));
+    assert!(system.logging[0].wait().success() && system.logging[1].wait().success());
+}
+
+/// With nobody to go on, the body breaks off. With nobody at all, 503 in bounded time; everything
+/// works again, by itself, when an instance returns.
+#[tokio::test(flavor = "multi_thread")]
+async fn total_loss_is_visible_and_heals_alone() {
+    let mut system = Processes::start_with(&["--deadline", "500ms", "--read-deadline", "500ms"]);
+    load(&system, 200_000).await;
+    let request = system.http.get(system.facade.url()).send();
+    let mut body = request.await.unwrap().bytes_stream();
+    body.next().await.unwrap().unwrap();
+    system.logging.iter_mut().for_each(Process::kill);
+    let mut is_aborted = false;
+    while let Some(piece) = body.next().await {
+        is_aborted = piece.is_err();
+    }
+    assert!(is_aborted, "the body ended as if it were complete");
+    let refused = system.post("a").await;
+    assert!(refused.headers().contains_key("retry-after"));
+    assert_eq!(problem(refused, 503).await["stored"], "no");
+    problem(system.get().await, 503).await;
+    system.restart_logging(2);
+    assert_eq!(system.post("b").await.status(), 200);
+    assert_eq!(system.read_all().await.len(), 200_001);
+}
+
+/// A facade that starts alone serves as soon as an instance comes.
+#[tokio::test(flavor = "multi_thread")]
+async fn facade_may_start_first() {
+    let mut system = Processes::start();
+    system.logging.iter_mut().for_each(Process::kill);
+    system.restart_facade(&["--deadline", "30s"]);
+    problem(system.get().await, 503).await;
+    let waiting = system.http.post(system.facade.url()).body("a").send();
+    let waiting = tokio::spawn(waiting);
+    system.restart_logging(0);
+    assert_eq!(waiting.await.unwrap().unwrap().status(), 200);
+    assert_eq!(system.read_all().await.len(), 1);
+}
+
+/// A host name is looked up, and each of its addresses is an instance.
+#[tokio::test(flavor = "multi_thread")]
+async fn host_name_is_looked_up() {
+    let mut system = Processes::start();
+    let port = system.logging[0].address.port();
+    let url = format!("http://localhost:{port}");
+    system.restart_facade_with_logging(&url, &[]);
+    let response = system.post("a").await;
+    assert_eq!(response.status(), 200);
+    assert!(is_from(&response, &system.logging[0]));
+}
