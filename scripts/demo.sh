@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The story in one command: ten messages survive the death of one, two and all logging instances.
+# The story in one command: messages survive the death of one, two and all logging instances, also
+# in the middle of a GET.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,7 +11,8 @@ usage: scripts/demo.sh
 Builds the services and starts messages, three logging instances and the facade on free ports of
 loopback, with an embedded map in a temporary folder. Posts ten messages, shows which logging
 instance took which, then reads them with three, two and one instance alive (the others are ended
-with kill -9), with none, and with one that has returned. Stops everything it started.
+with kill -9), with none, and with one that has returned. Then uploads 200,000 messages and ends two
+of three instances in the middle of a GET. Stops everything it started.
 
 Exit code: 0 only if everything was as it should be.
 HELP
@@ -123,4 +125,29 @@ say "logging-2 returns"
 start_logging logging-2
 expect_all_ten
 
-say "All ten messages were there each time."
+say "All return, and 200,000 more messages are uploaded"
+for name in logging-1 logging-3; do start_logging "$name"; done
+for ((n = 1; n <= 200000; n++)); do printf '"upload %d"\n' "$n"; done >"$folder/upload.ndjson"
+summary=$(curl --silent --show-error --header 'content-type: application/x-ndjson' \
+    --data-binary "@$folder/upload.ndjson" "$FACADE_URL/")
+echo "$summary"
+[[ $summary == '{"stored":200000,"failed":0,"errors":[]}' ]] || fail "not all were stored"
+
+say "A GET of all of them loses logging-1 and logging-2 in the middle"
+mkfifo "$folder/body"
+curl --silent --show-error --no-buffer --header 'accept: text/plain' "$FACADE_URL/" \
+    >"$folder/body" &
+reader=$!
+exec 4<"$folder/body"
+read -r -u 4 first_line
+echo "the first line has come: $first_line"
+end_instance logging-1
+end_instance logging-2
+tail=$(tail -n 3 <&4)
+exec 4<&-
+wait "$reader" || fail "the GET broke off"
+echo "the last lines: $tail"
+[[ $tail == *"upload 200000"*"200010 messages"*"Messages Service not Implemented" ]] ||
+    fail "the body is not complete"
+
+say "Every message was there each time."

@@ -127,8 +127,15 @@ impl Pool {
     pub fn set_instances(&self, origin: &str, found: Vec<(String, Arc<dyn Logging>)>) {
         let mut members = self.members.write().unwrap_or_else(PoisonError::into_inner);
         members.retain(|member| {
-            let stays = found.iter().any(|(name, _)| *name == member.instance.name);
-            member.origin != origin || stays
+            let is_found = found.iter().any(|(name, _)| *name == member.instance.name);
+            let stays = is_found || member.origin != origin;
+            if !stays {
+                tracing::info!(
+                    instance = member.instance.name,
+                    "a logging instance has vanished"
+                );
+            }
+            stays
         });
         for (name, client) in found {
             if members.iter().any(|member| member.instance.name == name) {

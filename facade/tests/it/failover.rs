@@ -2,19 +2,21 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::entry::Entry;
+use axum::{Json, Router, routing};
+use common::entry::{Entry, Outcome, PutEntry, PutResult};
 use futures_util::{StreamExt, stream};
 use reqwest::{Body, Client};
 use serde_json::Value;
 use uuid::Uuid;
 
-use crate::process::Process;
-use crate::processes::Processes;
-use crate::system::problem;
+use crate::process::{Process, free_address};
+use crate::processes::{Processes, binary, logging};
+use crate::system::{System, nobody, problem, serve};
 
 /// Ten rounds under load, each killing two of three instances and starting them again: no request
 /// fails, nothing is lost or doubled, order is kept.
@@ -302,14 +304,143 @@ async fn facade_may_start_first() {
     assert_eq!(system.read_all().await.len(), 1);
 }
 
-/// A host name is looked up, and each of its addresses is an instance.
+/// A host name with several addresses is several instances. It is looked up again and again: one
+/// that vanishes gets nothing any more, and a look-up that fails changes nothing. The facade sees a
+/// hosts file of the test's own, in a mount namespace that ends with it.
 #[tokio::test(flavor = "multi_thread")]
-async fn host_name_is_looked_up() {
-    let mut system = Processes::start();
-    let port = system.logging[0].address.port();
-    let url = format!("http://localhost:{port}");
-    system.restart_facade_with_logging(&url, &[]);
-    let response = system.post("a").await;
-    assert_eq!(response.status(), 200);
-    assert!(is_from(&response, &system.logging[0]));
+async fn host_name_is_as_many_instances_as_it_has_addresses() {
+    let folder = tempfile::tempdir().unwrap();
+    let hosts = folder.path().join("hosts");
+    let both = "127.0.0.1 logging.test\n127.0.0.2 logging.test\n";
+    std::fs::write(&hosts, both).unwrap();
+    let first_address = free_address();
+    let second_address = SocketAddr::from(([127, 0, 0, 2], first_address.port()));
+    let start = |address| Process::start(logging(folder.path()), address);
+    let (first, second) = (start(first_address), start(second_address));
+    let mut command = Command::new("unshare");
+    command
+        .args(["--mount", "sh", "-c"])
+        .arg("mount --bind \"$0\" /etc/hosts && exec \"$@\"")
+        .arg(&hosts)
+        .arg(binary("facade"))
+        .args([
+            "--logging",
+            &format!("http://logging.test:{}", first_address.port()),
+        ]);
+    let facade = Process::start(command, free_address());
+    let known = |log: &[String]| log.iter().filter(|line| line.contains("is known")).count();
+    facade.wait_for_log(|log| known(log) == 2);
+
+    let http = Client::new();
+    let post = async || {
+        let response = http.post(facade.url()).body("a").send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        response
+    };
+    let (mut from_first, mut from_second) = (0, 0);
+    for _ in 0..100 {
+        let response = post().await;
+        from_first += u32::from(is_from(&response, &first));
+        from_second += u32::from(is_from(&response, &second));
+    }
+    assert!(
+        from_first > 20 && from_second > 20,
+        "{from_first} and {from_second} of 100"
+    );
+
+    std::fs::write(&hosts, "127.0.0.2 logging.test\n").unwrap();
+    facade.wait_for_line(|line| line.contains("vanished") && line.contains("127.0.0.1:"));
+    for _ in 0..50 {
+        assert!(is_from(&post().await, &second));
+    }
+    std::fs::write(&hosts, "").unwrap();
+    facade.wait_for_line(|line| line.contains("a look-up failed"));
+    assert!(is_from(&post().await, &second));
+}
+
+/// On a full disk a POST is a 503 with the reason, GETs go on, and with space all works again.
+#[tokio::test(flavor = "multi_thread")]
+async fn full_disk_is_a_503_with_the_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Command::new("unshare");
+    command
+        .args(["--mount", "sh", "-c"])
+        .arg("mount -t tmpfs -o size=2m tmpfs \"$0\" && exec \"$@\"")
+        .arg(folder.path())
+        .arg(binary("logging"))
+        .args([
+            "--map",
+            &format!("lmdb:{}", folder.path().join("map").display()),
+        ]);
+    let disk = Process::start(command, free_address());
+    let relative = folder.path().strip_prefix("/").unwrap();
+    let filler = format!("/proc/{}/root/{}/filler", disk.pid(), relative.display());
+    std::fs::write(&filler, vec![0; 1 << 20]).unwrap();
+    let mut facade = Command::new(binary("facade"));
+    facade.args(["--logging", &disk.url(), "--deadline", "300ms"]);
+    let facade = Process::start(facade, free_address());
+    let http = Client::new();
+    let post = async || {
+        let request = http.post(facade.url()).body("x".repeat(60_000));
+        request.send().await.unwrap()
+    };
+    let mut stored = 0;
+    let refused = loop {
+        let response = post().await;
+        if response.status() != 200 {
+            break response;
+        }
+        stored += 1;
+    };
+    let refused = problem(refused, 503).await;
+    assert_eq!(refused["stored"], "no");
+    assert!(
+        refused["detail"]
+            .as_str()
+            .unwrap()
+            .contains("disk that holds the map is full")
+    );
+    let read: Value = http
+        .get(facade.url())
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
+    assert_eq!(read["count"], stored);
+    std::fs::remove_file(&filler).unwrap();
+    assert_eq!(post().await.status(), 200);
+}
+
+/// Under overload, when the instances refuse everything, the facade sends at most a tenth more than
+/// it is asked for, besides the few repeats that are always free, and answers at once.
+#[tokio::test]
+async fn overload_is_not_multiplied_by_repeats() {
+    const POSTS: u64 = 5000;
+    const FREE: u64 = 100;
+    let tries = Arc::new(AtomicU64::new(0));
+    let count = tries.clone();
+    let put = async move |Json(entries): Json<Vec<PutEntry>>| {
+        count.fetch_add(entries.len() as u64, Ordering::Relaxed);
+        let results = entries.iter().map(|entry| PutResult {
+            uuid: entry.uuid,
+            outcome: Outcome::refused("the write queue is full"),
+        });
+        Json(results.collect::<Vec<_>>())
+    };
+    let logging = (0..3).map(|_| serve(Router::new().route("/", routing::post(put.clone()))));
+    let system = System::with_stubs(logging.collect(), nobody(), &["--deadline", "60s"]);
+    let posts = stream::iter(0..POSTS).map(|n| system.post().body(n.to_string()).send());
+    let statuses = posts
+        .buffer_unordered(64)
+        .map(|response| response.unwrap().status());
+    let statuses: Vec<_> = statuses.collect().await;
+    assert!(statuses.iter().all(|status| *status == 503));
+    let tries = tries.load(Ordering::Relaxed);
+    println!("{tries} tries for {POSTS} POSTs");
+    assert!(
+        tries <= POSTS + POSTS / 10 + FREE,
+        "{tries} tries for {POSTS} POSTs"
+    );
 }

@@ -48,13 +48,8 @@ impl Processes {
     /// Ends the facade and starts another one where it was.
     pub(crate) fn restart_facade(&mut self, flags: &[&str]) {
         let urls: Vec<String> = self.logging.iter().map(Process::url).collect();
-        self.restart_facade_with_logging(&urls.join(","), flags);
-    }
-
-    /// The same, in front of these logging instances.
-    pub(crate) fn restart_facade_with_logging(&mut self, logging: &str, flags: &[&str]) {
         self.facade.kill();
-        let facade = facade(logging, &self.messages.url(), flags);
+        let facade = facade(&urls.join(","), &self.messages.url(), flags);
         self.facade = Process::start(facade, self.facade.address);
     }
 
@@ -87,7 +82,7 @@ impl Processes {
 }
 
 /// A binary of the workspace, beside the facade's; `scripts/test.sh` builds them all.
-fn binary(name: &str) -> PathBuf {
+pub(crate) fn binary(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_facade")).with_file_name(name);
     assert!(
         path.exists(),
@@ -103,7 +98,7 @@ fn facade(logging: &str, messages: &str, flags: &[&str]) -> Command {
     command
 }
 
-fn logging(folder: &Path) -> Command {
+pub(crate) fn logging(folder: &Path) -> Command {
     let mut command = Command::new(binary("logging"));
     let map = format!("lmdb:{}", folder.join("map").display());
     command.args(["--map", &map, "--log-format", "json"]);
