@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+/// What every command line must do.
+#[path = "../../../logging/tests/it/command_line.rs"]
+mod command_line;
 /// Starts the services as real processes.
 #[path = "../../../logging/tests/it/process.rs"]
 mod process;

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -15,6 +15,7 @@ use reqwest::{Client, StatusCode};
 use tempfile::TempDir;
 use uuid::Uuid;
 
+use crate::command_line::{assert_help, assert_refused, one_line};
 use crate::process::{Process, free_address};
 
 const LOGGING: &str = env!("CARGO_BIN_EXE_logging");
@@ -372,63 +373,65 @@ fn taken_port_is_named() {
 
 #[test]
 fn wrong_configuration_is_one_line_and_exit_code_2() {
-    let cases: [(&[&str], &str); 7] = [
-        (&["--map", "hazelcast:x"], "lmdb:"),
-        (&["--map", "lmdb:"], "lmdb:data/map"),
-        (&["--listen", "here"], "--listen"),
-        (&["--grace", "soon"], "--grace"),
-        (&["--backups", "1"], "write 0"),
-        (&["--log-format", "xml"], "--log-format"),
-        (&["--no-such-flag"], "--help"),
-    ];
-    for (arguments, hint) in cases {
-        let output = Command::new(LOGGING).args(arguments).output().unwrap();
-        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
-        let line = one_line(&output);
-        assert!(line.contains(hint), "{arguments:?}: {line}");
+    let binary = Path::new(LOGGING);
+    assert_refused(binary, &["--map", "hazelcast:x"], "lmdb:");
+    assert_refused(binary, &["--map", "lmdb:"], "lmdb:data/map");
+    assert_refused(binary, &["--listen", "here"], "--listen");
+    assert_refused(binary, &["--grace", "soon"], "--grace");
+    assert_refused(binary, &["--backups", "1"], "write 0");
+    assert_refused(binary, &["--log-format", "xml"], "text, json");
+    assert_refused(binary, &["--no-such-flag"], "--help");
+    for (variable, value) in [("LOGGING_SETTLE", "never"), ("RUST_LOG", "a=b=c")] {
+        let output = Command::new(binary).env(variable, value).output().unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        one_line(&output);
     }
-    let output = Command::new(LOGGING)
-        .env("LOGGING_SETTLE", "never")
-        .output()
-        .unwrap();
-    assert_eq!(output.status.code(), Some(2));
-    let output = Command::new(LOGGING)
-        .env("RUST_LOG", "a=b=c")
-        .output()
-        .unwrap();
-    assert_eq!(output.status.code(), Some(2));
-    assert!(one_line(&output).contains("RUST_LOG"));
-}
-
-#[track_caller]
-fn one_line(output: &Output) -> String {
-    let text = String::from_utf8(output.stderr.clone()).unwrap();
-    assert_eq!(text.lines().count(), 1, "{text}");
-    text
 }
 
 #[test]
 fn help_names_each_flag_with_its_environment_twin() {
-    let output = Command::new(LOGGING).arg("--help").output().unwrap();
-    assert!(output.status.success());
-    let help = String::from_utf8(output.stdout).unwrap();
     let flags = [
-        ("--listen", "LOGGING_LISTEN=", "127.0.0.1:8082"),
-        ("--map", "LOGGING_MAP=", "lmdb:data/map"),
-        ("--backups", "LOGGING_BACKUPS=", "0"),
-        ("--store-timeout", "LOGGING_STORE_TIMEOUT=", "800ms"),
-        ("--settle", "LOGGING_SETTLE=", "10s"),
-        ("--grace", "LOGGING_GRACE=", "10s"),
-        ("--log-format", "LOGGING_LOG_FORMAT=", "text"),
+        ("--listen", "LOGGING_LISTEN", "127.0.0.1:8082"),
+        ("--map", "LOGGING_MAP", "lmdb:data/map"),
+        ("--backups", "LOGGING_BACKUPS", "0"),
+        ("--store-timeout", "LOGGING_STORE_TIMEOUT", "800ms"),
+        ("--settle", "LOGGING_SETTLE", "10s"),
+        ("--grace", "LOGGING_GRACE", "10s"),
+        ("--log-format", "LOGGING_LOG_FORMAT", "text"),
     ];
-    for (flag, twin, default) in flags {
-        assert!(help.contains(flag), "{flag} in {help}");
-        assert!(help.contains(twin), "{twin} in {help}");
-        assert!(
-            help.contains(&format!("[default: {default}]")),
-            "{flag}: {default} in {help}"
-        );
+    assert_help(Path::new(LOGGING), &flags);
+}
+
+/// Readers that were killed in the middle of a page would keep pages from being reused for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_of_killed_processes_are_cleared() {
+    let folder = tempfile::tempdir().unwrap();
+    let http = Client::new();
+    let entries: Vec<Entry> = (0..500).map(|_| entry(&"x".repeat(2000))).collect();
+    // While another process is there, LMDB keeps its table of readers.
+    let _witness = Process::start(logging(folder.path()), free_address());
+    for _ in 0..100 {
+        let mut process = Process::start(logging(folder.path()), free_address());
+        let has_cleared = |line: &String| line.contains("cleared readers of processes that died");
+        if process.log().iter().any(has_cleared) {
+            return;
+        }
+        put(&http, &process.url(), &entries).await.unwrap();
+        let mut reads = tokio::task::JoinSet::new();
+        for _ in 0..8 {
+            let (http, url) = (http.clone(), process.url());
+            reads.spawn(async move {
+                while let Ok(response) = http.get(&url).send().await {
+                    let _cut_off_at_the_end = response.bytes().await;
+                }
+            });
+        }
+        let first_is_read = http.get(process.url()).send().await.unwrap().bytes().await;
+        first_is_read.unwrap();
+        process.kill();
+        reads.join_all().await;
     }
+    panic!("no reader was found stale in 100 kills");
 }
 
 /// An instance that is told to stop ends with code 0 and leaves the map to the others.

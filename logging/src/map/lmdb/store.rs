@@ -1,0 +1,298 @@
+//! The folder on disk: opening and reopening the environment, reading from it, and how an entry is
+//! stored.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, Write};
+use std::ops::Bound;
+use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use common::entry::Entry;
+use common::page::{Bounds, Order};
+use heed::types::Bytes;
+use heed::{Database, Env, EnvOpenOptions, MdbError, WithoutTls};
+use uuid::Uuid;
+
+use crate::map::{MapError, Page, PageLimit};
+
+/// Address space reserved once for the memory map. It costs nothing until it is used; a map that
+/// grows beyond it refuses entries.
+const MAP_SIZE: usize = 1 << 40;
+
+/// Slots for read transactions of all processes on the folder; when they are used up, reads fail.
+const MAX_READERS: u32 = 4096;
+
+/// How long reads may keep an environment open that must be opened again.
+const MAX_CLOSING: Duration = Duration::from_secs(5);
+
+/// With less space than this, in bytes, the disk counts as full: one group commit's worth.
+const MIN_SPACE: u64 = 4 * 1024 * 1024;
+
+/// What an entry costs besides its message: key, checksum, B-tree and queue bookkeeping.
+pub(super) const ENTRY_OVERHEAD: usize = 64;
+
+const CHECKSUM_BYTES: usize = 4;
+
+pub(super) const DISK_FULL: &str = "the disk that holds the map is full";
+
+pub(super) type Entries = Database<Bytes, Bytes>;
+
+/// The folder, and the environment while it is open.
+#[derive(Debug)]
+pub(super) struct Store {
+    folder: PathBuf,
+    /// `None` only while it is closed to be opened again after a fatal error.
+    opened: RwLock<Option<Opened>>,
+    /// Held as long as the map is open: see [`claim_namespace`].
+    _namespace: File,
+}
+
+/// An open environment and its one database.
+#[derive(Clone, Debug)]
+pub(super) struct Opened {
+    pub(super) env: Env<WithoutTls>,
+    pub(super) entries: Entries,
+}
+
+impl Store {
+    pub(super) fn open(folder: &Path) -> anyhow::Result<Self> {
+        fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create the map's folder {}", folder.display()))?;
+        let namespace = claim_namespace(folder)?;
+        let opened = Opened::open(folder).with_context(|| {
+            format!(
+                "cannot open the map in {}; it must be on a local disk and may be shared only by \
+                 processes of one machine, not by several containers",
+                folder.display()
+            )
+        })?;
+        Ok(Self {
+            folder: folder.to_owned(),
+            opened: RwLock::new(Some(opened)),
+            _namespace: namespace,
+        })
+    }
+
+    pub(super) fn opened(&self) -> Result<Opened, MapError> {
+        let opened = self.opened.read().unwrap_or_else(PoisonError::into_inner);
+        opened.clone().ok_or_else(|| {
+            MapError::Unavailable("the map is being opened again after an I/O error".to_owned())
+        })
+    }
+
+    /// Closes the environment, once reads have ended, and opens it again. If that fails, the
+    /// writer tries once more with the next batch or sweep; until then nothing can be read.
+    pub(super) fn reopen(&self) {
+        if let Some(broken) = self.replace(None) {
+            broken.env.prepare_for_closing().wait_timeout(MAX_CLOSING);
+        }
+        match Opened::open(&self.folder) {
+            Ok(opened) => drop(self.replace(Some(opened))),
+            Err(error) => tracing::error!(%error, "the map cannot be opened again"),
+        }
+    }
+
+    fn replace(&self, opened: Option<Opened>) -> Option<Opened> {
+        let mut current = self.opened.write().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *current, opened)
+    }
+
+    /// LMDB calls the short write on a full disk an I/O error, so the disk itself is asked.
+    pub(super) fn is_disk_full(&self) -> bool {
+        rustix::fs::statvfs(&self.folder)
+            .is_ok_and(|disk| disk.f_bavail * disk.f_frsize < MIN_SPACE)
+    }
+
+    /// What is to be done now and then, even when nobody writes.
+    pub(super) fn sweep(&self) {
+        let Ok(opened) = self.opened() else {
+            return self.reopen();
+        };
+        opened.clear_stale_readers();
+    }
+
+    pub(super) fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError> {
+        let Opened { env, entries } = self.opened()?;
+        let txn = env.read_txn().map_err(unavailable)?;
+        let value = entries.get(&txn, uuid.as_bytes());
+        match value.map_err(unavailable)? {
+            Some(value) => Ok(Some(decode(uuid, value)?.to_owned())),
+            None => Ok(None),
+        }
+    }
+
+    pub(super) fn page(&self, bounds: Bounds, limit: PageLimit) -> Result<Page, MapError> {
+        if let (Some(after), Some(before)) = (bounds.after, bounds.before)
+            && after >= before
+        {
+            return Ok(Page::default());
+        }
+        let range = (exclusive(&bounds.after), exclusive(&bounds.before));
+        let Opened { env, entries } = self.opened()?;
+        let txn = env.read_txn().map_err(unavailable)?;
+        match bounds.order {
+            Order::Asc => {
+                let found = entries.range(&txn, &range).map_err(unavailable)?;
+                collect_page(found, limit)
+            }
+            Order::Desc => {
+                let found = entries.rev_range(&txn, &range).map_err(unavailable)?;
+                collect_page(found, limit)
+            }
+        }
+    }
+
+    pub(super) fn last(&self) -> Result<Option<Uuid>, MapError> {
+        let Opened { env, entries } = self.opened()?;
+        let txn = env.read_txn().map_err(unavailable)?;
+        match entries.last(&txn).map_err(unavailable)? {
+            Some((key, _)) => Ok(Some(key_uuid(key)?)),
+            None => Ok(None),
+        }
+    }
+}
+
+fn exclusive(bound: &Option<Uuid>) -> Bound<&[u8]> {
+    match bound {
+        Some(uuid) => Bound::Excluded(uuid.as_bytes()),
+        None => Bound::Unbounded,
+    }
+}
+
+fn collect_page<'txn>(
+    found: impl Iterator<Item = heed::Result<(&'txn [u8], &'txn [u8])>>,
+    limit: PageLimit,
+) -> Result<Page, MapError> {
+    let mut page = Page::default();
+    let mut bytes = 0;
+    for item in found {
+        let (key, value) = item.map_err(unavailable)?;
+        bytes += value.len() + ENTRY_OVERHEAD;
+        let is_full = page.entries.len() as u64 >= limit.entries;
+        if is_full || (bytes > limit.bytes && !page.entries.is_empty()) {
+            page.more = true;
+            break;
+        }
+        let uuid = key_uuid(key)?;
+        let msg = decode(uuid, value)?.to_owned();
+        page.entries.push(Entry { uuid, msg });
+    }
+    Ok(page)
+}
+
+impl Opened {
+    fn open(folder: &Path) -> heed::Result<Self> {
+        let mut options = EnvOpenOptions::new().read_txn_without_tls();
+        options.map_size(MAP_SIZE).max_readers(MAX_READERS);
+        #[expect(
+            unsafe_code,
+            reason = "a memory map is sound only while nobody but LMDB changes the file; the \
+                      folder belongs to the logging processes, see claim_namespace"
+        )]
+        let env = unsafe { options.open(folder)? };
+        // The unnamed database is always there, so no write lock is needed, which a paused process
+        // might hold.
+        let txn = env.read_txn()?;
+        let entries = env.open_database(&txn, None)?;
+        let entries = entries.expect("LMDB makes the unnamed database with the file");
+        drop(txn);
+        let opened = Self { env, entries };
+        opened.clear_stale_readers();
+        Ok(opened)
+    }
+
+    fn clear_stale_readers(&self) {
+        match self.env.clear_stale_readers() {
+            Ok(0) => {}
+            Ok(readers) => tracing::info!(readers, "cleared readers of processes that died"),
+            Err(error) => tracing::warn!(%error, "stale readers cannot be cleared"),
+        }
+    }
+}
+
+/// Makes sure that all processes on the folder are in one PID namespace, where LMDB's locks work.
+///
+/// The file `namespace` names it. Whoever finds the file unlocked is alone and writes its own;
+/// everybody holds a shared lock, which ends with the process.
+fn claim_namespace(folder: &Path) -> anyhow::Result<File> {
+    let path = folder.join("namespace");
+    let mut file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .with_context(|| format!("cannot write to the map's folder {}", folder.display()))?;
+    let ours = fs::read_link("/proc/self/ns/pid")
+        .map(|link| link.to_string_lossy().into_owned())
+        .unwrap_or_default();
+    if file.try_lock().is_ok() {
+        file.set_len(0)?;
+        file.write_all(ours.as_bytes())?;
+    }
+    file.lock_shared()?;
+    let mut theirs = String::new();
+    file.rewind()?;
+    file.read_to_string(&mut theirs)?;
+    if ours != theirs {
+        bail!(
+            "the map's folder {} is in use by a logging process in another container or PID \
+             namespace, where its locks do not work; give this one a folder of its own",
+            folder.display()
+        );
+    }
+    Ok(file)
+}
+
+/// A stored value: the CRC-32 of key and message, big-endian, then the message.
+pub(super) fn encode(entry: &Entry) -> Vec<u8> {
+    let mut value = Vec::with_capacity(CHECKSUM_BYTES + entry.msg.len());
+    value.extend_from_slice(&checksum(entry.uuid, entry.msg.as_bytes()).to_be_bytes());
+    value.extend_from_slice(entry.msg.as_bytes());
+    value
+}
+
+pub(super) fn decode(uuid: Uuid, value: &[u8]) -> Result<&str, MapError> {
+    let damaged = || MapError::Damaged(uuid);
+    let (stored, msg) = value
+        .split_first_chunk::<CHECKSUM_BYTES>()
+        .ok_or_else(damaged)?;
+    if u32::from_be_bytes(*stored) != checksum(uuid, msg) {
+        return Err(damaged());
+    }
+    std::str::from_utf8(msg).map_err(|_| damaged())
+}
+
+fn checksum(uuid: Uuid, msg: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(uuid.as_bytes());
+    hasher.update(msg);
+    hasher.finalize()
+}
+
+fn key_uuid(key: &[u8]) -> Result<Uuid, MapError> {
+    Uuid::from_slice(key).map_err(|_| {
+        MapError::Unavailable("the map's folder holds keys of another kind".to_owned())
+    })
+}
+
+fn unavailable(error: heed::Error) -> MapError {
+    MapError::Unavailable(describe(&error))
+}
+
+pub(super) fn is_panic(error: &heed::Error) -> bool {
+    matches!(error, heed::Error::Mdb(MdbError::Panic))
+}
+
+pub(super) fn describe(error: &heed::Error) -> String {
+    match error {
+        heed::Error::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+            DISK_FULL.to_owned()
+        }
+        heed::Error::Mdb(MdbError::MapFull) => "the map has reached its largest size".to_owned(),
+        heed::Error::Mdb(MdbError::ReadersFull) => "too many reads at once".to_owned(),
+        other => format!("the map's storage failed: {other}"),
+    }
+}

@@ -1,0 +1,197 @@
+//! The thread that writes: it takes LMDB's write lock, drains what has queued up meanwhile into one
+//! transaction, commits (LMDB fsyncs), and answers everyone after that.
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant, SystemTime};
+
+use common::entry::{Entry, Outcome};
+use heed::{Env, RwTxn, WithoutTls};
+use uuid::Uuid;
+
+use super::Job;
+use super::store::{DISK_FULL, Entries, Opened, Store, decode, describe, encode, is_panic};
+use crate::map::{MapError, staleness};
+
+/// Readers of killed processes keep pages from being reused until they are cleared this often.
+const STALE_READER_SWEEP: Duration = Duration::from_secs(10);
+
+/// A group commit takes no further batch beyond this, so that nobody waits for a giant one.
+const MAX_GROUP_BYTES: usize = 4 * 1024 * 1024;
+
+/// The thread that writes.
+pub(super) struct Writer {
+    pub(super) store: Arc<Store>,
+    pub(super) jobs: mpsc::Receiver<Job>,
+    pub(super) settle: Duration,
+}
+
+impl Writer {
+    pub(super) fn run(self) {
+        let mut swept = Instant::now();
+        loop {
+            match self.jobs.recv_timeout(STALE_READER_SWEEP) {
+                Ok(first) => self.commit_group(first),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if swept.elapsed() >= STALE_READER_SWEEP {
+                self.store.sweep();
+                swept = Instant::now();
+            }
+        }
+    }
+
+    /// Writes `first` and what else is queued in one transaction, then answers.
+    fn commit_group(&self, first: Job) {
+        let mut group = vec![first];
+        match self.write_group(&mut group) {
+            Ok(outcomes) => {
+                for (job, outcomes) in group.into_iter().zip(outcomes) {
+                    job.answer(Ok(outcomes));
+                }
+            }
+            Err(failure) => {
+                tracing::error!(outcome = ?failure.outcome, "a write transaction failed");
+                for job in group {
+                    job.answer(Err(failure.outcome.clone()));
+                }
+                if failure.needs_reopen {
+                    self.store.reopen();
+                }
+            }
+        }
+    }
+
+    fn write_group(&self, group: &mut Vec<Job>) -> Result<Vec<Vec<Outcome>>, Failure> {
+        let Opened { env, entries } = self.store.opened().map_err(Failure::not_open)?;
+        let mut txn = env.write_txn().map_err(Failure::before_commit)?;
+        self.claim_queued(group);
+        let mut written = self.write(entries, &mut txn, group)?;
+        while self.has_gone_stale(&written) {
+            txn.abort();
+            txn = env.write_txn().map_err(Failure::before_commit)?;
+            written = self.write(entries, &mut txn, group)?;
+        }
+        txn.commit()
+            .map_err(|error| Failure::at_commit(&self.store, &env, &error))?;
+        Ok(written.outcomes)
+    }
+
+    /// Claims jobs only now that the write lock is held: what waited for the lock could still be
+    /// withdrawn by its caller, and jobs that came meanwhile join the group.
+    fn claim_queued(&self, group: &mut Vec<Job>) {
+        group.retain(|job| job.claim.take());
+        let mut bytes: usize = group.iter().map(|job| job.bytes).sum();
+        while bytes < MAX_GROUP_BYTES {
+            let Ok(job) = self.jobs.try_recv() else {
+                return;
+            };
+            if job.claim.take() {
+                bytes += job.bytes;
+                group.push(job);
+            }
+        }
+    }
+
+    fn has_gone_stale(&self, written: &Written) -> bool {
+        let now = SystemTime::now();
+        let oldest = written.oldest_new;
+        oldest.is_some_and(|uuid| staleness(uuid, now, self.settle).is_some())
+    }
+
+    fn write(
+        &self,
+        entries: Entries,
+        txn: &mut RwTxn<'_>,
+        group: &[Job],
+    ) -> Result<Written, Failure> {
+        let now = SystemTime::now();
+        let mut written = Written::default();
+        for job in group {
+            let mut outcomes = Vec::with_capacity(job.entries.len());
+            for entry in job.entries.iter() {
+                let key = entry.uuid.as_bytes();
+                let known = entries.get(txn, key).map_err(Failure::before_commit)?;
+                let outcome = match known.map(|value| compare(entry, value)) {
+                    Some(outcome) => outcome,
+                    None => match staleness(entry.uuid, now, self.settle) {
+                        Some(stale) => stale,
+                        None => {
+                            let value = encode(entry);
+                            let put = entries.put(txn, key, &value);
+                            put.map_err(Failure::before_commit)?;
+                            let oldest = written.oldest_new.unwrap_or(entry.uuid);
+                            written.oldest_new = Some(oldest.min(entry.uuid));
+                            Outcome::Stored
+                        }
+                    },
+                };
+                outcomes.push(outcome);
+            }
+            written.outcomes.push(outcomes);
+        }
+        Ok(written)
+    }
+}
+
+/// What a transaction would store once it is committed.
+#[derive(Default)]
+struct Written {
+    /// For each job, the outcome of each entry.
+    outcomes: Vec<Vec<Outcome>>,
+    /// The oldest entry that is new. If a pause makes it leave the settle window before the
+    /// commit, the transaction is written again, so that settled history does not change.
+    oldest_new: Option<Uuid>,
+}
+
+/// Why a group was not committed, and what its callers are told.
+struct Failure {
+    outcome: Outcome,
+    /// LMDB refuses all further work on an environment after a fatal error.
+    needs_reopen: bool,
+}
+
+impl Failure {
+    fn not_open(error: MapError) -> Self {
+        Self {
+            outcome: Outcome::refused(error.to_string()),
+            needs_reopen: true,
+        }
+    }
+
+    fn before_commit(error: heed::Error) -> Self {
+        Self {
+            outcome: Outcome::refused(describe(&error)),
+            needs_reopen: is_panic(&error),
+        }
+    }
+
+    /// LMDB writes its meta page last. If that write failed, nobody can tell whether it reached
+    /// the disk, and the environment is unusable; if something failed before it, the transaction
+    /// certainly did not happen.
+    fn at_commit(store: &Store, env: &Env<WithoutTls>, error: &heed::Error) -> Self {
+        let is_unusable = env.write_txn().is_err_and(|error| is_panic(&error));
+        let detail = if store.is_disk_full() {
+            DISK_FULL.to_owned()
+        } else {
+            describe(error)
+        };
+        Self {
+            outcome: if is_unusable {
+                Outcome::unknown(detail)
+            } else {
+                Outcome::refused(detail)
+            },
+            needs_reopen: is_unusable,
+        }
+    }
+}
+
+fn compare(entry: &Entry, value: &[u8]) -> Outcome {
+    match decode(entry.uuid, value) {
+        Ok(msg) if msg == entry.msg => Outcome::Duplicate,
+        Ok(_) => Outcome::Conflict,
+        Err(error) => Outcome::unknown(error.to_string()),
+    }
+}
