@@ -391,6 +391,10 @@ async fn full_disk_is_a_503_with_the_reason() {
             break response;
         }
         stored += 1;
+        assert!(
+            stored < 32,
+            "more is said to be stored than the disk can hold"
+        );
     };
     let refused = problem(refused, 503).await;
     assert_eq!(refused["stored"], "no");

@@ -213,6 +213,10 @@ async fn full_disk_refuses_and_recovers() {
             Outcome::Stored => stored.push(entry),
             outcome => break outcome,
         }
+        assert!(
+            stored.len() < 64,
+            "more is said to be stored than the disk can hold"
+        );
     };
     assert_eq!(
         refused,
