@@ -17,7 +17,7 @@ const EXIT_CONFIGURATION: i32 = 2;
 #[derive(Args, Clone, Debug)]
 pub struct ServiceConfig {
     /// How long bodies in flight may take to finish after SIGINT or SIGTERM; what is left is cut
-    #[arg(long, default_value = "10s", value_parser = humantime::parse_duration)]
+    #[arg(long, default_value = "10s", value_parser = duration)]
     pub grace: Duration,
 
     /// Format of the log on standard output; RUST_LOG sets what is logged (default: info)
@@ -50,6 +50,34 @@ pub fn with_environment(command: Command) -> Command {
 pub fn fail(message: &str) -> ! {
     eprintln!("error: {message} (see --help)");
     std::process::exit(EXIT_CONFIGURATION)
+}
+
+/// Reads an address to listen on.
+///
+/// # Errors
+/// What to write instead.
+pub fn address(text: &str) -> Result<SocketAddr, String> {
+    let error = "write an address and a port, for example 127.0.0.1:8080";
+    text.parse().map_err(|_| error.to_owned())
+}
+
+/// Reads a span of time.
+///
+/// # Errors
+/// What to write instead.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|_| "write a time, for example 800ms or 10s".to_owned())
+}
+
+/// Reads a span of time in which something must be possible.
+///
+/// # Errors
+/// What to write instead.
+pub fn timeout(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => Err("write a time above zero, for example 800ms or 10s".to_owned()),
+        timeout => Ok(timeout),
+    }
 }
 
 /// Binds a listening socket, with an error that names the address and what to do.

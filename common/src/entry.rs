@@ -98,6 +98,16 @@ impl Outcome {
     }
 }
 
+/// Whether a character could change how a line looks or where it ends: control characters,
+/// Unicode's line ends, and the marks that change the direction of text.
+pub fn is_control(character: char) -> bool {
+    character.is_control()
+        || matches!(
+            character,
+            '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+        )
+}
+
 /// The time of a version 7 UUID, in milliseconds since the Unix epoch (RFC 9562, section 5.7).
 pub fn unix_millis(uuid: Uuid) -> u64 {
     (uuid.as_u128() >> 80) as u64

@@ -3,12 +3,14 @@
 //! Lines are written by a thread of their own, so that a slow terminal does not stall a request at
 //! once; when its queue is full, logging waits: no line is dropped because there are too many.
 
-use std::io::{BufWriter, IsTerminal};
+use std::io::{self, BufWriter, IsTerminal, Write};
 
 use clap::ValueEnum;
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
+
+use crate::entry::is_control;
 
 /// Lines that may wait for standard output. A line can hold a message, so the bound in bytes is
 /// this times the largest message.
@@ -36,14 +38,47 @@ pub fn init(format: LogFormat) -> Result<WorkerGuard, String> {
     let (writer, guard) = NonBlockingBuilder::default()
         .lossy(false)
         .buffered_lines_limit(QUEUED_LINES)
-        .finish(BufWriter::new(std::io::stdout()));
+        .finish(Escaped(BufWriter::new(io::stdout())));
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(writer)
-        .with_ansi(std::io::stdout().is_terminal());
+        .with_ansi(io::stdout().is_terminal());
     match format {
         LogFormat::Text => lines.init(),
         LogFormat::Json => lines.json().flatten_event(true).init(),
     }
     Ok(guard)
+}
+
+/// Writes the control characters that JSON lets pass, such as U+009B, as JSON escapes; they stand in
+/// strings only. Text lines have none left: their strings are escaped when they are formatted.
+#[derive(Debug)]
+struct Escaped<W>(W);
+
+impl<W: Write> Write for Escaped<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // ASCII's other control characters are the line's own newline and a terminal's colours.
+        let is_escaped = |character: char| {
+            character == '\u{7f}' || (!character.is_ascii() && is_control(character))
+        };
+        match std::str::from_utf8(bytes) {
+            Ok(text) if text.contains(is_escaped) => {
+                let mut escaped = String::with_capacity(text.len() + 16);
+                for character in text.chars() {
+                    if is_escaped(character) {
+                        escaped.push_str(&format!("\\u{:04x}", u32::from(character)));
+                    } else {
+                        escaped.push(character);
+                    }
+                }
+                self.0.write_all(escaped.as_bytes())?;
+            }
+            Ok(_) | Err(_) => self.0.write_all(bytes)?,
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
 }

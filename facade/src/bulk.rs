@@ -24,7 +24,7 @@ use uuid::Uuid;
 use crate::batcher::Reservation;
 use crate::get::{self, Format};
 use crate::post::{body_limit, check_size};
-use crate::store::{Certainty, Key, NotStored, Post, store};
+use crate::store::{Certainty, Key, NotStored, Post, WhenOverloaded, store};
 use crate::{App, too_many};
 
 /// Lines of one upload that are being stored, in bytes: enough for batches of full size.
@@ -48,7 +48,8 @@ pub(crate) async fn upload(app: App, headers: &HeaderMap, body: Body) -> Result<
         ));
     }
     let place = app.uploads.clone().try_acquire_owned();
-    let place = Arc::new(place.map_err(|_| too_many("uploads"))?);
+    let place = place.map_err(|_| too_many("uploads").with("stored", "no"))?;
+    let place = Arc::new(place);
     let reply = get::negotiate(headers, &[Format::Json, Format::Ndjson])?;
     let request_id = server::request_id(headers).map(str::to_owned);
     let results = store_lines(app, body, request_id, place);
@@ -120,6 +121,13 @@ fn stream_results(
         }
         stream::iter([Ok(chunk)].into_iter().chain(end))
     });
+    // The pause before an error has what came before it written to the caller.
+    let chunks = chunks.then(async |chunk| {
+        if chunk.is_err() {
+            tokio::task::yield_now().await;
+        }
+        chunk
+    });
     let content_type = [(header::CONTENT_TYPE, "application/x-ndjson")];
     (content_type, Body::from_stream(chunks)).into_response()
 }
@@ -183,6 +191,7 @@ async fn store_line(
         key,
         request_id,
         reserved: place,
+        overload: WhenOverloaded::Wait,
     };
     let result = match store(&app.pool, post, app.deadline).await {
         Ok(stored) => LineResult {

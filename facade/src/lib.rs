@@ -23,7 +23,7 @@ use axum::response::Response;
 use axum::routing::get;
 use bytesize::ByteSize;
 use clap::Parser;
-use common::config::ServiceConfig;
+use common::config::{self, ServiceConfig};
 use common::entry::{MAX_BATCH_BYTES, MAX_JSON_EXPANSION};
 use common::problem::Problem;
 use common::server::{self, Check, Limits, RequestLog};
@@ -55,7 +55,7 @@ const _: () = assert!((MAX_MAX_MESSAGE as usize) * MAX_JSON_EXPANSION < MAX_BATC
 #[command(name = "facade", version)]
 pub struct Config {
     /// Address to serve on; loopback unless you say otherwise
-    #[arg(long, default_value = "127.0.0.1:8086")]
+    #[arg(long, default_value = "127.0.0.1:8086", value_parser = config::address)]
     pub listen: SocketAddr,
 
     /// Logging instances, separated by commas
@@ -72,19 +72,19 @@ pub struct Config {
     pub messages: Url,
 
     /// How long one logging instance may take for one request before another one is asked
-    #[arg(long, default_value = "1s", value_parser = humantime::parse_duration)]
+    #[arg(long, default_value = "1s", value_parser = config::timeout)]
     pub try_timeout: Duration,
 
     /// How long a POST may take, all tries together
-    #[arg(long, default_value = "5s", value_parser = humantime::parse_duration)]
+    #[arg(long, default_value = "5s", value_parser = config::timeout)]
     pub deadline: Duration,
 
     /// The longest silence of a GET while it looks for an instance that can go on
-    #[arg(long, default_value = "15s", value_parser = humantime::parse_duration)]
+    #[arg(long, default_value = "15s", value_parser = config::timeout)]
     pub read_deadline: Duration,
 
     /// How long the messages service may take
-    #[arg(long, default_value = "1s", value_parser = humantime::parse_duration)]
+    #[arg(long, default_value = "1s", value_parser = config::timeout)]
     pub messages_timeout: Duration,
 
     /// The largest message, up to 1MiB
@@ -103,6 +103,7 @@ fn service_url(text: &str) -> Result<Url, String> {
     let url = Url::parse(text).ok();
     let url = url.filter(|url| {
         let is_bare = url.path() == "/" && url.query().is_none() && url.username().is_empty();
+        let is_bare = is_bare && url.password().is_none();
         url.scheme() == "http" && url.has_host() && is_bare
     });
     url.ok_or_else(|| "write http://HOST:PORT".to_owned())

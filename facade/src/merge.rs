@@ -10,7 +10,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use common::entry::Entry;
+use common::entry::{Entry, is_control};
 use common::page::{Bounds, Order};
 use common::problem::Problem;
 use futures_util::{StreamExt, stream};
@@ -298,13 +298,4 @@ fn write_escaped(out: &mut Vec<u8>, text: &str) {
         }
     }
     out.extend_from_slice(&text.as_bytes()[plain_from..]);
-}
-
-/// Control characters, Unicode's line ends, and the marks that change the direction of text.
-fn is_control(character: char) -> bool {
-    character.is_control()
-        || matches!(
-            character,
-            '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
-        )
 }

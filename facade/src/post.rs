@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
 
-use crate::store::{Key, NotStored, Post, Stored, store};
+use crate::store::{Key, NotStored, Post, Stored, WhenOverloaded, store};
 use crate::{App, bulk};
 
 /// Names the logging instance whose answer counted, as `HOST:PORT`.
@@ -53,6 +53,7 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
         key,
         request_id: server::request_id(&parts.headers).map(str::to_owned),
         reserved: Arc::new(reserved),
+        overload: WhenOverloaded::GiveUp,
     };
     let stored = store(&app.pool, post, app.deadline).await;
     let stored = stored.map_err(|error| answer_not_stored(&error))?;
@@ -79,12 +80,14 @@ enum ContentType {
 
 impl ContentType {
     fn of(headers: &HeaderMap) -> Result<Self, Problem> {
-        let is_encoded = headers
-            .get_all(header::CONTENT_ENCODING)
-            .iter()
-            .any(|encoding| encoding != "identity");
-        if is_encoded {
-            return Err(unsupported("send the body without a content-encoding"));
+        let is_other = |name, plain: &str| {
+            let mut values = headers.get_all(name).iter();
+            values.any(|value| !value.as_bytes().eq_ignore_ascii_case(plain.as_bytes()))
+        };
+        if is_other(header::CONTENT_ENCODING, "identity")
+            || is_other(header::TRANSFER_ENCODING, "chunked")
+        {
+            return Err(unsupported("send the body as it is, without compression"));
         }
         let mut content_types = headers.get_all(header::CONTENT_TYPE).iter();
         let content_type = match (content_types.next(), content_types.next()) {

@@ -32,6 +32,16 @@ pub struct Post {
     /// For the logs.
     pub request_id: Option<String>,
     pub reserved: Reservation,
+    pub overload: WhenOverloaded,
+}
+
+/// What becomes of a message that an instance refused while the retry budget is used up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenOverloaded {
+    /// Its caller is told at once, and may come back.
+    GiveUp,
+    /// It waits for the budget until its deadline, which slows an upload down.
+    Wait,
 }
 
 /// A message that is in the map.
@@ -87,8 +97,8 @@ impl NotStored {
                 detail,
                 ..
             } => format!(
-                "the message may be stored; post it again with this uuid as idempotency-key, \
-                 then it is stored once: {detail}"
+                "the message may be stored; repeat it under this uuid, as idempotency-key or in its \
+                 line of an upload, then it is stored once: {detail}"
             ),
         }
     }
@@ -119,14 +129,15 @@ impl Certainty {
 /// A repeat after an unknown outcome keeps its UUID, so the map sees that it is the same entry. A
 /// UUID of ours is made anew only while every try with it was certainly not executed.
 ///
-/// Repeats take from the pool's retry budget. When it is used up, what an instance that is up
-/// refused is given up at once, because it is overloaded; everything else waits for the budget.
+/// Repeats take from the pool's retry budget. When it is used up and an instance that is up refuses,
+/// that is overload: see [`WhenOverloaded`]. Everything else waits for the budget.
 pub async fn store(pool: &Pool, post: Post, patience: Duration) -> Result<Stored, NotStored> {
     let Post {
         msg,
         key,
         request_id,
         reserved,
+        overload,
     } = post;
     let deadline = Instant::now() + patience;
     let mut certainty = Certainty::No;
@@ -196,7 +207,8 @@ pub async fn store(pool: &Pool, post: Post, patience: Duration) -> Result<Stored
         };
         may_try = pool.retries.withdraw();
         let is_overloaded = !may_try && is_refused && instance.health.is_up();
-        if is_overloaded || Instant::now() >= deadline {
+        let gives_up = is_overloaded && overload == WhenOverloaded::GiveUp;
+        if gives_up || Instant::now() >= deadline {
             return Err(NotStored::GaveUp {
                 uuid: entry.uuid,
                 certainty,

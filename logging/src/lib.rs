@@ -19,7 +19,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use bytes::Bytes;
 use clap::Parser;
-use common::config::ServiceConfig;
+use common::config::{self, ServiceConfig};
 use common::entry::{self, Entry, MAX_BATCH_BYTES, Outcome, PutEntry, PutResult};
 use common::page::{Bounds, Order, PageEnd};
 use common::problem::Problem;
@@ -46,7 +46,7 @@ const PAGE_BYTES: usize = 128 * 1024;
 #[command(name = "logging", version)]
 pub struct Config {
     /// Address to serve on; an inner door, so keep it away from the public
-    #[arg(long, default_value = "127.0.0.1:8082")]
+    #[arg(long, default_value = "127.0.0.1:8082", value_parser = config::address)]
     pub listen: SocketAddr,
 
     /// The shared map: lmdb:FOLDER, a folder of this machine that all instances name
@@ -58,11 +58,11 @@ pub struct Config {
     pub backups: u16,
 
     /// How long storing a batch may take before its entries are answered as refused or unknown
-    #[arg(long, default_value = "800ms", value_parser = humantime::parse_duration)]
+    #[arg(long, default_value = "800ms", value_parser = config::timeout)]
     pub store_timeout: Duration,
 
     /// How old the time in a new entry's UUID may be; what is older never changes
-    #[arg(long, default_value = "10s", value_parser = humantime::parse_duration)]
+    #[arg(long, default_value = "10s", value_parser = config::duration)]
     pub settle: Duration,
 
     #[command(flatten)]

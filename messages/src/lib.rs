@@ -8,7 +8,7 @@ use axum::extract::{RawQuery, State};
 use axum::response::Response;
 use axum::routing::get;
 use clap::Parser;
-use common::config::ServiceConfig;
+use common::config::{self, ServiceConfig};
 use common::server::{self, RequestLog};
 use tokio_util::sync::CancellationToken;
 
@@ -20,7 +20,7 @@ pub const REPLY: &str = "Messages Service not Implemented";
 #[command(name = "messages", version)]
 pub struct Config {
     /// Address to serve on; loopback unless you say otherwise
-    #[arg(long, default_value = "127.0.0.1:8081")]
+    #[arg(long, default_value = "127.0.0.1:8081", value_parser = config::address)]
     pub listen: SocketAddr,
 
     #[command(flatten)]

@@ -1,12 +1,18 @@
 //! Uploads of many messages as NDJSON.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use common::entry::Outcome;
 use futures_util::{StreamExt, stream};
 use reqwest::{Body, RequestBuilder};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use crate::system::{System, nobody, problem};
+use crate::system::{System, logging_stub, nobody, problem};
 
 const NDJSON: &str = "application/x-ndjson";
 
@@ -171,6 +177,27 @@ async fn cut_off_line_of_a_broken_upload_is_not_stored() {
     assert_eq!(system.messages().await, ["whole"]);
 }
 
+/// Also when the upload breaks in the same moment in which a line was stored.
+#[tokio::test]
+async fn results_before_a_break_are_not_lost() {
+    let system = System::start();
+    let mut connection = TcpStream::connect(system.url.trim_start_matches("http://")).unwrap();
+    let head = "POST / HTTP/1.1\r\nhost: h\r\ncontent-type: application/x-ndjson\r\n\
+                accept: application/x-ndjson\r\ntransfer-encoding: chunked\r\n\r\n";
+    let body = "f\r\n\"one\"\n\"two\"\n\"cu\r\nnonsense\r\n";
+    let exchange = tokio::task::spawn_blocking(move || {
+        connection
+            .write_all(format!("{head}{body}").as_bytes())
+            .unwrap();
+        let mut answer = String::new();
+        let _cut_off = connection.read_to_string(&mut answer);
+        answer
+    });
+    let answer = exchange.await.unwrap();
+    assert_eq!(answer.matches("\"stored\":\"yes\"").count(), 2, "{answer}");
+    assert!(!answer.ends_with("0\r\n\r\n"), "{answer}");
+}
+
 #[tokio::test]
 async fn upload_takes_no_idempotency_key_and_offers_two_replies() {
     let system = System::start();
@@ -179,6 +206,22 @@ async fn upload_takes_no_idempotency_key_and_offers_two_replies() {
     let as_text = upload(&system, "\"a\"").header("accept", "text/plain");
     problem(as_text.send().await.unwrap(), 406).await;
     assert_eq!(system.read("").await.count, 0);
+}
+
+/// More lines are refused than the retry budget has repeats: they wait for it instead of failing.
+#[tokio::test]
+async fn refused_lines_wait_for_the_retry_budget() {
+    const LINES: u64 = 150;
+    let tries = Arc::new(AtomicU64::new(0));
+    let busy_at_first = logging_stub(move |_| match tries.fetch_add(1, Ordering::Relaxed) {
+        0..LINES => Outcome::refused("busy"),
+        _ => Outcome::Stored,
+    });
+    let system = System::with_stubs(vec![busy_at_first], nobody(), &["--deadline", "60s"]);
+    let lines: String = (0..LINES).map(|n| format!("\"{n}\"\n")).collect();
+    let response = upload(&system, lines).send().await.unwrap();
+    let summary: Value = response.json().await.unwrap();
+    assert_eq!(summary, json!({"stored": LINES, "failed": 0, "errors": []}));
 }
 
 /// A line fails only when its deadline is over, and then with its uuid.

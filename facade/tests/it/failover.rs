@@ -7,8 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use axum::{Json, Router, routing};
-use common::entry::{Entry, Outcome, PutEntry, PutResult};
+use common::entry::{Entry, Outcome};
 use futures_util::{StreamExt, stream};
 use reqwest::{Body, Client};
 use serde_json::Value;
@@ -16,7 +15,7 @@ use uuid::Uuid;
 
 use crate::process::{Process, free_address};
 use crate::processes::{Processes, binary, logging};
-use crate::system::{System, nobody, problem, serve};
+use crate::system::{System, logging_stub, nobody, problem};
 
 /// Ten rounds under load, each killing two of three instances and starting them again: no request
 /// fails, nothing is lost or doubled, order is kept.
@@ -425,15 +424,13 @@ async fn overload_is_not_multiplied_by_repeats() {
     const FREE: u64 = 100;
     let tries = Arc::new(AtomicU64::new(0));
     let count = tries.clone();
-    let put = async move |Json(entries): Json<Vec<PutEntry>>| {
-        count.fetch_add(entries.len() as u64, Ordering::Relaxed);
-        let results = entries.iter().map(|entry| PutResult {
-            uuid: entry.uuid,
-            outcome: Outcome::refused("the write queue is full"),
-        });
-        Json(results.collect::<Vec<_>>())
-    };
-    let logging = (0..3).map(|_| serve(Router::new().route("/", routing::post(put.clone()))));
+    let logging = (0..3).map(|_| {
+        let count = count.clone();
+        logging_stub(move |_| {
+            count.fetch_add(1, Ordering::Relaxed);
+            Outcome::refused("the write queue is full")
+        })
+    });
     let system = System::with_stubs(logging.collect(), nobody(), &["--deadline", "60s"]);
     let posts = stream::iter(0..POSTS).map(|n| system.post().body(n.to_string()).send());
     let statuses = posts

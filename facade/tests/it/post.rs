@@ -4,15 +4,15 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use axum::{Json, Router};
-use common::entry::{Entry, Outcome, PutEntry, PutResult};
+use axum::Router;
+use common::entry::{Entry, Outcome};
 use facade::post::{BodyFormat, message};
 use futures_util::stream;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::system::{Server, System, nobody, problem, serve};
+use crate::system::{Server, System, logging_stub, nobody, problem, serve};
 
 const FORM: &str = "application/x-www-form-urlencoded";
 const JSON: &str = "application/json";
@@ -247,18 +247,6 @@ async fn acknowledged_message_is_in_every_get_that_begins_afterwards() {
     let entries = system.read("").await.logging_service;
     let unique: HashSet<&str> = entries.iter().map(|entry| entry.msg.as_str()).collect();
     assert_eq!((entries.len(), unique.len()), (320, 320));
-}
-
-/// A logging service that answers each entry as the test says.
-fn logging_stub(answer: impl Fn(&PutEntry) -> Outcome + Clone + Send + Sync + 'static) -> Server {
-    let put = async move |Json(entries): Json<Vec<PutEntry>>| {
-        let results = entries.iter().map(|entry| PutResult {
-            uuid: entry.uuid,
-            outcome: answer(entry),
-        });
-        Json(results.collect::<Vec<_>>())
-    };
-    serve(Router::new().route("/", axum::routing::post(put)))
 }
 
 fn system_of(logging: Vec<Server>) -> System {

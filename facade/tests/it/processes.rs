@@ -291,7 +291,9 @@ fn wrong_configuration_is_one_line_and_exit_code_2() {
     assert_refused(&binary, &["--max-message", "0"], "64KiB");
     assert_refused(&binary, &["--max-message", "2MiB"], "1MiB");
     assert_refused(&binary, &["--max-reads", "0"], "--max-reads");
-    assert_refused(&binary, &["--deadline", "5"], "--deadline");
+    assert_refused(&binary, &["--deadline", "5"], "10s");
+    assert_refused(&binary, &["--deadline", "0s"], "above zero");
+    assert_refused(&binary, &["--logging", "http://:p@a:1"], "http://HOST:PORT");
     assert_refused(&binary, &["--try-timeout"], "--try-timeout");
 }
 

@@ -4,9 +4,9 @@
 use std::net::TcpListener;
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Json, Router, routing};
 use clap::Parser;
-use common::entry::Entry;
+use common::entry::{Entry, Outcome, PutEntry, PutResult};
 use common::server::Limits;
 use facade::{App, Config};
 use logging::map::{Location, Options, open};
@@ -186,6 +186,20 @@ pub(crate) fn serve(router: Router) -> Server {
         address,
         stop: stop.drop_guard(),
     }
+}
+
+/// A logging service that answers each entry as the test says.
+pub(crate) fn logging_stub(
+    answer: impl Fn(&PutEntry) -> Outcome + Clone + Send + Sync + 'static,
+) -> Server {
+    let put = async move |Json(entries): Json<Vec<PutEntry>>| {
+        let results = entries.iter().map(|entry| PutResult {
+            uuid: entry.uuid,
+            outcome: answer(entry),
+        });
+        Json(results.collect::<Vec<_>>())
+    };
+    serve(Router::new().route("/", routing::post(put)))
 }
 
 /// The address of a server that is not there.
