@@ -106,21 +106,18 @@ async fn slow_body_is_cut_and_large_one_refused() {
         Ok(read_body(body, 100, SHORT).await?)
     }
     let server = Server::start(Router::new().route("/", post(read)), PATIENT, NEVER);
-    let request = "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 90\r\n\r\nx";
-    let mut connection = server.send(request).await;
-    let mut status = [0; 12];
-    loop {
-        tokio::select! {
-            biased;
-            read = connection.read_exact(&mut status) => {
-                read.unwrap();
-                break;
-            }
-            () = tokio::time::sleep(SHORT / 10) => connection.write_all(b"x").await.unwrap(),
+    let request = "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 90000\r\n\r\n";
+    let (mut reader, mut writer) = server.send(request).await.into_split();
+    let crumbs = tokio::spawn(async move {
+        while writer.write_all(b"x").await.is_ok() {
+            tokio::time::sleep(SHORT / 10).await;
         }
-    }
+    });
+    let mut status = [0; 12];
+    reader.read_exact(&mut status).await.unwrap();
     assert_eq!(&status, b"HTTP/1.1 408");
-    let request = "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 101\r\n\r\n";
+    crumbs.abort();
+    let request = "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 101\r\nconnection: close\r\n\r\n";
     let answer = rest(server.send(&(request.to_owned() + &"x".repeat(101))).await).await;
     assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
 }
