@@ -40,5 +40,4 @@ if ((${#packages[@]})); then
     if lacks_requests; then python3 -m pip install --quiet requests; fi
 fi
 
-cargo build --workspace --release --locked
 cargo test --workspace --release --locked -- "$@"

@@ -82,12 +82,12 @@ impl Processes {
     }
 }
 
-/// A binary of the workspace, beside the facade's; `scripts/test.sh` builds them all.
+/// A binary of the workspace, beside the facade's; testing the workspace builds them all.
 pub(crate) fn binary(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_facade")).with_file_name(name);
     assert!(
         path.exists(),
-        "{name} is not built: run cargo build --workspace with this profile"
+        "{name} is not built: test the whole workspace, as scripts/test.sh does"
     );
     path
 }
