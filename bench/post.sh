@@ -51,7 +51,7 @@ done
 start target/release/facade --listen "$facade" --messages "http://$messages" \
     --logging "$(IFS=,; echo "${urls[*]}")"
 curl --silent --output /dev/null --retry 100 --retry-delay 1 --retry-connrefused \
-    --data warm-up "http://$facade/" "http://$bare/"
+    --data warm-up "http://$facade/" --output /dev/null "http://$bare/"
 
 cat >"$folder/post.lua" <<'LUA'
 wrk.method = "POST"
