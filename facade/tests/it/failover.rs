@@ -13,7 +13,7 @@ use reqwest::{Body, Client};
 use serde_json::Value;
 use uuid::Uuid;
 
-use crate::process::{Process, free_address};
+use crate::process::{OnSmallDisk, Process, free_address};
 use crate::processes::{Processes, binary, logging};
 use crate::system::{System, logging_stub, nobody, problem};
 
@@ -361,22 +361,9 @@ async fn host_name_is_as_many_instances_as_it_has_addresses() {
 #[tokio::test(flavor = "multi_thread")]
 async fn full_disk_is_a_503_with_the_reason() {
     let folder = tempfile::tempdir().unwrap();
-    let mut command = Command::new("unshare");
-    command
-        .args(["--mount", "sh", "-c"])
-        .arg("mount -t tmpfs -o size=2m tmpfs \"$0\" && exec \"$@\"")
-        .arg(folder.path())
-        .arg(binary("logging"))
-        .args([
-            "--map",
-            &format!("lmdb:{}", folder.path().join("map").display()),
-        ]);
-    let disk = Process::start(command, free_address());
-    let relative = folder.path().strip_prefix("/").unwrap();
-    let filler = format!("/proc/{}/root/{}/filler", disk.pid(), relative.display());
-    std::fs::write(&filler, vec![0; 1 << 20]).unwrap();
+    let disk = OnSmallDisk::start(&binary("logging"), folder.path(), 2 << 20);
     let mut facade = Command::new(binary("facade"));
-    facade.args(["--logging", &disk.url(), "--deadline", "300ms"]);
+    facade.args(["--logging", &disk.process.url(), "--deadline", "300ms"]);
     let facade = Process::start(facade, free_address());
     let http = Client::new();
     let post = async || {
@@ -412,7 +399,7 @@ async fn full_disk_is_a_503_with_the_reason() {
         .await
         .unwrap();
     assert_eq!(read["count"], stored);
-    std::fs::remove_file(&filler).unwrap();
+    disk.make_room();
     assert_eq!(post().await.status(), 200);
 }
 

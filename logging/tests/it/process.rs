@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -110,6 +111,41 @@ impl Process {
             !timed_out.timed_out(),
             "the log lacks something; its last line: {last:?}"
         );
+    }
+}
+
+/// A logging instance whose map lies on a small disk of its own, a tmpfs on `folder`, in a mount
+/// namespace that ends with it.
+#[derive(Debug)]
+pub(crate) struct OnSmallDisk {
+    pub(crate) process: Process,
+    filler: PathBuf,
+}
+
+impl OnSmallDisk {
+    /// Starts it with half of the disk taken. `size` is in bytes.
+    pub(crate) fn start(logging: &Path, folder: &Path, size: usize) -> Self {
+        let mut command = Command::new("unshare");
+        command
+            .args(["--mount", "sh", "-c"])
+            .arg(format!(
+                "mount -t tmpfs -o size={size} tmpfs \"$0\" && exec \"$@\""
+            ))
+            .arg(folder)
+            .arg(logging)
+            .args(["--map", &format!("lmdb:{}", folder.join("map").display())]);
+        let process = Process::start(command, free_address());
+        let root = Path::new("/proc")
+            .join(process.pid().to_string())
+            .join("root");
+        let filler = root.join(folder.strip_prefix("/").unwrap()).join("filler");
+        std::fs::write(&filler, vec![0; size / 2]).unwrap();
+        Self { process, filler }
+    }
+
+    /// Makes room on the disk.
+    pub(crate) fn make_room(&self) {
+        std::fs::remove_file(&self.filler).unwrap();
     }
 }
 

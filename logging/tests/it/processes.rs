@@ -1,10 +1,8 @@
 //! The logging service as real processes: signals, disks that fail, the log and the command line.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs;
-use std::io::Write;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -16,7 +14,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::command_line::{assert_help, assert_refused, one_line};
-use crate::process::{Process, free_address};
+use crate::process::{OnSmallDisk, Process, free_address};
 
 const LOGGING: &str = env!("CARGO_BIN_EXE_logging");
 
@@ -186,26 +184,13 @@ fn quiet(folder: &Path) -> Command {
     command
 }
 
-/// On a small disk of its own (a tmpfs in a mount namespace that ends with the process): refused
-/// when full, readable meanwhile, and working again with space.
+/// Refused when the disk is full, readable meanwhile, and working again with space.
 #[tokio::test]
 async fn full_disk_refuses_and_recovers() {
     let folder = tempfile::tempdir().unwrap();
-    let mut command = Command::new("unshare");
-    command
-        .args(["--mount", "sh", "-c"])
-        .arg("mount -t tmpfs -o size=4m tmpfs \"$0\" && exec \"$@\"")
-        .arg(folder.path())
-        .args([LOGGING, "--map", &location(folder.path())]);
-    let process = Process::start(command, free_address());
-    let filler = seen_by(&process, &folder.path().join("filler"));
-    fs::File::create(&filler)
-        .unwrap()
-        .write_all(&vec![0; 2 << 20])
-        .unwrap();
-
+    let disk = OnSmallDisk::start(Path::new(LOGGING), folder.path(), 4 << 20);
     let http = Client::new();
-    let url = process.url();
+    let url = disk.process.url();
     let mut stored = Vec::new();
     let refused = loop {
         let entry = entry(&"x".repeat(64 * 1024));
@@ -225,17 +210,11 @@ async fn full_disk_refuses_and_recovers() {
     assert!(!stored.is_empty());
     assert_eq!(all(&http, &url).await, stored);
 
-    fs::remove_file(&filler).unwrap();
+    disk.make_room();
     let entry = entry(&"y".repeat(64 * 1024));
     assert_eq!(put_one(&http, &url, &entry).await, Outcome::Stored);
     stored.push(entry);
     assert_eq!(all(&http, &url).await, stored);
-}
-
-/// A path as the process sees it in its own mount namespace.
-fn seen_by(process: &Process, path: &Path) -> PathBuf {
-    let relative = path.strip_prefix("/").unwrap();
-    Path::new(&format!("/proc/{}/root", process.pid())).join(relative)
 }
 
 /// The disk fails when the second transaction is synced, before LMDB writes its meta page: it
