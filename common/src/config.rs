@@ -107,9 +107,22 @@ pub fn report<E: Display>(result: Result<(), E>) -> ExitCode {
 fn in_one_line(message: &str) -> String {
     let mut lines = message.lines().map(str::trim);
     let first = lines.next().unwrap_or_default();
-    let first = first.strip_prefix("error: ").unwrap_or(first);
+    let first = without_login(first.strip_prefix("error: ").unwrap_or(first));
     match lines.find(|line| line.starts_with("[possible values")) {
         Some(values) => format!("{first} {values}"),
-        None => first.to_owned(),
+        None => first,
     }
+}
+
+/// A message of `clap` without the login of the URL that it quotes: error lines end up in logs.
+fn without_login(message: &str) -> String {
+    let end = message.find("' for '").unwrap_or(message.len());
+    let (quoted, rest) = message.split_at(end);
+    let url = quoted.split_once("://");
+    let Some((scheme, (_, host))) =
+        url.and_then(|(scheme, url)| Some((scheme, url.rsplit_once('@')?)))
+    else {
+        return message.to_owned();
+    };
+    format!("{scheme}://…@{host}{rest}")
 }

@@ -74,6 +74,10 @@ pub enum Outcome {
     Refused {
         /// Why, for the caller.
         detail: String,
+        /// Whether only the entry's partition cannot take it now: another UUID may be in one that
+        /// can, and no load is to be taken off this instance.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        is_partition_down: bool,
     },
     /// It may or may not be in the map; asking again with the same UUID is safe.
     Unknown {
@@ -87,6 +91,15 @@ impl Outcome {
     pub fn refused(detail: impl Into<String>) -> Self {
         Self::Refused {
             detail: detail.into(),
+            is_partition_down: false,
+        }
+    }
+
+    /// A [`Outcome::Refused`] because the entry's partition has nobody who could take it now.
+    pub fn partition_down(detail: impl Into<String>) -> Self {
+        Self::Refused {
+            detail: detail.into(),
+            is_partition_down: true,
         }
     }
 

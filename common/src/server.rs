@@ -230,7 +230,8 @@ pub struct Check {
 }
 
 /// The answer to `/readyz`: 200, or 503 with what is missing. With `?verbose` in the query, all
-/// checks are listed in either case.
+/// checks are listed in either case, and a service that is ready though one of them failed says
+/// that it is degraded.
 pub fn readiness(ready: Result<(), String>, checks: &[Check], query: Option<&str>) -> Response {
     #[derive(Serialize)]
     struct Ready<'a> {
@@ -244,7 +245,8 @@ pub fn readiness(ready: Result<(), String>, checks: &[Check], query: Option<&str
     });
     let checks = is_verbose.then_some(checks);
     let Err(detail) = ready else {
-        let status = "ready";
+        let is_degraded = checks.is_some_and(|checks| checks.iter().any(|check| !check.ok));
+        let status = if is_degraded { "degraded" } else { "ready" };
         return Json(Ready { status, checks }).into_response();
     };
     let problem = Problem::unavailable(detail, Duration::from_secs(1));

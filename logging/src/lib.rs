@@ -7,7 +7,7 @@ pub mod map;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use axum::Json;
 use axum::Router;
@@ -30,7 +30,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::map::{DistributedMap, Location, MapError, PageLimit};
+use crate::map::{DistributedMap, Location, MapError, Page, PageLimit};
 
 /// Memory for batches on their way to the map, in bytes of bodies; what comes on top gets a 503.
 const MAX_POSTED_BYTES: usize = 64 * 1024 * 1024;
@@ -49,13 +49,16 @@ pub struct Config {
     #[arg(long, default_value = "127.0.0.1:8082", value_parser = config::address)]
     pub listen: SocketAddr,
 
-    /// The shared map: lmdb:FOLDER, a folder of this machine that all instances name
-    #[arg(long, default_value = "lmdb:data/map")]
+    /// The shared map, the same for all instances: lmdb:FOLDER, a folder of this machine;
+    /// redis://HOST:PORT, a Redis server (7.0 or later); or redis://HOST:PORT,HOST:PORT…, some
+    /// members of a Redis Cluster. USER:PASSWORD@ goes before the hosts; rediss:// is for TLS
+    #[arg(long, default_value = "lmdb:data/map", hide_env_values = true)]
     pub map: Location,
 
     /// Replicas that must hold an entry before it is acknowledged; an lmdb map has none
-    #[arg(long, default_value_t = 0, value_parser = no_backups)]
-    pub backups: u16,
+    /// [default: 1 on a Redis Cluster, otherwise 0]
+    #[arg(long)]
+    pub backups: Option<u16>,
 
     /// How long storing a batch may take before its entries are answered as refused or unknown
     #[arg(long, default_value = "800ms", value_parser = config::timeout)]
@@ -69,11 +72,20 @@ pub struct Config {
     pub service: ServiceConfig,
 }
 
-fn no_backups(text: &str) -> Result<u16, String> {
-    match text.parse() {
-        Ok(0) => Ok(0),
-        Ok(_) => Err("an lmdb map keeps no replicas; write 0".to_owned()),
-        Err(_) => Err("write a number".to_owned()),
+impl Config {
+    /// What the map needs to know.
+    ///
+    /// # Errors
+    /// A line for the person who started the service when flags do not go together.
+    pub fn map_options(&self) -> Result<map::Options, String> {
+        if matches!(self.map, Location::Lmdb(_)) && self.backups.is_some_and(|count| count > 0) {
+            return Err("an lmdb map keeps no replicas; write --backups 0".to_owned());
+        }
+        Ok(map::Options {
+            store_timeout: self.store_timeout,
+            settle: self.settle,
+            backups: self.backups,
+        })
     }
 }
 
@@ -269,49 +281,68 @@ struct Listing {
     /// Of one page; with `is_one_page`, the answer ends after it.
     page_bytes: usize,
     is_one_page: bool,
+    /// The first page, until it is taken.
+    first: Option<Page>,
     count: u64,
     is_finished: bool,
     _place: OwnedSemaphorePermit,
 }
 
 impl Listing {
+    /// Reads the first page. What an ascending read needs to know besides, where it is to end, is
+    /// asked at the same time, so that both together take no longer than one.
     async fn begin(
         map: Arc<dyn DistributedMap>,
         query: ListQuery,
         place: OwnedSemaphorePermit,
     ) -> Result<Self, MapError> {
-        let mut bounds = Bounds {
-            after: query.after,
-            before: query.before,
-            order: query.order,
-        };
-        if bounds.order == Order::Asc {
-            // What comes from now on is left out, or a slow reader would never reach the end.
-            let last = map.last().await?;
-            let end = last.map_or(Uuid::nil(), |last| {
-                Uuid::from_u128(last.as_u128().saturating_add(1))
-            });
-            bounds.before = Some(bounds.before.map_or(end, |before| before.min(end)));
-        }
-        Ok(Self {
+        let mut listing = Self {
             map,
-            bounds,
+            bounds: Bounds {
+                after: query.after,
+                before: query.before,
+                order: query.order,
+            },
             entries_left: query.limit.unwrap_or(u64::MAX),
             page_bytes: query.page_bytes.unwrap_or(PAGE_BYTES).min(PAGE_BYTES),
             is_one_page: query.page_bytes.is_some(),
+            first: None,
             count: 0,
             is_finished: false,
             _place: place,
-        })
+        };
+        // A bound whose time has passed is an end already.
+        let has_end = query.before.is_some_and(has_passed);
+        if has_end || query.order == Order::Desc {
+            listing.first = Some(listing.page().await?);
+            return Ok(listing);
+        }
+        let (first, last) = tokio::try_join!(listing.page(), listing.map.last())?;
+        // What comes from now on is left out, or a slow reader would never reach the end.
+        let read = first.entries.last().map(|entry| entry.uuid);
+        let end = last.max(read).map_or(Uuid::nil(), |last| {
+            Uuid::from_u128(last.as_u128().saturating_add(1))
+        });
+        let before = &mut listing.bounds.before;
+        *before = Some(before.map_or(end, |before| before.min(end)));
+        listing.first = Some(first);
+        Ok(listing)
     }
 
-    /// The next page as lines; after the last page, also the line that counts.
-    async fn next_chunk(&mut self) -> Result<Bytes, MapError> {
+    async fn page(&self) -> Result<Page, MapError> {
         let limit = PageLimit {
             entries: self.entries_left,
             bytes: self.page_bytes,
         };
-        let page = self.map.page(self.bounds, limit).await?;
+        self.map.page(self.bounds, limit).await
+    }
+
+    /// The next page as lines; after the last page, also the line that counts.
+    async fn next_chunk(&mut self) -> Result<Bytes, MapError> {
+        let page = match self.first.take() {
+            Some(first) => first,
+            None => self.page().await?,
+        };
         let mut lines = Vec::with_capacity(PAGE_BYTES + PAGE_BYTES / 4);
         for entry in &page.entries {
             entry.write_line(&mut lines);
@@ -341,33 +372,44 @@ impl Listing {
     }
 }
 
+fn has_passed(uuid: Uuid) -> bool {
+    let time = SystemTime::UNIX_EPOCH + Duration::from_millis(entry::unix_millis(uuid));
+    time < SystemTime::now()
+}
+
 async fn readyz(State(app): State<App>, RawQuery(query): RawQuery) -> Response {
-    let map = app.map.ready().await.map_err(|error| error.to_string());
-    let checks = [Check {
+    let health = app.map.health().await;
+    let mut checks = vec![Check {
         name: "map".to_owned(),
-        ok: map.is_ok(),
-        detail: map.clone().err().unwrap_or_else(|| "answers".to_owned()),
+        ok: health.missing.is_none(),
+        detail: health
+            .missing
+            .clone()
+            .unwrap_or_else(|| "answers".to_owned()),
     }];
+    checks.extend(health.checks);
+    let map = health.missing.map_or(Ok(()), Err);
     let ready = server::not_stopping(&app.stop).and(map);
     server::readiness(ready, &checks, query.as_deref())
 }
 
+/// Not a 503, with which the facade waits for a map that cannot be read.
 fn busy() -> Problem {
     let detail = "this instance is busy, and nothing was done; ask again in a moment";
-    Problem::unavailable(detail, Duration::from_secs(1))
+    Problem::new(StatusCode::TOO_MANY_REQUESTS, detail)
 }
 
 fn answer_map_error(error: MapError) -> Problem {
     match error {
         MapError::Unavailable(detail) => {
-            tracing::warn!(detail, "the map cannot be read");
+            tracing::debug!(detail, "the map cannot be read");
             Problem::unavailable(detail, Duration::from_secs(1))
         }
         MapError::Damaged(uuid) => {
-            tracing::error!(%uuid, "an entry does not match its checksum; the disk may be failing");
+            tracing::error!(%uuid, "an entry of the map is not what was put there; its disk may be failing");
             Problem::new(
                 StatusCode::INTERNAL_SERVER_ERROR,
-                format!("entry {uuid} is damaged on disk; restore the map from a copy"),
+                format!("entry {uuid} is damaged; restore the map from a copy"),
             )
         }
     }

@@ -15,11 +15,10 @@ async fn run() -> anyhow::Result<()> {
     let config: Config = config::parse();
     let _log =
         telemetry::init(config.service.log_format).unwrap_or_else(|line| config::fail(&line));
+    let options = config
+        .map_options()
+        .unwrap_or_else(|line| config::fail(&line));
     let stop = server::stop_on_signal()?;
-    let options = map::Options {
-        store_timeout: config.store_timeout,
-        settle: config.settle,
-    };
     let map = map::open(&config.map, options)?;
     let listener = config::bind(config.listen).map_err(anyhow::Error::msg)?;
     tracing::info!(address = %listener.local_addr()?, map = ?config.map, "serving the map");

@@ -3,7 +3,9 @@
 //! The data is a grow-only set of immutable entries: nothing is deleted, changed or expired. That
 //! is what makes every repeat safe. No engine's name is known outside this module.
 
+mod job;
 mod lmdb;
+mod redis;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -14,7 +16,10 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use common::entry::{self, Entry, Outcome};
 use common::page::Bounds;
+use common::server::Check;
 use uuid::Uuid;
+
+pub use self::redis::Servers;
 
 /// How far ahead of the map's clock a new entry's time may lie: room for the clocks of facades on
 /// other machines.
@@ -28,8 +33,8 @@ pub trait DistributedMap: fmt::Debug + Send + Sync {
     /// Puts a batch and tells for each entry, in the order given, what became of it.
     ///
     /// - *Durability*: `Stored` and `Duplicate` are told only once the entry is committed as
-    ///   durably as the engine promises (LMDB: fsynced); every read that begins afterwards, on
-    ///   any instance, sees it.
+    ///   durably as the engine promises (LMDB: fsynced; Redis: on the primary and on
+    ///   `Options::backups` replicas); every read that begins afterwards, on any instance, sees it.
     /// - *Duplicates*: the same UUID with the same message is one entry, also within one batch.
     /// - *Conflicts*: the same UUID with another message changes nothing.
     /// - *Settle window*: a UUID that is not in the map is added only if its time is at most
@@ -37,7 +42,7 @@ pub trait DistributedMap: fmt::Debug + Send + Sync {
     ///   written. Otherwise it is `Stale`: not in the map, and if its time has passed, it never
     ///   will be. (A commit becomes visible as long after that look as the disk needs for it.)
     /// - *Failure*: `Refused` means certainly not executed; `Unknown` that it may or may not be
-    ///   stored. Entries of one batch may fare differently.
+    ///   stored. Entries of one batch may fare differently: they are in different partitions.
     ///
     /// Answers within the engine's store timeout.
     async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome>;
@@ -53,9 +58,18 @@ pub trait DistributedMap: fmt::Debug + Send + Sync {
     /// The greatest UUID in the map, or `None` when it is empty.
     async fn last(&self) -> Result<Option<Uuid>, MapError>;
 
-    /// Whether reads and writes can be taken now; the error says in words what is missing. Takes
-    /// as long as a put.
-    async fn ready(&self) -> Result<(), MapError>;
+    /// How the map fares. Takes as long as a put.
+    async fn health(&self) -> Health;
+}
+
+/// How a map fares, for people and for load balancers.
+#[derive(Debug)]
+pub struct Health {
+    /// Why this instance can serve nobody now, in words; `None` when it is ready.
+    pub missing: Option<String>,
+    /// What an engine can say of its parts. One that is not `ok` makes a map that is ready a
+    /// degraded one; a warning is `ok`.
+    pub checks: Vec<Check>,
 }
 
 /// How much one page may hold.
@@ -82,8 +96,8 @@ pub enum MapError {
     /// It cannot be read now; it may be later, or by another instance.
     #[error("{0}")]
     Unavailable(String),
-    /// An entry does not match the checksum it was written with.
-    #[error("entry {0} is damaged: it does not match its checksum")]
+    /// An entry is not what was put: LMDB's does not match its checksum, Redis's is not UTF-8.
+    #[error("entry {0} is damaged: it is not what was put there")]
     Damaged(Uuid),
 }
 
@@ -92,6 +106,8 @@ pub enum MapError {
 pub enum Location {
     /// `lmdb:FOLDER`: one folder shared by the logging processes of one machine.
     Lmdb(PathBuf),
+    /// `redis://…`: a Redis server, or members of a Redis Cluster.
+    Redis(Servers),
 }
 
 impl FromStr for Location {
@@ -100,10 +116,10 @@ impl FromStr for Location {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.split_once(':') {
             Some(("lmdb", folder)) if !folder.is_empty() => Ok(Self::Lmdb(folder.into())),
-            Some(("redis" | "rediss", _)) => {
-                Err("this version has no redis maps yet; write lmdb:FOLDER".to_owned())
+            Some(("redis" | "rediss", _)) => Ok(Self::Redis(text.parse()?)),
+            _ => {
+                Err("write lmdb:FOLDER or redis://HOST:PORT, for example lmdb:data/map".to_owned())
             }
-            _ => Err("write lmdb:FOLDER, for example lmdb:data/map".to_owned()),
         }
     }
 }
@@ -115,15 +131,20 @@ pub struct Options {
     pub store_timeout: Duration,
     /// How far behind the map's clock a new entry's time may lie.
     pub settle: Duration,
+    /// Replicas that must hold an entry before it is acknowledged. By default none for LMDB and
+    /// one Redis server, one for a Redis Cluster.
+    pub backups: Option<u16>,
 }
 
-/// Opens the map at `location`, creating it if it is not there.
+/// Opens the map at `location`, creating it if it is not there. A Redis map is opened without
+/// waiting for its servers.
 ///
 /// # Errors
 /// When it cannot be opened, in words for the person who started the service.
 pub fn open(location: &Location, options: Options) -> anyhow::Result<Arc<dyn DistributedMap>> {
     match location {
         Location::Lmdb(folder) => Ok(Arc::new(lmdb::LmdbMap::open(folder, options)?)),
+        Location::Redis(servers) => Ok(Arc::new(redis::RedisMap::open(servers.clone(), options))),
     }
 }
 

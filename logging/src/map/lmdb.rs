@@ -9,7 +9,6 @@ mod store;
 mod writer;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
@@ -17,25 +16,19 @@ use std::time::Duration;
 use async_trait::async_trait;
 use common::entry::{Entry, Outcome};
 use common::page::Bounds;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use uuid::Uuid;
 
-use self::store::{ENTRY_OVERHEAD, Store};
+use self::store::Store;
 use self::writer::Writer;
-use super::{DistributedMap, MapError, Options, Page, PageLimit};
-
-/// Entries that may wait for the writer, in bytes; more are refused at once.
-const MAX_QUEUED_BYTES: usize = 32 * 1024 * 1024;
-
-/// What a job costs besides its entries, so that many small ones are bounded too.
-const JOB_OVERHEAD: usize = 512;
+use super::job::{Job, Room};
+use super::{DistributedMap, Health, MapError, Options, Page, PageLimit};
 
 /// An LMDB environment with its writer thread.
 #[derive(Debug)]
 pub(super) struct LmdbMap {
     store: Arc<Store>,
     jobs: mpsc::Sender<Job>,
-    queue: Arc<Semaphore>,
+    room: Room,
     store_timeout: Duration,
 }
 
@@ -54,7 +47,7 @@ impl LmdbMap {
         Ok(Self {
             store,
             jobs,
-            queue: Arc::new(Semaphore::new(MAX_QUEUED_BYTES)),
+            room: Room::default(),
             store_timeout: options.store_timeout,
         })
     }
@@ -62,30 +55,11 @@ impl LmdbMap {
     /// Has the writer write a batch; an error is the outcome of all its entries. An empty batch
     /// tells whether the writer gets LMDB's lock.
     async fn submit(&self, entries: Arc<[Entry]>) -> Result<Vec<Outcome>, Outcome> {
-        let bytes = queued_bytes(&entries);
-        let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
-        let permit = self.queue.clone().try_acquire_many_owned(permits);
-        let permit = permit.map_err(|_| Outcome::refused("the write queue is full"))?;
-        let (reply, outcomes) = oneshot::channel();
-        let claim = Claim::default();
-        let job = Job {
-            entries,
-            bytes,
-            claim: claim.clone(),
-            reply,
-            _permit: permit,
-        };
+        let (job, ticket) = self.room.admit(entries)?;
         if self.jobs.send(job).is_err() {
             return Err(Outcome::refused("the map's writer has stopped"));
         }
-        match tokio::time::timeout(self.store_timeout, outcomes).await {
-            Ok(Ok(outcomes)) => outcomes,
-            Ok(Err(_)) => Err(Outcome::unknown("the map's writer stopped meanwhile")),
-            Err(_) if claim.take() => Err(Outcome::refused(
-                "the map's write lock was not free in time",
-            )),
-            Err(_) => Err(Outcome::unknown("the commit was not finished in time")),
-        }
+        ticket.outcomes(self.store_timeout).await
     }
 
     async fn read<T: Send + 'static>(
@@ -123,47 +97,18 @@ impl DistributedMap for LmdbMap {
         self.read(Store::last).await
     }
 
-    async fn ready(&self) -> Result<(), MapError> {
-        self.read(Store::last).await?;
-        match self.submit(Arc::new([])).await {
-            Ok(_) => Ok(()),
-            Err(outcome) => Err(MapError::Unavailable(match outcome {
-                Outcome::Refused { detail } | Outcome::Unknown { detail } => detail,
-                other => format!("{other:?}"),
-            })),
+    async fn health(&self) -> Health {
+        let missing = match self.read(Store::last).await {
+            Err(error) => Some(error.to_string()),
+            Ok(_) => match self.submit(Arc::new([])).await {
+                Ok(_) => None,
+                Err(Outcome::Refused { detail, .. } | Outcome::Unknown { detail }) => Some(detail),
+                Err(other) => Some(format!("{other:?}")),
+            },
+        };
+        Health {
+            missing,
+            checks: Vec::new(),
         }
     }
-}
-
-/// A batch on its way to the writer.
-#[derive(Debug)]
-struct Job {
-    entries: Arc<[Entry]>,
-    bytes: usize,
-    claim: Claim,
-    reply: oneshot::Sender<Result<Vec<Outcome>, Outcome>>,
-    _permit: OwnedSemaphorePermit,
-}
-
-impl Job {
-    /// Whoever waited may have given up: then its claim decided what it was told.
-    fn answer(self, outcomes: Result<Vec<Outcome>, Outcome>) {
-        let _ = self.reply.send(outcomes);
-    }
-}
-
-/// Decides between the writer, who takes a job into a transaction, and the caller, whose time is
-/// up: only the first one gets it. So a batch whose caller was told `refused` is never written.
-#[derive(Clone, Debug, Default)]
-struct Claim(Arc<AtomicBool>);
-
-impl Claim {
-    fn take(&self) -> bool {
-        !self.0.swap(true, Ordering::AcqRel)
-    }
-}
-
-fn queued_bytes(entries: &[Entry]) -> usize {
-    let bytes = entries.iter().map(|entry| entry.msg.len() + ENTRY_OVERHEAD);
-    JOB_OVERHEAD + bytes.sum::<usize>()
 }

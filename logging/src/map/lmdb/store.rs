@@ -15,6 +15,7 @@ use heed::types::Bytes;
 use heed::{Database, Env, EnvOpenOptions, MdbError, WithoutTls};
 use uuid::Uuid;
 
+use crate::map::job::ENTRY_OVERHEAD;
 use crate::map::{MapError, Page, PageLimit};
 
 /// Address space reserved once for the memory map. It costs nothing until it is used; a map that
@@ -29,9 +30,6 @@ const MAX_CLOSING: Duration = Duration::from_secs(5);
 
 /// With less space than this, in bytes, the disk counts as full: one group commit's worth.
 const MIN_SPACE: u64 = 4 * 1024 * 1024;
-
-/// What an entry costs besides its message: key, checksum, B-tree and queue bookkeeping.
-pub(super) const ENTRY_OVERHEAD: usize = 64;
 
 const CHECKSUM_BYTES: usize = 4;
 

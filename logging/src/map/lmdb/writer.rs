@@ -9,8 +9,8 @@ use common::entry::{Entry, Outcome};
 use heed::{Env, RwTxn, WithoutTls};
 use uuid::Uuid;
 
-use super::Job;
 use super::store::{DISK_FULL, Entries, Opened, Store, decode, describe, encode, is_panic};
+use crate::map::job::Job;
 use crate::map::{MapError, staleness};
 
 /// Readers of killed processes keep pages from being reused until they are cleared this often.
@@ -81,13 +81,13 @@ impl Writer {
     /// Claims jobs only now that the write lock is held: what waited for the lock could still be
     /// withdrawn by its caller, and jobs that came meanwhile join the group.
     fn claim_queued(&self, group: &mut Vec<Job>) {
-        group.retain(|job| job.claim.take());
+        group.retain(Job::claim);
         let mut bytes: usize = group.iter().map(|job| job.bytes).sum();
         while bytes < MAX_GROUP_BYTES {
             let Ok(job) = self.jobs.try_recv() else {
                 return;
             };
-            if job.claim.take() {
+            if job.claim() {
                 bytes += job.bytes;
                 group.push(job);
             }

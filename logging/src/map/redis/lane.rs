@@ -1,0 +1,417 @@
+//! The one connection on which entries are written to a primary. While a group is being committed
+//! the next one gathers. A commit is one call of `put.lua`, which first changes a counter (the
+//! fence), so that `WAIT` has something to wait for even when no entry is new; then `WAIT` for the
+//! replicas.
+//!
+//! A lane whose primary does not answer, or has too few replicas, is closed: it refuses at once
+//! what comes, and tries until a commit of nothing but the fence works again.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use common::entry::{Entry, Outcome};
+use redis::aio::MultiplexedConnection;
+use redis::{Client, Pipeline, ServerError, Value};
+use tokio::sync::{Notify, mpsc};
+use tokio::time::sleep;
+
+use super::link::{self, Link, PROBE_INTERVAL};
+use super::partition::{self, entries_key, fence_key};
+use crate::map::MAX_AHEAD;
+use crate::map::job::{Job, Room};
+
+const PUT_SCRIPT: &str = include_str!("put.lua");
+
+/// A group commit takes no further batch beyond this, in bytes: a primary serves nobody else while
+/// it runs the script.
+const MAX_GROUP_BYTES: usize = 512 * 1024;
+
+/// What a lane needs to know.
+#[derive(Clone, Debug)]
+pub(super) struct Settings {
+    pub(super) store_timeout: Duration,
+    /// How long one call may take, see [`super::answer_timeout`].
+    pub(super) answer_timeout: Duration,
+    pub(super) settle: Duration,
+    /// Replicas that must hold an entry before it is acknowledged.
+    pub(super) backups: u16,
+}
+
+impl Settings {
+    /// How long `WAIT` waits: shorter than the whole call may take, so that too few replicas come
+    /// back as a number.
+    fn wait_timeout(&self) -> Duration {
+        self.answer_timeout * 2 / 3
+    }
+}
+
+/// The way into a primary.
+#[derive(Debug)]
+pub(super) struct Lane {
+    jobs: mpsc::UnboundedSender<Job>,
+    shared: Arc<Shared>,
+    store_timeout: Duration,
+}
+
+/// What a lane and its writer both know.
+#[derive(Debug)]
+struct Shared {
+    /// Why the lane is closed; at first, because nothing was tried yet.
+    trouble: Mutex<Option<String>>,
+    /// The primary's partitions: the fence goes to the slot of one of them.
+    partitions: Mutex<Vec<u16>>,
+    /// Counts on when the fence's partition turns out to have moved away.
+    fence: AtomicUsize,
+}
+
+impl Lane {
+    /// Opens a lane. It ends when it is dropped and what is in it is answered.
+    pub(super) fn open(
+        link: Arc<Link>,
+        client: Client,
+        settings: Settings,
+        partitions: Vec<u16>,
+        refresh: Arc<Notify>,
+    ) -> Self {
+        let (jobs, queued) = mpsc::unbounded_channel();
+        let shared = Arc::new(Shared {
+            trouble: Mutex::new(Some(format!("redis {} was not reached yet", link.address))),
+            partitions: Mutex::new(partitions),
+            fence: AtomicUsize::new(0),
+        });
+        let store_timeout = settings.store_timeout;
+        let writer = Writer {
+            primary: Primary {
+                link,
+                client,
+                settings,
+                shared: shared.clone(),
+            },
+            jobs: queued,
+            refresh,
+        };
+        tokio::spawn(writer.run());
+        Self {
+            jobs,
+            shared,
+            store_timeout,
+        }
+    }
+
+    /// Why the lane is closed, if it is.
+    pub(super) fn trouble(&self) -> Option<String> {
+        self.shared.trouble()
+    }
+
+    /// Tells which partitions the primary has now.
+    pub(super) fn set_partitions(&self, partitions: Vec<u16>) {
+        let current = &self.shared.partitions;
+        *current.lock().unwrap_or_else(PoisonError::into_inner) = partitions;
+    }
+
+    /// Has a batch written; an error is the outcome of all its entries. An empty batch tells
+    /// whether the primary and its replicas take entries.
+    pub(super) async fn put(
+        &self,
+        room: &Room,
+        entries: Arc<[Entry]>,
+    ) -> Result<Vec<Outcome>, Outcome> {
+        let (job, ticket) = room.admit(entries)?;
+        // Should the writer have panicked, the ticket says so.
+        let _ = self.jobs.send(job);
+        ticket.outcomes(self.store_timeout).await
+    }
+}
+
+impl Shared {
+    fn trouble(&self) -> Option<String> {
+        let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        trouble.clone()
+    }
+
+    fn fence(&self) -> u16 {
+        let partitions = self
+            .partitions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let turn = self.fence.load(Ordering::Relaxed);
+        partitions
+            .get(turn % partitions.len().max(1))
+            .copied()
+            .unwrap_or(0)
+    }
+
+    /// Gives what was known before.
+    fn set_trouble(&self, reason: Option<String>) -> Option<String> {
+        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *trouble, reason)
+    }
+}
+
+/// The task that writes.
+struct Writer {
+    primary: Primary,
+    jobs: mpsc::UnboundedReceiver<Job>,
+    /// Wakes who finds out which primary has what.
+    refresh: Arc<Notify>,
+}
+
+impl Writer {
+    async fn run(mut self) {
+        // What comes before the first attempt is over waits for it.
+        let mut opened = self.primary.open().await;
+        loop {
+            let reason = match opened {
+                Ok(connection) => {
+                    let address = &self.primary.link.address;
+                    tracing::info!(%address, "a redis primary takes entries");
+                    self.primary.shared.set_trouble(None);
+                    match self.serve(connection).await {
+                        Some(reason) => reason,
+                        None => return,
+                    }
+                }
+                Err(reason) => reason,
+            };
+            self.close(&reason);
+            opened = match self.open_again(&reason).await {
+                Some(opened) => opened,
+                None => return,
+            };
+        }
+    }
+
+    fn close(&self, reason: &str) {
+        let known = self.primary.shared.set_trouble(Some(reason.to_owned()));
+        if known.as_deref() != Some(reason) {
+            let address = &self.primary.link.address;
+            tracing::warn!(%address, reason, "a redis primary takes no entries, trying again");
+        }
+        self.refresh.notify_one();
+    }
+
+    /// Tries after a pause, refusing what comes meanwhile; `None` when the lane was dropped.
+    async fn open_again(&mut self, reason: &str) -> Option<Result<MultiplexedConnection, String>> {
+        let attempt = async {
+            sleep(PROBE_INTERVAL).await;
+            self.primary.open().await
+        };
+        tokio::pin!(attempt);
+        loop {
+            tokio::select! {
+                opened = &mut attempt => return Some(opened),
+                job = self.jobs.recv() => job?.answer(Err(Outcome::partition_down(reason))),
+            }
+        }
+    }
+
+    /// Commits group after group until one fails, and says why; `None` when the lane was dropped.
+    async fn serve(&mut self, mut connection: MultiplexedConnection) -> Option<String> {
+        loop {
+            let first = self.jobs.recv().await?;
+            let group = self.gather(first);
+            if let Some(reason) = self.primary.link.trouble() {
+                for job in group {
+                    job.answer(Err(Outcome::partition_down(&reason)));
+                }
+                return Some(reason);
+            }
+            match self.primary.commit(&group, &mut connection).await {
+                Ok(outcomes) => {
+                    let is_refused = |outcome: &Outcome| matches!(outcome, Outcome::Refused { .. });
+                    if outcomes.iter().any(is_refused) {
+                        // Perhaps the partition has moved to another primary.
+                        self.refresh.notify_one();
+                    }
+                    let mut outcomes = outcomes.into_iter();
+                    for job in group {
+                        let share = outcomes.by_ref().take(job.entries.len()).collect();
+                        job.answer(Ok(share));
+                    }
+                }
+                Err(failure) => {
+                    for job in group {
+                        job.answer(Err(failure.outcome()));
+                    }
+                    return Some(failure.detail);
+                }
+            }
+        }
+    }
+
+    /// Claims what is queued, up to [`MAX_GROUP_BYTES`].
+    fn gather(&mut self, first: Job) -> Vec<Job> {
+        let mut group = Vec::new();
+        let mut bytes = 0;
+        let mut next = Some(first);
+        while let Some(job) = next {
+            if job.claim() {
+                bytes += job.bytes;
+                group.push(job);
+            }
+            next = if bytes < MAX_GROUP_BYTES {
+                self.jobs.try_recv().ok()
+            } else {
+                None
+            };
+        }
+        group
+    }
+}
+
+/// The server that is written to.
+struct Primary {
+    /// Its other connection, which may find out first that it is down.
+    link: Arc<Link>,
+    client: Client,
+    settings: Settings,
+    shared: Arc<Shared>,
+}
+
+impl Primary {
+    /// Connects, and commits a fence to see that the replicas are there.
+    async fn open(&self) -> Result<MultiplexedConnection, String> {
+        let address = &self.link.address;
+        let connected = link::connect(&self.client, self.settings.answer_timeout).await;
+        let mut connection =
+            connected.map_err(|error| format!("redis {address} cannot be reached: {error}"))?;
+        let committed = self.commit(&[], &mut connection).await;
+        committed.map_err(|failure| failure.detail)?;
+        Ok(connection)
+    }
+
+    /// Commits a group and gives the outcome of each entry. None is told before the replicas have
+    /// it: not even `stale`, as a primary that nobody follows any more does not know what its
+    /// successor holds.
+    async fn commit(
+        &self,
+        group: &[Job],
+        connection: &mut MultiplexedConnection,
+    ) -> Result<Vec<Outcome>, Failure> {
+        let address = &self.link.address;
+        let sent = link::send(connection, &self.pipeline(group)).await;
+        let replies = sent.map_err(|error| {
+            Failure::maybe_executed(format!("redis {address} gave no answer: {error}"))
+        })?;
+        let backups = i64::from(self.settings.backups);
+        let (put, replicas) = match &replies[..] {
+            [put] => (put, 0),
+            [put, Value::Int(replicas)] => (put, *replicas),
+            _ => return Err(self.strange(&replies)),
+        };
+        let parts = match put {
+            Value::ServerError(error) => return Err(self.refusal(error)),
+            Value::Array(parts) => parts,
+            _ => return Err(self.strange(&replies)),
+        };
+        let [Value::BulkString(letters), Value::BulkString(failure)] = &parts[..] else {
+            return Err(self.strange(&replies));
+        };
+        let entries: usize = group.iter().map(|job| job.entries.len()).sum();
+        if letters.len() != entries {
+            return Err(self.strange(&replies));
+        }
+        if replicas < backups {
+            return Err(Failure::maybe_executed(format!(
+                "redis {address}: {replicas} of {backups} backups have the entries"
+            )));
+        }
+        let failure = String::from_utf8_lossy(failure);
+        let outcomes = letters.iter().map(|letter| match letter {
+            b's' => Outcome::Stored,
+            b'd' => Outcome::Duplicate,
+            b'c' => Outcome::Conflict,
+            b'o' => Outcome::Stale { is_ahead: false },
+            b'a' => Outcome::Stale { is_ahead: true },
+            b'e' => Outcome::partition_down(format!("redis {address}: {failure}")),
+            _ => Outcome::unknown(format!("redis {address} gave an unexpected reply")),
+        });
+        Ok(outcomes.collect())
+    }
+
+    /// The script, then `WAIT`. The keys are not given as keys, because those of one call must all
+    /// be in one slot; one that this primary does not have fails inside the script.
+    fn pipeline(&self, group: &[Job]) -> Pipeline {
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let mut commands = redis::pipe();
+        let put = commands
+            .cmd("EVAL")
+            .arg(PUT_SCRIPT)
+            .arg(0)
+            .arg(millis(self.settings.settle))
+            .arg(millis(MAX_AHEAD))
+            .arg(fence_key(self.shared.fence()));
+        for entry in group.iter().flat_map(|job| job.entries.iter()) {
+            put.arg(entries_key(partition::of(entry.uuid)))
+                .arg(partition::member(entry));
+        }
+        if self.settings.backups > 0 {
+            commands
+                .cmd("WAIT")
+                .arg(self.settings.backups)
+                .arg(millis(self.settings.wait_timeout()).max(1));
+        }
+        commands
+    }
+
+    /// What an error of the whole script means. These codes come before anything is executed; any
+    /// other error could have come in the middle.
+    fn refusal(&self, error: &ServerError) -> Failure {
+        const BEFORE_EXECUTION: &[&str] = &[
+            "BUSY",
+            "CLUSTERDOWN",
+            "LOADING",
+            "MASTERDOWN",
+            "MISCONF",
+            "NOAUTH",
+            "NOFENCE",
+            "NOPERM",
+            "NOREPLICAS",
+            "OOM",
+            "READONLY",
+        ];
+        let code = error.code();
+        let details = error.details().unwrap_or_default();
+        if code == "NOFENCE" {
+            self.shared.fence.fetch_add(1, Ordering::Relaxed);
+        }
+        Failure {
+            detail: format!("redis {} refuses: {code} {details}", self.link.address),
+            may_be_executed: !BEFORE_EXECUTION.contains(&code),
+        }
+    }
+
+    fn strange(&self, replies: &[Value]) -> Failure {
+        let shown = partition::shown(replies);
+        let detail = format!(
+            "redis {} gave an unexpected reply: {shown}",
+            self.link.address
+        );
+        Failure::maybe_executed(detail)
+    }
+}
+
+/// Why a group was not committed.
+struct Failure {
+    detail: String,
+    may_be_executed: bool,
+}
+
+impl Failure {
+    fn maybe_executed(detail: String) -> Self {
+        Self {
+            detail,
+            may_be_executed: true,
+        }
+    }
+
+    /// What its callers are told.
+    fn outcome(&self) -> Outcome {
+        if self.may_be_executed {
+            Outcome::unknown(&self.detail)
+        } else {
+            Outcome::partition_down(&self.detail)
+        }
+    }
+}

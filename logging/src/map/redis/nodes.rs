@@ -1,0 +1,183 @@
+//! What Redis servers say of themselves and of their cluster, in their own text formats.
+
+use std::ops::RangeInclusive;
+
+use super::servers::Address;
+
+/// What `INFO` says of a server. Format: <https://redis.io/docs/latest/commands/info/>
+#[derive(Clone, Debug, Default)]
+pub(super) struct ServerInfo {
+    pub(super) version: String,
+    pub(super) is_cluster_enabled: bool,
+    pub(super) is_replica: bool,
+    pub(super) has_append_only_file: bool,
+    /// How many replicas it feeds at the moment.
+    pub(super) replicas: usize,
+}
+
+impl ServerInfo {
+    pub(super) fn parse(text: &str) -> Self {
+        let mut info = Self::default();
+        for line in text.lines() {
+            let Some((field, value)) = line.split_once(':') else {
+                continue;
+            };
+            match field {
+                "redis_version" => info.version = value.to_owned(),
+                "cluster_enabled" => info.is_cluster_enabled = value == "1",
+                "role" => info.is_replica = value == "slave",
+                "aof_enabled" => info.has_append_only_file = value == "1",
+                "connected_slaves" => info.replicas = value.parse().unwrap_or(0),
+                _ => {}
+            }
+        }
+        info
+    }
+
+    /// Scripts with flags (`#!lua flags=…`) came with Redis 7.0.
+    pub(super) fn is_new_enough(&self) -> bool {
+        let major = self.version.split('.').next();
+        major.is_some_and(|major| major.parse::<u32>().is_ok_and(|major| major >= 7))
+    }
+}
+
+/// A line of `CLUSTER NODES`: what one member knows of one member.
+/// Format: <https://redis.io/docs/latest/commands/cluster-nodes/>
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Node {
+    pub(super) id: String,
+    pub(super) address: Address,
+    /// Whether it is the one who said this.
+    pub(super) is_myself: bool,
+    /// Of two members that claim a slot, the one with the greater configuration epoch has it.
+    pub(super) epoch: u64,
+    /// What it is primary of.
+    pub(super) slots: Vec<RangeInclusive<u16>>,
+}
+
+impl Node {
+    /// Reads the whole answer; `asked` is who gave it, who may not know its own address. Members
+    /// without an address are left out.
+    pub(super) fn parse_all(text: &str, asked: &Address, is_tls: bool) -> Vec<Self> {
+        let lines = text.lines();
+        lines
+            .filter_map(|line| Self::parse(line, asked, is_tls))
+            .collect()
+    }
+
+    fn parse(line: &str, asked: &Address, is_tls: bool) -> Option<Self> {
+        let fields: Vec<&str> = line.split(' ').collect();
+        let [id, endpoint, flags, _, _, _, epoch, _, slots @ ..] = &fields[..] else {
+            return None;
+        };
+        if flags.contains("noaddr") || flags.contains("handshake") {
+            return None;
+        }
+        let (address, names) = endpoint.split_once('@')?;
+        let (ip, port) = address.rsplit_once(':')?;
+        // Certificates are usually made out to names.
+        let name = names.split(',').nth(1).filter(|name| !name.is_empty());
+        let host = match name {
+            Some(name) if is_tls => name,
+            _ if ip.is_empty() => &asked.host,
+            _ => ip,
+        };
+        let has_flag = |name| flags.split(',').any(|flag| flag == name);
+        // A slot on its way to another member is in brackets; it has its line without them too.
+        let slots = slots.iter().filter(|slots| !slots.starts_with('['));
+        Some(Self {
+            id: (*id).to_owned(),
+            address: Address {
+                host: host.to_owned(),
+                port: port.parse().ok()?,
+            },
+            epoch: epoch.parse().ok()?,
+            is_myself: has_flag("myself"),
+            slots: if has_flag("master") {
+                slots.filter_map(|slots| slot_range(slots)).collect()
+            } else {
+                Vec::new()
+            },
+        })
+    }
+
+    /// Who is primary of a slot, by what several members say: of those that are said to be, the one
+    /// with the greatest configuration epoch. A member may not have noticed that its own address
+    /// has changed, so what others say of it comes first.
+    pub(super) fn primary_of<'a>(slot: u16, nodes: &[&'a Self]) -> Option<&'a Self> {
+        let claims = nodes.iter().copied().filter(|node| {
+            let mut slots = node.slots.iter();
+            slots.any(|slots| slots.contains(&slot))
+        });
+        claims.max_by_key(|node| (node.epoch, !node.is_myself))
+    }
+}
+
+fn slot_range(text: &str) -> Option<RangeInclusive<u16>> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    Some(first.parse().ok()?..=last.parse().ok()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn members_and_their_slots() {
+        let text = "\
+aaa :7001@17001 myself,master - 0 1780000000000 4 connected 0-5460 9000 [77->-bbb]
+bbb 10.0.0.2:7002@17002,two.example master,fail - 0 1780000000000 2 disconnected 5461-8999
+ccc 10.0.0.3:7003@17003 slave aaa 0 1780000000000 4 connected
+ddd :0@0 master,noaddr - 0 0 0 disconnected
+eee 10.0.0.5:7005@17005 handshake - 0 0 0 disconnected
+";
+        let asked = Address {
+            host: "10.0.0.1".to_owned(),
+            port: 7001,
+        };
+        let nodes = Node::parse_all(text, &asked, false);
+        let shown = |node: &Node| (node.address.to_string(), node.epoch, node.slots.clone());
+        assert_eq!(
+            nodes.iter().map(shown).collect::<Vec<_>>(),
+            [
+                ("10.0.0.1:7001".to_owned(), 4, vec![0..=5460, 9000..=9000]),
+                ("10.0.0.2:7002".to_owned(), 2, vec![5461..=8999]),
+                ("10.0.0.3:7003".to_owned(), 4, vec![]),
+            ]
+        );
+        assert!(nodes[0].is_myself && !nodes[1].is_myself);
+        let nodes = Node::parse_all(text, &asked, true);
+        assert_eq!(nodes[1].address.host, "two.example");
+    }
+
+    #[test]
+    fn greatest_epoch_is_right_and_nobody_knows_its_own_address_best() {
+        let asked = Address {
+            host: "10.0.0.9".to_owned(),
+            port: 7009,
+        };
+        let read = |text: &str| Node::parse_all(text, &asked, false);
+        let stale = read("aaa 10.0.0.1:7001@17001 myself,master - 0 0 1 connected 0-99");
+        let current = read("bbb 10.0.0.2:7001@17001 myself,master - 0 0 7 connected 0-99");
+        let moved = read("bbb 10.0.0.3:7001@17001 master - 0 0 7 connected 0-99");
+        for views in [[&stale, &current, &moved], [&moved, &current, &stale]] {
+            let nodes: Vec<&Node> = views.into_iter().flatten().collect();
+            let primary = Node::primary_of(50, &nodes).map(|node| node.address.to_string());
+            assert_eq!(primary.as_deref(), Some("10.0.0.3:7001"));
+            assert_eq!(Node::primary_of(100, &nodes), None);
+        }
+    }
+
+    #[test]
+    fn server_info_is_read() {
+        let info = ServerInfo::parse(
+            "# Server\r\nredis_version:7.0.15\r\ncluster_enabled:1\r\naof_enabled:0\r\n\
+             connected_slaves:2\r\n",
+        );
+        assert!(info.is_new_enough() && info.is_cluster_enabled && !info.has_append_only_file);
+        assert_eq!((info.replicas, info.is_replica), (2, false));
+        assert!(ServerInfo::parse("role:slave\r\n").is_replica);
+        assert!(!ServerInfo::parse("redis_version:6.2.1\r\n").is_new_enough());
+        assert!(ServerInfo::parse("redis_version:10.0.0\r\n").is_new_enough());
+    }
+}

@@ -1,0 +1,57 @@
+#!lua flags=allow-cross-slot-keys
+-- Puts entries into partitions of this node.
+--
+-- ARGV: how far behind this server's clock a new entry's time may lie, and how far ahead (both in
+-- milliseconds); the key of the fence; then for each entry the key of its partition and its member,
+-- which is 16 bytes of UUID and the message.
+--
+-- Returns one letter for each entry (s stored, d duplicate, c conflict, o too old, a ahead,
+-- e not executed), and the last error behind an e.
+
+-- Changes something in every group, so that WAIT has something to wait for. It comes first: if it
+-- is refused, nothing was done.
+local fence = redis.pcall('INCR', ARGV[3])
+if type(fence) == 'table' then
+    return redis.error_reply('NOFENCE ' .. fence.err)
+end
+
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local oldest, newest = now - ARGV[1], now + ARGV[2]
+local outcomes, failure = {}, ''
+
+local function put(key, member)
+    local uuid = string.sub(member, 1, 16)
+    local found = redis.pcall('ZRANGEBYLEX', key, '[' .. uuid, '+', 'LIMIT', 0, 1)
+    if found.err then
+        failure = found.err
+        return 'e'
+    end
+    if found[1] == member then
+        return 'd'
+    end
+    if found[1] and string.sub(found[1], 1, 16) == uuid then
+        return 'c'
+    end
+    local millis = 0
+    for i = 1, 6 do
+        millis = millis * 256 + string.byte(uuid, i)
+    end
+    if millis < oldest then
+        return 'o'
+    end
+    if millis > newest then
+        return 'a'
+    end
+    local added = redis.pcall('ZADD', key, 0, member)
+    if type(added) == 'table' then
+        failure = added.err
+        return 'e'
+    end
+    return 's'
+end
+
+for i = 4, #ARGV, 2 do
+    outcomes[#outcomes + 1] = put(ARGV[i], ARGV[i + 1])
+end
+return { table.concat(outcomes), failure }
