@@ -18,6 +18,7 @@ use uuid::Uuid;
 
 use crate::client::{Logging, UpstreamError};
 use crate::merge::{self, Read};
+use crate::pool::is_unavailable;
 use crate::post::RETRY_AFTER;
 use crate::{App, too_many};
 
@@ -129,11 +130,11 @@ pub(crate) async fn show(
     let _place = app.lookups.try_acquire().map_err(|_| too_many("reads"))?;
     let uuid = Uuid::try_parse(&uuid)
         .map_err(|error| Problem::bad_request(format!("{uuid:?} is no UUID: {error}")))?;
-    let entry = app
+    let ask = move |logging: Arc<dyn Logging>| async move { logging.get(uuid).await };
+    let asked = app
         .pool
-        .ask(move |logging: Arc<dyn Logging>| async move { logging.get(uuid).await })
-        .await
-        .map_err(|error| answer_unreadable(&error))?;
+        .ask_patiently(app.read_deadline, is_unavailable, ask);
+    let entry = asked.await.map_err(|error| answer_unreadable(&error))?;
     entry.map(Json).ok_or_else(|| {
         let detail = format!("there is no message {uuid}");
         Problem::new(StatusCode::NOT_FOUND, detail)

@@ -17,17 +17,13 @@ use futures_util::{StreamExt, stream};
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinError;
-use tokio::time::{sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use crate::App;
 use crate::client::{Logging, Page, UpstreamError};
 use crate::get::{Format, answer_unreadable};
-use crate::pool::Pool;
-
-/// Pause before all instances are asked again for a page that none of them gave.
-const RETRY_PAUSE: Duration = Duration::from_millis(50);
+use crate::pool::{Pool, is_unavailable};
 
 /// What a GET asked for.
 #[derive(Debug)]
@@ -41,7 +37,7 @@ pub(crate) struct Read {
 /// Begins the answer once the first page is there; `place` is held until the body ends.
 ///
 /// # Errors
-/// 503 when no logging instance can give the first page.
+/// 503 when no logging instance can give the first page within the read deadline.
 pub(crate) async fn answer(
     app: App,
     read: Read,
@@ -57,7 +53,7 @@ pub(crate) async fn answer(
     let messages = app.messages;
     let reply = async move { messages.reply(read.request_id.as_deref()).await };
     let reply = AbortOnDropHandle::new(tokio::spawn(reply));
-    let page = cursor.ask_once().await;
+    let page = cursor.ask_first().await;
     let page = page.map_err(|error| answer_unreadable(&error))?;
     let mut body = MergedBody {
         cursor,
@@ -93,36 +89,35 @@ struct Cursor {
 }
 
 impl Cursor {
-    /// Asks each instance once, in random order, for the next page.
-    async fn ask_once(&self) -> Result<Page, UpstreamError> {
+    /// Asks for the first page until an instance gives it or the read deadline is over. Only a 503
+    /// of one that serves is worth waiting.
+    async fn ask_first(&self) -> Result<Page, UpstreamError> {
+        self.ask_while(is_unavailable).await
+    }
+
+    /// Asks for a further page until an instance gives it, or the read deadline is over.
+    async fn ask_next(&self) -> Result<Page, UpstreamError> {
+        self.ask_while(|_| true).await
+    }
+
+    async fn ask_while(
+        &self,
+        is_worth_waiting: impl Fn(&UpstreamError) -> bool,
+    ) -> Result<Page, UpstreamError> {
         let (bounds, left) = (self.bounds, self.left);
         let ask = |logging: Arc<dyn Logging>| {
             let request_id = self.request_id.clone();
             async move { logging.page(bounds, left, request_id.as_deref()).await }
         };
-        self.pool.ask(ask).await
-    }
-
-    /// Asks until an instance gives the next page, or the read deadline is over.
-    async fn ask(&self) -> Result<Page, UpstreamError> {
-        let mut failure = UpstreamError::TimedOut;
-        let asking = async {
-            loop {
-                match self.ask_once().await {
-                    Ok(page) => return page,
-                    Err(error) => failure = error,
-                }
-                sleep(RETRY_PAUSE).await;
-            }
-        };
-        let asked = timeout(self.patience, asking).await;
-        asked.map_err(|_| failure)
+        let pool = &self.pool;
+        pool.ask_patiently(self.patience, is_worth_waiting, ask)
+            .await
     }
 
     /// The next page, asked for while the one before is on its way to the caller.
     fn ask_ahead(&self) -> AbortOnDropHandle<Result<Page, UpstreamError>> {
         let cursor = self.clone();
-        AbortOnDropHandle::new(tokio::spawn(async move { cursor.ask().await }))
+        AbortOnDropHandle::new(tokio::spawn(async move { cursor.ask_next().await }))
     }
 
     /// Moves behind a page that was read.
@@ -163,7 +158,7 @@ impl MergedBody {
                 // What failed while a slow caller took its time may work now.
                 let has_been_over = asked_ahead.is_finished();
                 let page = match finish(asked_ahead).await {
-                    Err(_) if has_been_over => self.cursor.ask().await?,
+                    Err(_) if has_been_over => self.cursor.ask_next().await?,
                     asked => asked?,
                 };
                 self.render_page(&page, &mut chunk);

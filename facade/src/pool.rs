@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
+use tokio::time::{sleep, timeout};
 use tower::retry::budget::TpsBudget;
 
 use crate::batcher::Batcher;
@@ -17,6 +18,11 @@ use crate::client::{Logging, UpstreamError};
 
 /// How often an instance that is down is asked whether it is back.
 const PROBE_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Pause before all instances are asked again for what none of them gave, doubled each time up to
+/// [`MAX_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const MAX_PAUSE: Duration = Duration::from_millis(500);
 
 /// Repeats of POSTs may be this share of the POSTs of the last [`BUDGET_SPAN`], and
 /// [`FREE_RETRIES_PER_SECOND`] besides: enough for the death of instances, not for a storm.
@@ -83,7 +89,7 @@ impl Health {
 /// Ends also when the instance is no longer one of the pool's.
 async fn probe_until_up(health: Weak<Health>) {
     loop {
-        tokio::time::sleep(PROBE_INTERVAL).await;
+        sleep(PROBE_INTERVAL).await;
         let Some(health) = health.upgrade() else {
             return;
         };
@@ -173,7 +179,7 @@ impl Pool {
     /// Asks instances in random order until one answers, each at most once.
     ///
     /// # Errors
-    /// The last instance's error when none answered.
+    /// When none answered: what one that serves said, or else the last one's error.
     pub async fn ask<T, F>(
         &self,
         question: impl Fn(Arc<dyn Logging>) -> F,
@@ -188,11 +194,48 @@ impl Pool {
                 Ok(answer) => return Ok(answer),
                 Err(error) => {
                     instance.health.note_failure(&error);
-                    failure = error;
+                    if !matches!(failure, UpstreamError::Status(..)) {
+                        failure = error;
+                    }
                 }
             }
             tried.push(instance);
         }
         Err(failure)
     }
+
+    /// Asks all instances again and again until one answers, for as long as the errors are worth
+    /// waiting and at most for `patience`.
+    ///
+    /// # Errors
+    /// As [`Self::ask`], of the last time.
+    pub async fn ask_patiently<T, F>(
+        &self,
+        patience: Duration,
+        is_worth_waiting: impl Fn(&UpstreamError) -> bool,
+        question: impl Fn(Arc<dyn Logging>) -> F,
+    ) -> Result<T, UpstreamError>
+    where
+        F: Future<Output = Result<T, UpstreamError>>,
+    {
+        let mut failure = UpstreamError::TimedOut;
+        let asking = async {
+            let mut pause = FIRST_PAUSE;
+            loop {
+                match self.ask(&question).await {
+                    Err(error) if is_worth_waiting(&error) => failure = error,
+                    answered => return answered,
+                }
+                sleep(pause).await;
+                pause = (pause * 2).min(MAX_PAUSE);
+            }
+        };
+        let asked = timeout(patience, asking).await;
+        asked.unwrap_or_else(|_| Err(failure))
+    }
+}
+
+/// Whether an instance serves, but its map cannot be read now, as while a failover lasts.
+pub fn is_unavailable(error: &UpstreamError) -> bool {
+    matches!(error, UpstreamError::Status(status, _) if status.as_u16() == 503)
 }

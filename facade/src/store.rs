@@ -15,6 +15,10 @@ use crate::pool::{Instance, Pool};
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const MAX_PAUSE: Duration = Duration::from_millis(500);
 
+/// So often a message goes to another partition before it has to pause: with a third of them down,
+/// one of 19,683 does.
+const MAX_MOVES_AT_ONCE: u32 = 8;
+
 /// Whose UUID a message gets: only one of ours may ever be replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Key {
@@ -131,6 +135,10 @@ impl Certainty {
 ///
 /// Repeats take from the pool's retry budget. When it is used up and an instance that is up refuses,
 /// that is overload: see [`WhenOverloaded`]. Everything else waits for the budget.
+///
+/// A message that is refused only because its partition has nobody who takes it goes to another
+/// partition, under another UUID; where that is not possible it waits. Neither is for want of
+/// capacity, so it costs nothing of the budget.
 pub async fn store(pool: &Pool, post: Post, patience: Duration) -> Result<Stored, NotStored> {
     let Post {
         msg,
@@ -154,8 +162,10 @@ pub async fn store(pool: &Pool, post: Post, patience: Duration) -> Result<Stored
     };
     pool.retries.deposit();
     let mut may_try = true;
+    let mut must_pause = false;
+    let mut moves = 0;
     loop {
-        let next = if may_try {
+        let next = if may_try && !must_pause {
             next_instance(pool, &tried)
         } else {
             None
@@ -172,12 +182,20 @@ pub async fn store(pool: &Pool, post: Post, patience: Duration) -> Result<Stored
             pause = (pause * 2).min(MAX_PAUSE);
             tried.clear();
             may_try = may_try || pool.retries.withdraw();
+            must_pause = false;
             continue;
         };
         let outcome = timeout_at(deadline, instance.batcher.put(&entry, reserved.clone()))
             .await
             .unwrap_or_else(|_| Outcome::unknown("no answer came before the deadline"));
         let is_refused = matches!(outcome, Outcome::Refused { .. });
+        let is_partition_down = matches!(
+            outcome,
+            Outcome::Refused {
+                is_partition_down: true,
+                ..
+            }
+        );
         detail = match (outcome, key) {
             (Outcome::Stored, _) | (Outcome::Duplicate, Key::Own) => {
                 return Ok(stored(entry.uuid, &instance, false));
@@ -199,13 +217,13 @@ pub async fn store(pool: &Pool, post: Post, patience: Duration) -> Result<Stored
                 }
                 "the clocks of facade and map differ too much".to_owned()
             }
-            (Outcome::Refused { detail }, _) => detail,
+            (Outcome::Refused { detail, .. }, _) => detail,
             (Outcome::Unknown { detail }, _) => {
                 certainty = Certainty::Unknown;
                 detail
             }
         };
-        may_try = pool.retries.withdraw();
+        may_try = is_partition_down || pool.retries.withdraw();
         let is_overloaded = !may_try && is_refused && instance.health.is_up();
         let gives_up = is_overloaded && overload == WhenOverloaded::GiveUp;
         if gives_up || Instant::now() >= deadline {
@@ -215,10 +233,16 @@ pub async fn store(pool: &Pool, post: Post, patience: Duration) -> Result<Stored
                 detail,
             });
         }
-        if key == Key::Own && certainty == Certainty::No {
+        let may_move = key == Key::Own && certainty == Certainty::No;
+        if may_move {
             entry.uuid = Uuid::now_v7();
         }
-        tried.push(instance);
+        if is_partition_down {
+            moves += 1;
+            must_pause = !may_move || moves > MAX_MOVES_AT_ONCE;
+        } else {
+            tried.push(instance);
+        }
     }
 }
 
