@@ -22,7 +22,7 @@ fn upload(system: &System, body: impl Into<Body>) -> RequestBuilder {
 
 #[tokio::test]
 async fn summary_counts_and_lists_what_failed() {
-    let system = System::start();
+    let system = System::start().await;
     let key = Uuid::now_v7();
     let lines = [
         r#""a string""#.to_owned(),
@@ -65,7 +65,7 @@ async fn summary_counts_and_lists_what_failed() {
 
 #[tokio::test]
 async fn summary_lists_the_first_hundred_errors_only() {
-    let system = System::start();
+    let system = System::start().await;
     let response = upload(&system, "nonsense\n".repeat(250))
         .send()
         .await
@@ -81,7 +81,7 @@ async fn summary_lists_the_first_hundred_errors_only() {
 
 #[tokio::test]
 async fn empty_upload_is_an_empty_summary() {
-    let system = System::start();
+    let system = System::start().await;
     let response = upload(&system, "\n\n").send().await.unwrap();
     let summary: Value = response.json().await.unwrap();
     assert_eq!(summary, json!({"stored": 0, "failed": 0, "errors": []}));
@@ -89,7 +89,7 @@ async fn empty_upload_is_an_empty_summary() {
 
 #[tokio::test]
 async fn line_results_come_in_order() {
-    let system = System::start();
+    let system = System::start().await;
     let lines: String = (0..5000).map(|n| format!("\"message {n}\"\n")).collect();
     let request = upload(&system, lines).header("accept", NDJSON);
     let response = request.send().await.unwrap();
@@ -119,7 +119,7 @@ async fn line_results_come_in_order() {
 
 #[tokio::test]
 async fn line_results_come_while_the_upload_still_runs() {
-    let system = System::start();
+    let system = System::start().await;
     let (lines, body) = mpsc::channel::<Result<&'static str, std::io::Error>>(1);
     let body = stream::unfold(body, async |mut body| Some((body.recv().await?, body)));
     lines.send(Ok("\"first\"\n\"sec")).await.unwrap();
@@ -138,7 +138,7 @@ async fn line_results_come_while_the_upload_still_runs() {
 
 #[tokio::test]
 async fn line_that_is_too_long_fails_alone() {
-    let system = System::start_with(&["--max-message", "100B"]);
+    let system = System::start_with(&["--max-message", "100B"]).await;
     let long = "x".repeat(1 << 20);
     let lines = format!(
         "\"a\"\n\"{long}\"\n\"{}\"\n\"b\"\n\"{long}",
@@ -162,7 +162,7 @@ async fn line_that_is_too_long_fails_alone() {
 
 #[tokio::test]
 async fn cut_off_line_of_a_broken_upload_is_not_stored() {
-    let system = System::start();
+    let system = System::start().await;
     let (lines, body) = mpsc::channel(1);
     let body = stream::unfold(body, async |mut body| Some((body.recv().await?, body)));
     let request = upload(&system, Body::wrap_stream(body)).header("accept", NDJSON);
@@ -180,7 +180,7 @@ async fn cut_off_line_of_a_broken_upload_is_not_stored() {
 /// Also when the upload breaks in the same moment in which a line was stored.
 #[tokio::test]
 async fn results_before_a_break_are_not_lost() {
-    let system = System::start();
+    let system = System::start().await;
     let mut connection = TcpStream::connect(system.url.trim_start_matches("http://")).unwrap();
     let head = "POST / HTTP/1.1\r\nhost: h\r\ncontent-type: application/x-ndjson\r\n\
                 accept: application/x-ndjson\r\ntransfer-encoding: chunked\r\n\r\n";
@@ -200,7 +200,7 @@ async fn results_before_a_break_are_not_lost() {
 
 #[tokio::test]
 async fn upload_takes_no_idempotency_key_and_offers_two_replies() {
-    let system = System::start();
+    let system = System::start().await;
     let with_key = upload(&system, "\"a\"").header("idempotency-key", Uuid::now_v7().to_string());
     problem(with_key.send().await.unwrap(), 400).await;
     let as_text = upload(&system, "\"a\"").header("accept", "text/plain");

@@ -1,6 +1,8 @@
 //! GET: formats, bounds, single entries, and services that are away.
 
 use std::collections::VecDeque;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -25,7 +27,7 @@ async fn text(system: &System, path: &str, accept: &str) -> String {
 
 #[tokio::test]
 async fn json_has_one_entry_a_line() {
-    let system = System::start();
+    let system = System::start().await;
     let tail = r#"],"messages_service":"Messages Service not Implemented","count":"#;
     let empty = format!("{{\"logging_service\":[\n{tail}0}}\n");
     assert_eq!(text(&system, "/", "*/*").await, empty);
@@ -54,7 +56,7 @@ async fn json_has_one_entry_a_line() {
 
 #[tokio::test]
 async fn ndjson_ends_with_the_messages_reply_and_count() {
-    let system = System::start();
+    let system = System::start().await;
     let uuid = system.store("hello").await;
     let reply = r#""messages_service":"Messages Service not Implemented""#;
     let expected = format!("{{\"uuid\":\"{uuid}\",\"msg\":\"hello\"}}\n{{{reply},\"count\":1}}\n");
@@ -74,7 +76,7 @@ async fn ndjson_ends_with_the_messages_reply_and_count() {
 
 #[tokio::test]
 async fn text_line_cannot_be_forged() {
-    let system = System::start();
+    let system = System::start().await;
     let forged = "a\n2 messages\r\u{1b}[2J\u{0}\u{85}\u{2028}\u{202e}\\n é🦀\"";
     let uuid = system.store(forged).await;
     let escaped = "a\\n2 messages\\r\\u{1b}[2J\\u{0}\\u{85}\\u{2028}\\u{202e}\\\\n é🦀\"";
@@ -92,7 +94,7 @@ async fn text_line_cannot_be_forged() {
 
 #[tokio::test]
 async fn unacceptable_formats_are_406() {
-    let system = System::start();
+    let system = System::start().await;
     for accept in ["text/html", "image/*", "application/json;q=0", "nonsense"] {
         let request = system.http.get(&system.url).header("accept", accept);
         problem(request.send().await.unwrap(), 406).await;
@@ -101,7 +103,7 @@ async fn unacceptable_formats_are_406() {
 
 #[tokio::test]
 async fn bounds_are_exclusive_and_unknown_fields_ignored() {
-    let system = System::start();
+    let system = System::start().await;
     let mut uuids = Vec::new();
     for n in 0..5 {
         uuids.push(system.store(&n.to_string()).await);
@@ -150,7 +152,7 @@ fn following_next_gives_the_whole_within_any_bounds() {
     const MESSAGES: usize = 40;
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let (system, all) = runtime.block_on(async {
-        let system = System::start();
+        let system = System::start().await;
         for n in 0..MESSAGES {
             system.store(&format!("message {n}")).await;
         }
@@ -202,7 +204,7 @@ fn following_next_gives_the_whole_within_any_bounds() {
 
 #[tokio::test]
 async fn single_messages_are_found_by_uuid() {
-    let system = System::start();
+    let system = System::start().await;
     let uuid = system.store("hello").await;
     let found: Value = system.get(&format!("/{uuid}")).await.json().await.unwrap();
     assert_eq!(found, json!({"uuid": uuid, "msg": "hello"}));
@@ -214,7 +216,7 @@ async fn single_messages_are_found_by_uuid() {
 /// An upper bound stands before the first page, so a read ends though writers go on.
 #[tokio::test(flavor = "multi_thread")]
 async fn read_ends_while_messages_keep_coming() {
-    let system = Arc::new(System::start());
+    let system = Arc::new(System::start().await);
     let msg = "x".repeat(50_000);
     for _ in 0..20 {
         system.store(&msg).await;
@@ -304,12 +306,49 @@ async fn messages_service_that_never_answers_is_named_in_time() {
 async fn no_logging_instance_is_a_503() {
     let not_ready = serve(Router::new().fallback(StatusCode::SERVICE_UNAVAILABLE));
     for logging in [vec![not_ready], vec![nobody(), nobody()]] {
-        let system = System::with_stubs(logging, nobody(), &[]);
+        let system = System::with_stubs(logging, nobody(), &["--read-deadline", "200ms"]);
         let response = system.get("/").await;
         assert!(response.headers().contains_key("retry-after"));
         problem(response, 503).await;
         problem(system.get(&format!("/{}", Uuid::now_v7())).await, 503).await;
     }
+}
+
+/// While a failover lasts, instances answer that the map cannot be read: GETs wait. One that is
+/// busy, or none at all, is not worth waiting for.
+#[tokio::test]
+async fn get_waits_while_the_map_cannot_be_read() {
+    let refusals = Arc::new(AtomicUsize::new(3));
+    let answer = |refusals: Arc<AtomicUsize>, body: String| async move {
+        let left = refusals.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1));
+        match left {
+            Ok(_) => Err(StatusCode::SERVICE_UNAVAILABLE),
+            Err(_) => Ok(body),
+        }
+    };
+    let (for_page, for_entry) = (refusals.clone(), refusals.clone());
+    let page = move || answer(for_page.clone(), format!("{FIRST_LINE}\n{{\"count\":1}}\n"));
+    let entry = move || answer(for_entry.clone(), FIRST_LINE.to_owned());
+    let failing_over = Router::new()
+        .route("/", get(page))
+        .route("/{uuid}", get(entry));
+    let system = System::with_stubs(vec![serve(failing_over), nobody()], nobody(), &[]);
+    assert_eq!(system.read("").await.count, 1);
+    assert_eq!(refusals.swap(3, Relaxed), 0);
+    let uuid = "01890000-0000-7000-8000-000000000001";
+    assert_eq!(system.get(&format!("/{uuid}")).await.status(), 200);
+    assert_eq!(refusals.load(Relaxed), 0);
+
+    let reads = Arc::new(AtomicUsize::new(0));
+    let count = reads.clone();
+    let busy = async move || {
+        count.fetch_add(1, Relaxed);
+        StatusCode::TOO_MANY_REQUESTS
+    };
+    let busy = serve(Router::new().fallback(busy));
+    let system = System::with_stubs(vec![busy], nobody(), &[]);
+    problem(system.get("/").await, 503).await;
+    assert_eq!(reads.load(Relaxed), 1);
 }
 
 /// A logging service that gives these answers, one for each read, then errors.

@@ -6,7 +6,7 @@ use crate::system::{System, nobody, problem};
 
 #[tokio::test]
 async fn wrong_paths_and_methods_are_problems() {
-    let system = System::start();
+    let system = System::start().await;
     problem(system.get("/a/b").await, 404).await;
     for (method, path) in [
         ("PUT", "/"),
@@ -24,7 +24,7 @@ async fn wrong_paths_and_methods_are_problems() {
 
 #[tokio::test]
 async fn request_id_is_kept_or_made() {
-    let system = System::start();
+    let system = System::start().await;
     let send = async |id: Option<&str>| {
         let request = system.http.get(format!("{}/livez", system.url));
         let request = match id {
@@ -46,7 +46,7 @@ async fn request_id_is_kept_or_made() {
 
 #[tokio::test]
 async fn readiness_says_what_is_missing() {
-    let system = System::start();
+    let system = System::start().await;
     assert_eq!(system.get("/livez").await.text().await.unwrap(), "alive\n");
     let ready: Value = system.get("/readyz").await.json().await.unwrap();
     assert_eq!(ready["status"], "ready");

@@ -5,16 +5,24 @@
 /// What every command line must do.
 #[path = "../../../logging/tests/it/command_line.rs"]
 mod command_line;
+/// An empty map of each engine.
+#[path = "../../../logging/tests/it/engine.rs"]
+mod engine;
 /// Starts the services as real processes.
 #[path = "../../../logging/tests/it/process.rs"]
 mod process;
 /// Real processes together: the exercise's client, kills, signals, logs.
 mod processes;
+/// Starts real Redis servers and clusters.
+#[path = "../../../logging/tests/it/redis_servers.rs"]
+mod redis_servers;
 /// Starts the services in-process, each on a free port.
 mod system;
 
 /// Uploads of many messages.
 mod bulk;
+/// Redis servers that die, hang and return while the system is used.
+mod cluster;
 /// Instances that die, hang and return, as real processes.
 mod failover;
 /// GET: formats, bounds, single entries, what happens when something is away.

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use axum::Router;
 use common::entry::{Entry, Outcome};
 use facade::post::{BodyFormat, message};
-use futures_util::stream;
+use futures_util::{StreamExt, stream};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -20,7 +20,7 @@ const TEXT: &str = "text/plain";
 
 #[tokio::test]
 async fn every_accepted_shape_is_stored_as_posted() {
-    let system = System::start();
+    let system = System::start().await;
     let cases: [(Option<&str>, &[u8], &str); 22] = [
         (Some(FORM), b"msg=hello", "hello"),
         (Some(FORM), b"Hello", "Hello"),
@@ -78,7 +78,7 @@ async fn every_accepted_shape_is_stored_as_posted() {
 
 #[tokio::test]
 async fn what_nobody_asked_for_is_refused_and_changes_nothing() {
-    let system = System::start();
+    let system = System::start().await;
     let cases: [(&str, &[u8], u16); 33] = [
         (FORM, b"", 400),
         (FORM, b"msg=", 400),
@@ -134,7 +134,7 @@ async fn what_nobody_asked_for_is_refused_and_changes_nothing() {
 #[tokio::test]
 async fn largest_message_is_stored_and_one_byte_more_is_413() {
     for flags in [&[][..], &["--max-message", "1MiB"]] {
-        let system = System::start_with(flags);
+        let system = System::start_with(flags).await;
         let size = if flags.is_empty() { 64 << 10 } else { 1 << 20 };
         let largest = "\u{1}".repeat(size);
         let larger = "\u{1}".repeat(size + 1);
@@ -166,7 +166,7 @@ async fn largest_message_is_stored_and_one_byte_more_is_413() {
 
 #[tokio::test]
 async fn idempotency_key_becomes_the_uuid_and_repeats_are_duplicates() {
-    let system = System::start();
+    let system = System::start().await;
     let key = Uuid::now_v7();
     let post = |key: String, msg: &'static str| {
         system
@@ -214,7 +214,7 @@ async fn idempotency_key_becomes_the_uuid_and_repeats_are_duplicates() {
 
 #[tokio::test]
 async fn uuids_of_one_facade_increase_with_each_answer() {
-    let system = System::start();
+    let system = System::start().await;
     let mut last = Uuid::nil();
     for n in 0..500 {
         let uuid = system.store(&n.to_string()).await;
@@ -227,7 +227,7 @@ async fn uuids_of_one_facade_increase_with_each_answer() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn acknowledged_message_is_in_every_get_that_begins_afterwards() {
-    let system = Arc::new(System::start());
+    let system = Arc::new(System::start().await);
     let writers = (0..16).map(|writer| {
         let system = system.clone();
         tokio::spawn(async move {
@@ -262,6 +262,59 @@ async fn refused_message_is_a_503_that_was_not_stored() {
     assert_eq!(answer["stored"], "no");
     assert!(answer["detail"].as_str().unwrap().contains("no room"));
     assert!(Uuid::try_parse(answer["uuid"].as_str().unwrap()).is_ok());
+}
+
+/// A third of the partitions has nobody who takes entries: messages go to the others. That is no
+/// overload, so it does not use up the budget of repeats.
+#[tokio::test]
+async fn message_goes_to_another_partition_when_its_own_is_down() {
+    let is_down = |uuid: Uuid| uuid.as_u128().is_multiple_of(3);
+    let logging = logging_stub(move |entry| match is_down(entry.uuid) {
+        true => Outcome::partition_down("no primary"),
+        false => Outcome::Stored,
+    });
+    let system = System::with_stubs(vec![logging], nobody(), &[]);
+    let posts = stream::iter(0..3000).map(|n| system.post().body(n.to_string()).send());
+    let answers: Vec<_> = posts.buffer_unordered(64).collect().await;
+    for answer in answers {
+        let answer = answer.unwrap();
+        assert_eq!(answer.status(), 200);
+        let stored: Value = answer.json().await.unwrap();
+        assert!(!is_down(stored["uuid"].as_str().unwrap().parse().unwrap()));
+    }
+}
+
+/// A caller's key cannot go to another partition, nor can a message that may be stored already.
+#[tokio::test]
+async fn message_stays_in_its_partition_when_it_must() {
+    let system = system_of(vec![logging_stub(|_| {
+        Outcome::partition_down("no primary")
+    })]);
+    let key = Uuid::now_v7().to_string();
+    let with_key = system.post().header("idempotency-key", &key).body("a");
+    let answer = problem(with_key.send().await.unwrap(), 503).await;
+    assert_eq!(
+        (&answer["uuid"], &answer["stored"]),
+        (&json!(key), &json!("no"))
+    );
+
+    let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let list = seen.clone();
+    let system = system_of(vec![logging_stub(move |entry| {
+        let mut list = list.lock().unwrap();
+        list.push(entry.uuid);
+        match list.len() {
+            1 => Outcome::unknown("the primary died"),
+            _ => Outcome::partition_down("no primary"),
+        }
+    })]);
+    let response = system.post().body("a").send().await.unwrap();
+    assert_eq!(problem(response, 503).await["stored"], "unknown");
+    let seen = seen.lock().unwrap();
+    assert!(
+        seen.len() > 1 && seen.iter().all(|uuid| *uuid == seen[0]),
+        "{seen:?}"
+    );
 }
 
 #[tokio::test]
@@ -333,7 +386,7 @@ async fn too_many_messages_at_once_are_turned_away_quickly() {
 
 #[tokio::test]
 async fn stalled_body_is_408_and_changes_nothing() {
-    let system = System::start();
+    let system = System::start().await;
     for content_type in [TEXT, "application/x-ndjson"] {
         let (parts, body) = tokio::sync::mpsc::channel::<Result<&str, std::io::Error>>(1);
         parts.send(Ok("\"half")).await.unwrap();
@@ -409,7 +462,7 @@ fn url_encoded(msg: &str) -> String {
 #[test]
 fn posted_messages_come_back_byte_for_byte() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let system = runtime.block_on(async { System::start() });
+    let system = runtime.block_on(System::start());
     let config = ProptestConfig {
         cases: 100,
         failure_persistence: None,

@@ -2,6 +2,7 @@
 //! line.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -9,19 +10,20 @@ use common::entry::Entry;
 use futures_util::StreamExt;
 use reqwest::Client;
 use serde_json::Value;
-use tempfile::TempDir;
 
 use crate::command_line::{assert_help, assert_refused};
+use crate::engine::EmptyMap;
 use crate::process::{Process, free_address};
-use crate::system::{Merged, System, problem};
+use crate::system::{Merged, System, engine_under_test, problem};
 
-/// All services as processes on one embedded map.
+/// All services as processes on one map, of the engine under test unless said otherwise.
 pub(crate) struct Processes {
     pub(crate) messages: Process,
     pub(crate) logging: Vec<Process>,
     pub(crate) facade: Process,
     pub(crate) http: Client,
-    folder: TempDir,
+    logging_flags: Vec<String>,
+    _map: Option<EmptyMap>,
 }
 
 impl Processes {
@@ -31,33 +33,52 @@ impl Processes {
 
     /// With further flags for the facade.
     pub(crate) fn start_with(flags: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        let map = engine_under_test().empty_map();
+        let system = Self::on_map(&["--map", &map.location], flags);
+        Self {
+            _map: Some(map),
+            ..system
+        }
+    }
+
+    /// On a map that the test keeps, with flags for logging, which name it, and for the facade.
+    pub(crate) fn on_map(logging_flags: &[&str], facade_flags: &[&str]) -> Self {
         let messages = Process::start(Command::new(binary("messages")), free_address());
-        let start = |_| Process::start(logging(folder.path()), free_address());
+        let start = |_| start_logging(logging_flags, free_address());
         let logging: Vec<Process> = (0..3).map(start).collect();
         let urls: Vec<String> = logging.iter().map(Process::url).collect();
-        let facade = facade(&urls.join(","), &messages.url(), flags);
+        let facade = facade(&urls.join(","), &messages.url(), facade_flags);
         Self {
             messages,
             logging,
             facade: Process::start(facade, free_address()),
             http: Client::new(),
-            folder,
+            logging_flags: logging_flags
+                .iter()
+                .map(|flag| (*flag).to_owned())
+                .collect(),
+            _map: None,
         }
     }
 
     /// Ends the facade and starts another one where it was.
     pub(crate) fn restart_facade(&mut self, flags: &[&str]) {
-        let urls: Vec<String> = self.logging.iter().map(Process::url).collect();
         self.facade.kill();
-        let facade = facade(&urls.join(","), &self.messages.url(), flags);
-        self.facade = Process::start(facade, self.facade.address);
+        let address = self.facade.address;
+        self.facade = Process::start(self.another_facade(flags), address);
+    }
+
+    /// What starts one more facade in front of the same instances.
+    pub(crate) fn another_facade(&self, flags: &[&str]) -> Command {
+        let urls: Vec<String> = self.logging.iter().map(Process::url).collect();
+        facade(&urls.join(","), &self.messages.url(), flags)
     }
 
     /// Starts a logging instance again where it was.
     pub(crate) fn restart_logging(&mut self, index: usize) {
         let address = self.logging[index].address;
-        self.logging[index] = Process::start(logging(self.folder.path()), address);
+        let flags: Vec<&str> = self.logging_flags.iter().map(String::as_str).collect();
+        self.logging[index] = start_logging(&flags, address);
     }
 
     pub(crate) async fn post(&self, msg: &str) -> reqwest::Response {
@@ -99,11 +120,13 @@ fn facade(logging: &str, messages: &str, flags: &[&str]) -> Command {
     command
 }
 
-pub(crate) fn logging(folder: &Path) -> Command {
+/// Starts a logging instance and waits until it can reach its map.
+pub(crate) fn start_logging(flags: &[&str], address: SocketAddr) -> Process {
     let mut command = Command::new(binary("logging"));
-    let map = format!("lmdb:{}", folder.join("map").display());
-    command.args(["--map", &map, "--log-format", "json"]);
-    command
+    command.args(["--log-format", "json"]).args(flags);
+    let process = Process::start(command, address);
+    process.wait_until_ready();
+    process
 }
 
 /// The client of the original exercise: Python requests, ten form POSTs, then a GET with a query

@@ -5,31 +5,30 @@
 //! (promise 4), a body that ends properly is complete (promise 6), and while one instance lives
 //! nothing fails (promise 7).
 
+mod network;
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use async_trait::async_trait;
 use axum::body::{Body, to_bytes};
 use axum::http::Request;
 use clap::Parser;
-use common::entry::{Entry, Outcome, PutEntry, PutResult};
-use common::page::{Bounds, Order, PageEnd};
+use common::entry::Entry;
+use common::page::Order;
 use common::server::Limits;
-use facade::client::{Logging, Page, UpstreamError};
 use facade::pool::Pool;
 use facade::{App, Config, router};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::Value;
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 use tower::ServiceExt;
 use uuid::Uuid;
 
-const SEEDS: u64 = 1000;
+use self::network::{Network, Simulated};
 
-/// What the facade gives one try, by its own clients' configuration.
-const TRY_TIMEOUT: Duration = Duration::from_secs(1);
+const SEEDS: u64 = 1000;
 
 /// By then the last request that was delayed on its way has been executed.
 const ALL_IS_OVER: Duration = Duration::from_secs(60);
@@ -84,11 +83,12 @@ impl Tally {
 async fn run(seed: u64) -> Tally {
     // Every other seed has an instance that never fails; in the others all may fail at once.
     let has_survivor = seed.is_multiple_of(2);
-    let world = Arc::new(Mutex::new(World::new(seed)));
+    let network = Arc::new(Mutex::new(Network::new(seed)));
+    let record = Arc::new(Mutex::new(Record::default()));
     let pool = Arc::new(Pool::new(StdRng::seed_from_u64(seed)));
     for index in 0..3 {
         let instance = Simulated {
-            world: world.clone(),
+            network: network.clone(),
             index,
             is_reliable: has_survivor && index == 0,
         };
@@ -101,7 +101,8 @@ async fn run(seed: u64) -> Tally {
         app,
         seed,
         has_survivor,
-        world: world.clone(),
+        network: network.clone(),
+        record: record.clone(),
     };
     let writers = (0..3).map(|writer| caller.write(writer));
     tokio::join!(
@@ -110,19 +111,16 @@ async fn run(seed: u64) -> Tally {
         futures_util::future::join_all(writers)
     );
     sleep(ALL_IS_OVER).await;
-    let world = world.lock().unwrap();
-    world.check_fates(seed);
-    world.tally()
+    let (network, record) = (network.lock().unwrap(), record.lock().unwrap());
+    record.check_fates(&network.map, seed);
+    record.tally(network.faults)
 }
 
-/// What all instances share: the map, and what the callers know about it.
-struct World {
-    random: StdRng,
-    map: BTreeMap<Uuid, String>,
-    down_until: [Instant; 3],
+/// What the callers know: what was told of each message, and how many reads were whole or cut.
+#[derive(Default)]
+struct Record {
     fates: HashMap<String, Fate>,
     reads: [u64; 2],
-    faults: u64,
 }
 
 /// What a caller was told about its message.
@@ -134,85 +132,11 @@ enum Fate {
     Unknown,
 }
 
-impl World {
-    fn new(seed: u64) -> Self {
-        Self {
-            random: StdRng::seed_from_u64(seed),
-            map: BTreeMap::new(),
-            down_until: [Instant::now(); 3],
-            fates: HashMap::new(),
-            reads: [0; 2],
-            faults: 0,
-        }
-    }
-
-    fn put(&mut self, entries: &[PutEntry]) -> Vec<PutResult> {
-        let results = entries.iter().map(|entry| PutResult {
-            uuid: entry.uuid,
-            outcome: self.put_one(entry),
-        });
-        results.collect()
-    }
-
-    fn put_one(&mut self, entry: &PutEntry) -> Outcome {
-        let roll = self.random.random_range(0..100);
-        if roll < 3 {
-            return Outcome::refused("not now");
-        }
-        if roll < 5 {
-            return Outcome::unknown("not executed, but who knows");
-        }
-        let outcome = match self.map.get(&entry.uuid) {
-            Some(msg) if *msg == entry.msg => Outcome::Duplicate,
-            Some(_) => Outcome::Conflict,
-            None => Outcome::Stored,
-        };
-        if outcome == Outcome::Stored {
-            self.map.insert(entry.uuid, entry.msg.clone());
-        }
-        if roll < 7 {
-            return Outcome::unknown("executed, but who knows");
-        }
-        outcome
-    }
-
-    fn page(&mut self, bounds: Bounds, limit: Option<u64>) -> Page {
-        let size = self
-            .random
-            .random_range(1..5)
-            .min(limit.unwrap_or(u64::MAX)) as usize;
-        let within = self.map.iter().filter(|(uuid, _)| bounds.contains(**uuid));
-        let mut entries: Vec<Entry> = within
-            .map(|(uuid, msg)| Entry {
-                uuid: *uuid,
-                msg: msg.clone(),
-            })
-            .collect();
-        if bounds.order == Order::Desc {
-            entries.reverse();
-        }
-        let is_cut = entries.len() > size;
-        entries.truncate(size);
-        let next = entries.last().filter(|_| is_cut).map(|entry| entry.uuid);
-        let last = self
-            .map
-            .last_key_value()
-            .map(|(uuid, _)| uuid.as_u128() + 1);
-        let end = last
-            .map(Uuid::from_u128)
-            .filter(|_| bounds.order == Order::Asc);
-        let end = PageEnd {
-            count: entries.len() as u64,
-            next,
-            before: next.and(end),
-        };
-        Page { entries, end }
-    }
-
+impl Record {
     /// Every message became what its caller was told.
-    fn check_fates(&self, seed: u64) {
+    fn check_fates(&self, map: &BTreeMap<Uuid, String>, seed: u64) {
         let mut found: HashMap<&str, Vec<Uuid>> = HashMap::new();
-        for (uuid, msg) in &self.map {
+        for (uuid, msg) in map {
             assert!(
                 self.fates.contains_key(msg),
                 "seed {seed}: {msg} was never posted"
@@ -234,7 +158,7 @@ impl World {
         }
     }
 
-    fn tally(&self) -> Tally {
+    fn tally(&self, faults: u64) -> Tally {
         let count = |is: fn(&Fate) -> bool| self.fates.values().filter(|fate| is(fate)).count();
         Tally {
             stored: count(|fate| matches!(fate, Fate::Stored(_))) as u64,
@@ -242,134 +166,8 @@ impl World {
             uncertain: count(|fate| matches!(fate, Fate::Unknown)) as u64,
             whole_reads: self.reads[0],
             cut_reads: self.reads[1],
-            faults: self.faults,
+            faults,
         }
-    }
-}
-
-/// An instance with a network in front of it that does what the world's random numbers say.
-#[derive(Clone)]
-struct Simulated {
-    world: Arc<Mutex<World>>,
-    index: usize,
-    is_reliable: bool,
-}
-
-impl std::fmt::Debug for Simulated {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(formatter, "instance-{}", self.index)
-    }
-}
-
-enum Fault {
-    None,
-    /// The process dies and refuses connections for some time.
-    Crash {
-        is_executed: bool,
-    },
-    /// The request never arrives, as when the network is cut one way.
-    LostRequest,
-    /// The request arrives after the facade has given up.
-    LateRequest,
-    /// The answer never arrives.
-    LostAnswer,
-}
-
-impl Simulated {
-    /// One call: the request travels, is executed, and the answer travels.
-    async fn call<T: Send + 'static>(
-        &self,
-        execute: impl FnOnce(&mut World) -> T + Send + 'static,
-    ) -> Result<T, UpstreamError> {
-        let (fault, delay) = {
-            let mut world = self.world.lock().unwrap();
-            if Instant::now() < world.down_until[self.index] {
-                return Err(UpstreamError::Unreachable("connection refused".into()));
-            }
-            (self.fault(&mut world), world.random.random_range(0..150))
-        };
-        sleep(Duration::from_millis(delay)).await;
-        let world = self.world.clone();
-        let execute = move || execute(&mut world.lock().unwrap());
-        match fault {
-            Fault::None => {
-                let answer = execute();
-                sleep(Duration::from_millis(delay)).await;
-                Ok(answer)
-            }
-            Fault::Crash { is_executed } => {
-                if is_executed {
-                    execute();
-                }
-                Err(UpstreamError::Lost("connection reset".into()))
-            }
-            Fault::LostRequest => {
-                sleep(TRY_TIMEOUT).await;
-                Err(UpstreamError::TimedOut)
-            }
-            Fault::LateRequest => {
-                tokio::spawn(async move {
-                    sleep(3 * TRY_TIMEOUT).await;
-                    execute();
-                });
-                sleep(TRY_TIMEOUT).await;
-                Err(UpstreamError::TimedOut)
-            }
-            Fault::LostAnswer => {
-                execute();
-                sleep(TRY_TIMEOUT).await;
-                Err(UpstreamError::TimedOut)
-            }
-        }
-    }
-
-    fn fault(&self, world: &mut World) -> Fault {
-        if self.is_reliable {
-            return Fault::None;
-        }
-        let fault = match world.random.random_range(0..100) {
-            0..8 => {
-                let down = Duration::from_millis(world.random.random_range(0..8000));
-                world.down_until[self.index] = Instant::now() + down;
-                let is_executed = world.random.random();
-                Fault::Crash { is_executed }
-            }
-            8..14 => Fault::LostRequest,
-            14..20 => Fault::LateRequest,
-            20..26 => Fault::LostAnswer,
-            _ => return Fault::None,
-        };
-        world.faults += 1;
-        fault
-    }
-}
-
-#[async_trait]
-impl Logging for Simulated {
-    async fn put(&self, batch: Vec<u8>) -> Result<Vec<PutResult>, UpstreamError> {
-        let entries: Vec<PutEntry> = serde_json::from_slice(&batch).unwrap();
-        self.call(move |world| world.put(&entries)).await
-    }
-
-    async fn page(
-        &self,
-        bounds: Bounds,
-        limit: Option<u64>,
-        _request_id: Option<&str>,
-    ) -> Result<Page, UpstreamError> {
-        self.call(move |world| world.page(bounds, limit)).await
-    }
-
-    async fn get(&self, uuid: Uuid) -> Result<Option<Entry>, UpstreamError> {
-        self.call(move |world| {
-            let msg = world.map.get(&uuid).cloned();
-            msg.map(|msg| Entry { uuid, msg })
-        })
-        .await
-    }
-
-    async fn probe(&self) -> Result<(), UpstreamError> {
-        self.call(|_| ()).await
     }
 }
 
@@ -378,14 +176,15 @@ struct Caller {
     app: App,
     seed: u64,
     has_survivor: bool,
-    world: Arc<Mutex<World>>,
+    network: Arc<Mutex<Network>>,
+    record: Arc<Mutex<Record>>,
 }
 
 impl Caller {
     async fn write(&self, writer: usize) {
         let mut last = Uuid::nil();
         for n in 0..8 {
-            let pause = self.world.lock().unwrap().random.random_range(0..700);
+            let pause = self.network.lock().unwrap().random.random_range(0..700);
             sleep(Duration::from_millis(pause)).await;
             let msg = format!("{}/{writer}/{n}", self.seed);
             let is_keyed = n % 4 == 3;
@@ -473,7 +272,7 @@ impl Caller {
 
     async fn read(&self) {
         for n in 0..6 {
-            let pause = self.world.lock().unwrap().random.random_range(0..1500);
+            let pause = self.network.lock().unwrap().random.random_range(0..1500);
             sleep(Duration::from_millis(pause)).await;
             let order = if n % 2 == 0 { Order::Asc } else { Order::Desc };
             let acknowledged = self.acknowledged();
@@ -490,7 +289,7 @@ impl Caller {
                 "seed {}: {status}",
                 self.seed
             );
-            self.world.lock().unwrap().reads[usize::from(!is_whole)] += 1;
+            self.record.lock().unwrap().reads[usize::from(!is_whole)] += 1;
             if let Some(body) = body.filter(|_| is_whole) {
                 self.check_body(&body, order, &acknowledged);
             }
@@ -522,8 +321,8 @@ impl Caller {
     }
 
     fn acknowledged(&self) -> Vec<(Uuid, String)> {
-        let world = self.world.lock().unwrap();
-        let stored = world.fates.iter().filter_map(|(msg, fate)| match fate {
+        let record = self.record.lock().unwrap();
+        let stored = record.fates.iter().filter_map(|(msg, fate)| match fate {
             Fate::Stored(uuid) => Some((*uuid, msg.clone())),
             Fate::Asked | Fate::NotStored | Fate::Unknown => None,
         });
@@ -531,7 +330,7 @@ impl Caller {
     }
 
     fn told(&self, msg: &str, fate: Fate) {
-        self.world
+        self.record
             .lock()
             .unwrap()
             .fates

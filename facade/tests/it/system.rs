@@ -1,5 +1,8 @@
-//! The whole system in one process: messages, three logging instances over one embedded map, and
-//! the facade, each on a free port. Everything ends when it is dropped.
+//! The whole system in one process: messages, three logging instances over one map, and the facade,
+//! each on a free port. Everything ends when it is dropped.
+//!
+//! The map is of the engine that `TEST_ENGINE` names: `lmdb`, which is the default, `redis` for one
+//! server, or `cluster` for a Redis Cluster.
 
 use std::net::TcpListener;
 use std::time::Duration;
@@ -14,10 +17,10 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use reqwest::{Client, RequestBuilder, Response};
 use serde::Deserialize;
-use tempfile::TempDir;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
+use crate::engine::{EmptyMap, Engine, wait_until_ready};
 use crate::process::{Process, free_address};
 
 /// Seed of the random choice of instances, so that a failing run can be repeated.
@@ -30,6 +33,16 @@ const LIMITS: Limits = Limits {
     write_idle: Duration::from_secs(180),
 };
 
+/// The engine that `TEST_ENGINE` names.
+pub(crate) fn engine_under_test() -> Engine {
+    match std::env::var("TEST_ENGINE").as_deref() {
+        Err(_) | Ok("lmdb") => Engine::Lmdb,
+        Ok("redis") => Engine::RedisServer,
+        Ok("cluster") => Engine::RedisCluster,
+        Ok(other) => panic!("TEST_ENGINE is {other}: write lmdb, redis or cluster"),
+    }
+}
+
 /// A running system and a client for it.
 pub(crate) struct System {
     pub(crate) http: Client,
@@ -40,7 +53,7 @@ pub(crate) struct System {
     /// Cancelled to make the facade believe that it is stopping.
     pub(crate) stop: CancellationToken,
     _servers: Vec<DropGuard>,
-    _folder: TempDir,
+    _map: Option<EmptyMap>,
 }
 
 /// A body of `GET /` in JSON.
@@ -56,18 +69,21 @@ pub(crate) struct Merged {
 
 impl System {
     /// A system on an empty map.
-    pub(crate) fn start() -> Self {
-        Self::start_with(&[])
+    pub(crate) async fn start() -> Self {
+        Self::start_with(&[]).await
     }
 
     /// The same, with further flags for the facade.
-    pub(crate) fn start_with(flags: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+    pub(crate) async fn start_with(flags: &[&str]) -> Self {
+        let empty = engine_under_test().empty_map();
         let options = Options {
             store_timeout: Duration::from_secs(30),
             settle: Duration::from_secs(10),
+            backups: None,
         };
-        let map = open(&Location::Lmdb(folder.path().into()), options).unwrap();
+        let location: Location = empty.location.parse().unwrap();
+        let map = open(&location, options).unwrap();
+        wait_until_ready(&*map).await;
         let logging: Vec<Server> = (0..3)
             .map(|_| {
                 let app = logging::App::new(map.clone(), LIMITS, CancellationToken::new());
@@ -75,13 +91,12 @@ impl System {
             })
             .collect();
         let messages = serve(messages::router(CancellationToken::new()));
-        Self::with_services(logging, messages, folder, flags)
+        Self::with_services(logging, messages, Some(empty), flags)
     }
 
     /// A facade in front of logging services and a messages service of the test's own.
     pub(crate) fn with_stubs(logging: Vec<Server>, messages: Server, flags: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        Self::with_services(logging, messages, folder, flags)
+        Self::with_services(logging, messages, None, flags)
     }
 
     /// A facade of this process, with its fixed seed, in front of services that are processes.
@@ -97,7 +112,7 @@ impl System {
     fn with_services(
         logging: Vec<Server>,
         messages: Server,
-        folder: TempDir,
+        map: Option<EmptyMap>,
         flags: &[&str],
     ) -> Self {
         let urls: Vec<String> = logging.iter().map(Server::url).collect();
@@ -125,7 +140,7 @@ impl System {
                 .chain([messages, facade])
                 .map(|server| server.stop)
                 .collect(),
-            _folder: folder,
+            _map: map,
         }
     }
 

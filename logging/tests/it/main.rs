@@ -4,6 +4,8 @@
 
 /// What every command line must do; the other services' tests use it too.
 mod command_line;
+/// An empty map of each engine; facade's tests use it too.
+mod engine;
 /// The internal HTTP API, in-process.
 mod http;
 /// What every engine of the map promises, and the suite that holds it to that.
@@ -12,3 +14,7 @@ mod map;
 mod process;
 /// Real processes: kill -9, full and failing disks, the log.
 mod processes;
+/// What only a map on Redis can do wrong: servers that are away, logins, replicas, moving slots.
+mod redis;
+/// Starting real Redis servers and a cluster; facade's tests use it too.
+mod redis_servers;

@@ -1,4 +1,4 @@
-//! One contract for every engine. An engine is put through the suite by naming it in [`subjects`];
+//! One contract for every engine. An engine is put through the suite by naming it in [`ENGINES`];
 //! what only one engine can do wrong follows after the suite.
 
 use std::collections::BTreeMap;
@@ -12,8 +12,9 @@ use common::page::{Bounds, Order};
 use logging::map::{DistributedMap, Location, MAX_AHEAD, MapError, Options, PageLimit, open};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use tempfile::TempDir;
 use uuid::{NoContext, Timestamp, Uuid};
+
+use crate::engine::{EmptyMap, Engine, wait_until_ready};
 
 const SETTLE: Duration = Duration::from_secs(10);
 
@@ -22,25 +23,24 @@ const WHOLE: PageLimit = PageLimit {
     bytes: usize::MAX,
 };
 
+const ENGINES: [Engine; 3] = [Engine::Lmdb, Engine::RedisServer, Engine::RedisCluster];
+
 /// A map under test and what keeps it alive.
 struct Subject {
     map: Arc<dyn DistributedMap>,
     location: Location,
-    _folder: TempDir,
+    _keeper: EmptyMap,
 }
 
-/// An empty map of each engine.
-fn subjects() -> Vec<Subject> {
-    vec![lmdb()]
-}
-
-fn lmdb() -> Subject {
-    let folder = tempfile::tempdir().unwrap();
-    let location = Location::Lmdb(folder.path().join("map"));
-    Subject {
-        map: open(&location, options()).unwrap(),
-        location,
-        _folder: folder,
+impl Subject {
+    async fn of(engine: Engine) -> Self {
+        let empty = engine.empty_map();
+        let location: Location = empty.location.parse().unwrap();
+        Self {
+            map: open_ready(&location, options()).await,
+            location,
+            _keeper: empty,
+        }
     }
 }
 
@@ -48,7 +48,24 @@ fn options() -> Options {
     Options {
         store_timeout: Duration::from_secs(30),
         settle: SETTLE,
+        backups: None,
     }
+}
+
+/// Opens a map and waits until it is ready. One of LMDB can be opened again only when its last
+/// user, the writer thread, is gone.
+async fn open_ready(location: &Location, options: Options) -> Arc<dyn DistributedMap> {
+    let map = loop {
+        match open(location, options.clone()) {
+            Ok(map) => break map,
+            Err(error) if format!("{error:#}").contains("already open") => {
+                tokio::task::yield_now().await;
+            }
+            Err(error) => panic!("{error:#}"),
+        }
+    };
+    wait_until_ready(&*map).await;
+    map
 }
 
 fn entry(msg: &str) -> Entry {
@@ -78,7 +95,8 @@ async fn all(map: &Arc<dyn DistributedMap>) -> Vec<Entry> {
 
 #[tokio::test]
 async fn stored_entry_is_read_back() {
-    for subject in subjects() {
+    for engine in ENGINES {
+        let subject = Subject::of(engine).await;
         let map = subject.map;
         let entry = entry("hello");
         assert_eq!(map.get(entry.uuid).await.unwrap(), None);
@@ -90,13 +108,14 @@ async fn stored_entry_is_read_back() {
         assert_eq!(map.get(entry.uuid).await.unwrap().as_deref(), Some("hello"));
         assert_eq!(map.last().await.unwrap(), Some(entry.uuid));
         assert_eq!(all(&map).await, [entry]);
-        map.ready().await.unwrap();
+        assert_eq!(map.health().await.missing, None);
     }
 }
 
 #[tokio::test]
 async fn repeated_entry_is_a_duplicate_and_one_entry() {
-    for subject in subjects() {
+    for engine in ENGINES {
+        let subject = Subject::of(engine).await;
         let map = subject.map;
         let entry = entry("once");
         let twice = [entry.clone(), entry.clone()];
@@ -109,7 +128,8 @@ async fn repeated_entry_is_a_duplicate_and_one_entry() {
 
 #[tokio::test]
 async fn conflicting_entry_changes_nothing() {
-    for subject in subjects() {
+    for engine in ENGINES {
+        let subject = Subject::of(engine).await;
         let map = subject.map;
         let first = entry("first");
         let other = Entry {
@@ -126,7 +146,8 @@ async fn conflicting_entry_changes_nothing() {
 #[tokio::test]
 async fn entry_outside_the_settle_window_is_stale() {
     let margin = Duration::from_secs(1);
-    for subject in subjects() {
+    for engine in ENGINES {
+        let subject = Subject::of(engine).await;
         let map = subject.map;
         let now = SystemTime::now();
         let too_old = entry_at(now - SETTLE - Duration::from_millis(1), "too old");
@@ -143,20 +164,21 @@ async fn entry_outside_the_settle_window_is_stale() {
 
 #[tokio::test]
 async fn settled_entry_is_still_recognized() {
-    for subject in subjects() {
+    for engine in ENGINES {
+        let subject = Subject::of(engine).await;
         let entry = entry("settled");
         put(&subject.map, std::slice::from_ref(&entry)).await;
         let Subject {
             map,
             location,
-            _folder,
+            _keeper,
         } = subject;
         drop(map);
         let no_window = Options {
             settle: Duration::ZERO,
             ..options()
         };
-        let map = open_again(&location, no_window).await;
+        let map = open_ready(&location, no_window).await;
         let other = Entry {
             uuid: entry.uuid,
             msg: "other".to_owned(),
@@ -170,23 +192,25 @@ async fn settled_entry_is_still_recognized() {
 
 #[tokio::test]
 async fn entries_survive_a_restart() {
-    for subject in subjects() {
+    for engine in ENGINES {
+        let subject = Subject::of(engine).await;
         let entries: Vec<Entry> = (0..100).map(|n| entry(&format!("message {n}"))).collect();
         put(&subject.map, &entries).await;
         let Subject {
             map,
             location,
-            _folder,
+            _keeper,
         } = subject;
         drop(map);
-        let map = open_again(&location, options()).await;
+        let map = open_ready(&location, options()).await;
         assert_eq!(all(&map).await, entries);
     }
 }
 
 #[tokio::test]
 async fn batches_at_once_are_all_answered_and_stored() {
-    for subject in subjects() {
+    for engine in ENGINES {
+        let subject = Subject::of(engine).await;
         let batches = (0..200).map(|batch| {
             let map = subject.map.clone();
             tokio::spawn(async move {
@@ -206,7 +230,8 @@ async fn batches_at_once_are_all_answered_and_stored() {
 
 #[tokio::test]
 async fn page_is_cut_in_bytes_but_holds_one_entry() {
-    for subject in subjects() {
+    for engine in ENGINES {
+        let subject = Subject::of(engine).await;
         let entries: Vec<Entry> = (0..4).map(|_| entry(&"x".repeat(1000))).collect();
         put(&subject.map, &entries).await;
         for (bytes, expected) in [(0, 1), (1500, 1), (2500, 2), (100_000, 4)] {
@@ -227,7 +252,8 @@ async fn page_is_cut_in_bytes_but_holds_one_entry() {
 fn pages_match_a_model() {
     const ENTRIES: usize = 30;
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    for subject in runtime.block_on(async { subjects() }) {
+    for engine in ENGINES {
+        let subject = runtime.block_on(Subject::of(engine));
         let entries: Vec<Entry> = (0..ENTRIES)
             .map(|n| entry(&format!("message {n}")))
             .collect();
@@ -251,6 +277,65 @@ fn pages_match_a_model() {
                 Ok(())
             })
             .unwrap();
+    }
+}
+
+/// Entries of all sizes, crowded in time and not, spread over partitions and not, come back in
+/// pages: each once, in order.
+#[tokio::test]
+async fn uneven_entries_are_read_whole_in_pages() {
+    const ONE_PARTITION: u32 = 7;
+    const SIZES: [usize; 5] = [1, 40, 700, 5000, 64 * 1024];
+    for engine in ENGINES {
+        let subject = Subject::of(engine).await;
+        let mut entries = Vec::new();
+        let now = SystemTime::now();
+        for n in 0..1500 {
+            let size = SIZES[n % 97 % SIZES.len()];
+            let spread = now - Duration::from_millis(5000 - n as u64);
+            entries.push(entry_at(spread, &"s".repeat(size)));
+            entries.push(entry_at(now, &"c".repeat(40)));
+        }
+        while entries.len() < 3300 {
+            let crowded = entry_at(now, "all of these are in one partition");
+            if crc32fast::hash(crowded.uuid.as_bytes()) % 271 == ONE_PARTITION {
+                entries.push(crowded);
+            }
+        }
+        for batch in entries.chunks(500) {
+            let outcomes = put(&subject.map, batch).await;
+            assert!(outcomes.iter().all(|outcome| *outcome == Outcome::Stored));
+        }
+        entries.sort_by_key(|entry| entry.uuid);
+        assert!(all(&subject.map).await == entries);
+        for (order, bytes) in [
+            (Order::Asc, 128 * 1024),
+            (Order::Desc, 128 * 1024),
+            (Order::Asc, 4000),
+        ] {
+            let mut bounds = Bounds {
+                order,
+                ..Bounds::default()
+            };
+            let mut read = Vec::new();
+            loop {
+                let limit = PageLimit { bytes, ..WHOLE };
+                let page = subject.map.page(bounds, limit).await.unwrap();
+                let last = page.entries.last().map(|entry| entry.uuid);
+                read.extend(page.entries);
+                match last {
+                    Some(last) if page.more => bounds = bounds.resumed_from(last),
+                    _ => break,
+                }
+            }
+            if order == Order::Desc {
+                read.reverse();
+            }
+            assert!(
+                read == entries,
+                "{engine:?}, {order:?}, pages of {bytes} bytes"
+            );
+        }
     }
 }
 
@@ -305,7 +390,8 @@ fn expected(model: &BTreeMap<Uuid, String>, bounds: Bounds) -> Vec<Entry> {
 #[test]
 fn messages_are_kept_byte_for_byte() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    for subject in runtime.block_on(async { subjects() }) {
+    for engine in ENGINES {
+        let subject = runtime.block_on(Subject::of(engine));
         TestRunner::new(cases(200))
             .run(&"(?s).{1,300}", |msg| {
                 let entry = entry(&msg);
@@ -320,29 +406,18 @@ fn messages_are_kept_byte_for_byte() {
     }
 }
 
-/// A map is closed when its last user, for LMDB the writer thread, is gone.
-async fn open_again(location: &Location, options: Options) -> Arc<dyn DistributedMap> {
-    loop {
-        match open(location, options.clone()) {
-            Ok(map) => return map,
-            Err(error) if format!("{error:#}").contains("already open") => {
-                tokio::task::yield_now().await;
-            }
-            Err(error) => panic!("{error:#}"),
-        }
-    }
-}
-
 #[tokio::test]
 async fn damaged_lmdb_entry_is_an_error_not_a_shorter_page() {
-    let subject = lmdb();
+    let subject = Subject::of(Engine::Lmdb).await;
     let entries = [
         entry("intact"),
         entry("will be damaged"),
         entry("intact too"),
     ];
     put(&subject.map, &entries).await;
-    let Location::Lmdb(folder) = &subject.location;
+    let Location::Lmdb(folder) = &subject.location else {
+        panic!("it is an LMDB map")
+    };
     let file = std::fs::File::options()
         .read(true)
         .write(true)

@@ -1,18 +1,21 @@
 //! A service as a real process, on a free port, with its log at hand. Dropping it kills it.
 
-use std::io::{BufRead, BufReader};
-use std::net::{SocketAddr, TcpListener};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Lines of a log that are kept: enough for every assertion, bounded for bulk loads.
 const KEPT_LINES: usize = 100_000;
 
 /// How long a test waits for something that must come.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Pause between two looks at something that must come.
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// A running service.
 #[derive(Debug)]
@@ -57,6 +60,25 @@ impl Process {
         };
         process.wait_for_line(|line| line.contains("serving the "));
         process
+    }
+
+    /// Waits until `/readyz` says that it is ready.
+    pub(crate) fn wait_until_ready(&self) {
+        let begin = Instant::now();
+        while !self.readiness().starts_with("HTTP/1.1 200") {
+            assert!(begin.elapsed() < PATIENCE, "{}", self.readiness());
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+
+    /// The whole answer to `/readyz?verbose`.
+    pub(crate) fn readiness(&self) -> String {
+        let mut connection = TcpStream::connect(self.address).unwrap();
+        let request = "GET /readyz?verbose HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n";
+        connection.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        connection.read_to_string(&mut answer).unwrap();
+        answer
     }
 
     pub(crate) fn url(&self) -> String {

@@ -366,9 +366,19 @@ fn wrong_configuration_is_one_line_and_exit_code_2() {
     assert_refused(binary, &["--listen", "8082"], "127.0.0.1:8080");
     assert_refused(binary, &["--grace", "soon"], "10s");
     assert_refused(binary, &["--store-timeout", "0s"], "above zero");
-    assert_refused(binary, &["--backups", "1"], "write 0");
+    assert_refused(binary, &["--map", "redis://host/1"], "database 0");
+    assert_refused(binary, &["--map", "redis://user@host"], "USER:PASSWORD");
+    assert_refused(binary, &["--backups", "1"], "write --backups 0");
     assert_refused(binary, &["--log-format", "xml"], "text, json");
     assert_refused(binary, &["--no-such-flag"], "--help");
+    let output = Command::new(binary)
+        .args(["--map", "redis://user:secret@host:port"])
+        .output();
+    let line = one_line(&output.unwrap());
+    assert!(
+        line.contains("redis://…@host:port") && !line.contains("secret"),
+        "{line}"
+    );
     for (variable, value) in [("LOGGING_SETTLE", "never"), ("RUST_LOG", "a=b=c")] {
         let output = Command::new(binary).env(variable, value).output().unwrap();
         assert_eq!(output.status.code(), Some(2));
@@ -381,7 +391,11 @@ fn help_names_each_flag_with_its_environment_twin() {
     let flags = [
         ("--listen", "LOGGING_LISTEN", "127.0.0.1:8082"),
         ("--map", "LOGGING_MAP", "lmdb:data/map"),
-        ("--backups", "LOGGING_BACKUPS", "0"),
+        (
+            "--backups",
+            "LOGGING_BACKUPS",
+            "1 on a Redis Cluster, otherwise 0",
+        ),
         ("--store-timeout", "LOGGING_STORE_TIMEOUT", "800ms"),
         ("--settle", "LOGGING_SETTLE", "10s"),
         ("--grace", "LOGGING_GRACE", "10s"),

@@ -1,0 +1,102 @@
+//! The engines of the map, each with an empty map of its own for a test.
+
+use std::any::Any;
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use logging::map::DistributedMap;
+
+use crate::process::LOOK_AGAIN;
+use crate::redis_servers::{RedisCluster, RedisServer};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Engine {
+    Lmdb,
+    RedisServer,
+    RedisCluster,
+}
+
+/// An empty map, and what keeps it.
+pub(crate) struct EmptyMap {
+    /// As `--map` takes it.
+    pub(crate) location: String,
+    _keeper: Box<dyn Any + Send + Sync>,
+}
+
+/// The cluster takes seconds to start, so all tests that do not harm it use this one, in turn.
+static SHARED: Mutex<Shared> = Mutex::new(Shared::NotStarted);
+static RETURNED: Condvar = Condvar::new();
+
+enum Shared {
+    NotStarted,
+    Free(RedisCluster),
+    InUse,
+}
+
+/// The shared cluster while a test has it.
+struct Borrowed(Option<RedisCluster>);
+
+impl Borrowed {
+    fn wait_for() -> Self {
+        let shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_in_use = |shared: &mut Shared| matches!(shared, Shared::InUse);
+        let shared = RETURNED.wait_while(shared, is_in_use);
+        let mut shared = shared.unwrap_or_else(PoisonError::into_inner);
+        let cluster = match std::mem::replace(&mut *shared, Shared::NotStarted) {
+            Shared::Free(cluster) => cluster,
+            Shared::NotStarted | Shared::InUse => RedisCluster::start(),
+        };
+        *shared = Shared::InUse;
+        Self(Some(cluster))
+    }
+}
+
+impl Drop for Borrowed {
+    fn drop(&mut self) {
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        *shared = self.0.take().map_or(Shared::NotStarted, Shared::Free);
+        RETURNED.notify_one();
+    }
+}
+
+impl Engine {
+    pub(crate) fn empty_map(self) -> EmptyMap {
+        let folder = tempfile::tempdir().unwrap();
+        let (location, keeper): (String, Box<dyn Any + Send + Sync>) = match self {
+            Self::Lmdb => {
+                let location = format!("lmdb:{}", folder.path().join("map").display());
+                (location, Box::new(folder))
+            }
+            Self::RedisServer => {
+                let server = RedisServer::single(folder.path());
+                let location = format!("redis://{}", server.address());
+                (location, Box::new((server, folder)))
+            }
+            Self::RedisCluster => {
+                let borrowed = Borrowed::wait_for();
+                let cluster = borrowed.0.as_ref().expect("it is given back on drop only");
+                cluster.flush();
+                (cluster.url(), Box::new(borrowed))
+            }
+        };
+        EmptyMap {
+            location,
+            _keeper: keeper,
+        }
+    }
+}
+
+/// How long a test waits for a map that must get ready.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Waits until a map can serve.
+pub(crate) async fn wait_until_ready(map: &dyn DistributedMap) {
+    let looking = async {
+        while map.health().await.missing.is_some() {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    };
+    if tokio::time::timeout(PATIENCE, looking).await.is_err() {
+        panic!("the map does not get ready: {:?}", map.health().await);
+    }
+}

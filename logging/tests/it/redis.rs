@@ -1,0 +1,406 @@
+//! What only a map on Redis can do wrong: servers that are away or not as they should be, logins,
+//! TLS, replicas that come and go, slots that move.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::entry::{Entry, Outcome};
+use common::page::Bounds;
+use logging::map::{DistributedMap, Health, MapError, Options, PageLimit, open};
+use uuid::Uuid;
+
+use crate::process::{LOOK_AGAIN, Process, free_address};
+use crate::redis_servers::{RedisCluster, RedisServer};
+
+const WHOLE: PageLimit = PageLimit {
+    entries: u64::MAX,
+    bytes: usize::MAX,
+};
+
+fn open_at(location: &str, backups: Option<u16>) -> Arc<dyn DistributedMap> {
+    let options = Options {
+        store_timeout: Duration::from_millis(800),
+        settle: Duration::from_secs(60),
+        backups,
+    };
+    open(&location.parse().unwrap(), options).unwrap()
+}
+
+fn entries(count: usize) -> Vec<Entry> {
+    let entry = |n| Entry {
+        uuid: Uuid::now_v7(),
+        msg: format!("message {n}"),
+    };
+    (0..count).map(entry).collect()
+}
+
+async fn put(map: &Arc<dyn DistributedMap>, entries: &[Entry]) -> Vec<Outcome> {
+    map.put(entries.into()).await
+}
+
+fn is_partition_down(outcome: &Outcome) -> bool {
+    matches!(
+        outcome,
+        Outcome::Refused {
+            is_partition_down: true,
+            ..
+        }
+    )
+}
+
+/// Waits until the map's health is like this, and gives it.
+async fn wait_for(map: &Arc<dyn DistributedMap>, is_wanted: impl Fn(&Health) -> bool) -> Health {
+    let looking = async {
+        loop {
+            let health = map.health().await;
+            if is_wanted(&health) {
+                return health;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    };
+    let found = tokio::time::timeout(Duration::from_secs(30), looking).await;
+    match found {
+        Ok(health) => health,
+        Err(_) => panic!("it stays {:?}", map.health().await),
+    }
+}
+
+async fn wait_until_ready(map: &Arc<dyn DistributedMap>) -> Health {
+    wait_for(map, |health| health.missing.is_none()).await
+}
+
+async fn wait_until_missing(map: &Arc<dyn DistributedMap>, words: &str) {
+    wait_for(map, |health| {
+        health
+            .missing
+            .as_ref()
+            .is_some_and(|missing| missing.contains(words))
+    })
+    .await;
+}
+
+/// All shards serve as they should.
+fn is_whole(health: &Health) -> bool {
+    health.missing.is_none() && health.checks.iter().all(|check| check.ok)
+}
+
+#[tokio::test]
+async fn map_may_be_opened_before_its_server_runs_and_outlives_its_death() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = RedisServer::single(folder.path());
+    server.kill();
+    let map = open_at(&format!("redis://{}", server.address()), None);
+    wait_until_missing(&map, "cannot be reached").await;
+    let entries = entries(10);
+    assert!(put(&map, &entries).await.iter().all(is_partition_down));
+    let unreadable = map.page(Bounds::default(), WHOLE).await;
+    assert!(matches!(unreadable, Err(MapError::Unavailable(_))));
+
+    server.restart();
+    wait_until_ready(&map).await;
+    assert_eq!(put(&map, &entries[..5]).await, vec![Outcome::Stored; 5]);
+
+    server.kill();
+    for outcome in put(&map, &entries[5..]).await {
+        let is_not_acknowledged =
+            matches!(outcome, Outcome::Refused { .. } | Outcome::Unknown { .. });
+        assert!(is_not_acknowledged, "{outcome:?}");
+    }
+    wait_for(&map, |health| health.missing.is_some()).await;
+    server.restart();
+    wait_for(&map, is_whole).await;
+    let outcomes = put(&map, &entries).await;
+    assert_eq!(outcomes[..5], vec![Outcome::Duplicate; 5]);
+    assert_eq!(outcomes[5..], vec![Outcome::Stored; 5]);
+    assert_eq!(
+        map.page(Bounds::default(), WHOLE).await.unwrap().entries,
+        entries
+    );
+}
+
+/// A server that accepts connections and answers nothing is found out by time alone: what it was
+/// given is unknown, what comes then is refused without asking it, and it is used again when it goes
+/// on.
+#[tokio::test]
+async fn paused_server_is_not_asked_until_it_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = RedisServer::single(folder.path());
+    let map = open_at(&format!("redis://{}", server.address()), None);
+    wait_until_ready(&map).await;
+    let entries = entries(3);
+    server.signal("STOP");
+    let outcomes = put(&map, &entries[..1]).await;
+    assert!(
+        matches!(outcomes[..], [Outcome::Unknown { .. }]),
+        "{outcomes:?}"
+    );
+    let outcomes = put(&map, &entries[1..2]).await;
+    assert!(outcomes.iter().all(is_partition_down), "{outcomes:?}");
+    assert!(map.page(Bounds::default(), WHOLE).await.is_err());
+    server.signal("CONT");
+    wait_for(&map, is_whole).await;
+    for outcome in put(&map, &entries).await {
+        assert!(
+            matches!(outcome, Outcome::Stored | Outcome::Duplicate),
+            "{outcome:?}"
+        );
+    }
+    let read = map.page(Bounds::default(), WHOLE).await.unwrap();
+    assert_eq!(read.entries, entries);
+}
+
+/// At the start a shard without its backup is a reason not to be ready. Later it is not, or all
+/// instances would be taken out at once: entries of its partitions are refused, everything else goes
+/// on.
+#[tokio::test]
+async fn shard_without_its_backup_is_not_ready_at_first_and_degraded_later() {
+    let mut cluster = RedisCluster::start();
+    let url = cluster.url();
+    cluster.nodes[3].kill();
+    let map = open_at(&url, None);
+    wait_until_missing(&map, "NOREPLICAS").await;
+    cluster.nodes[3].restart();
+    let health = wait_until_ready(&map).await;
+    assert!(is_whole(&health), "{health:?}");
+
+    let stored = entries(100);
+    assert_eq!(put(&map, &stored).await, vec![Outcome::Stored; 100]);
+    cluster.nodes[3].kill();
+    let health = wait_for(&map, |health| !is_whole(health)).await;
+    assert_eq!(health.missing, None);
+    let failed: Vec<_> = health.checks.iter().filter(|check| !check.ok).collect();
+    assert_eq!(failed.len(), 1);
+    assert_eq!(
+        failed[0].name,
+        format!("primary {}", cluster.nodes[0].address())
+    );
+    let outcomes = put(&map, &entries(100)).await;
+    let refused = outcomes
+        .iter()
+        .filter(|outcome| is_partition_down(outcome))
+        .count();
+    let accepted = outcomes
+        .iter()
+        .filter(|outcome| **outcome == Outcome::Stored)
+        .count();
+    assert!(refused > 0 && accepted > 0, "{outcomes:?}");
+    assert_eq!(refused + accepted, 100, "{outcomes:?}");
+    let read = map.page(Bounds::default(), WHOLE).await.unwrap().entries;
+    assert_eq!(read.len(), 100 + accepted);
+
+    cluster.nodes[3].restart();
+    wait_for(&map, is_whole).await;
+    assert_eq!(put(&map, &entries(100)).await, vec![Outcome::Stored; 100]);
+}
+
+#[tokio::test]
+async fn server_that_may_lose_entries_is_warned_about() {
+    let folder = tempfile::tempdir().unwrap();
+    let flags = ["--cluster-enabled", "no", "--min-replicas-to-write", "0"];
+    let no_file = [&flags[..], &["--appendonly", "no"]].concat();
+    let server = RedisServer::start(&folder.path().join("primary"), &no_file);
+    let map = open_at(&format!("redis://{}", server.address()), None);
+    let health = wait_until_ready(&map).await;
+    let warning = "warning: it keeps no append-only file";
+    let is_warned = |health: &Health, warning: &str| {
+        let mut checks = health.checks.iter();
+        checks.any(|check| check.ok && check.detail.starts_with(warning))
+    };
+    assert!(is_warned(&health, warning), "{health:?}");
+
+    let port = server.port.to_string();
+    let follow = [&flags[..], &["--replicaof", "127.0.0.1", &port]].concat();
+    let _replica = RedisServer::start(&folder.path().join("replica"), &follow);
+    wait_for(&map, |health| {
+        is_warned(health, "warning: it has 1 replicas")
+    })
+    .await;
+}
+
+/// `--backups` on one server with a replica: an entry is acknowledged when both have it.
+#[tokio::test]
+async fn backups_of_a_single_server_are_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = RedisServer::single(&folder.path().join("primary"));
+    let map = open_at(&format!("redis://{}", server.address()), Some(1));
+    wait_until_missing(&map, "0 of 1 backups").await;
+    assert!(put(&map, &entries(1)).await.iter().all(is_partition_down));
+    let port = server.port.to_string();
+    let flags = ["--cluster-enabled", "no", "--replicaof", "127.0.0.1", &port];
+    let replica = RedisServer::start(&folder.path().join("replica"), &flags);
+    wait_until_ready(&map).await;
+    assert_eq!(put(&map, &entries(10)).await, vec![Outcome::Stored; 10]);
+    let keys: i64 = replica.ask(&["DBSIZE"]);
+    assert!(keys > 1);
+}
+
+#[tokio::test]
+async fn servers_that_are_no_cluster_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let start = |name: &str| RedisServer::single(&folder.path().join(name));
+    let (first, second) = (start("1"), start("2"));
+    let both = format!("redis://{},{}", first.address(), second.address());
+    let map = open_at(&both, None);
+    wait_until_missing(&map, "is no member of a cluster; name one server").await;
+    assert!(put(&map, &entries(1)).await.iter().all(is_partition_down));
+}
+
+/// A replica of a single server could be read, but has only what its primary sent it.
+#[tokio::test]
+async fn replica_of_a_single_server_is_not_the_map() {
+    let folder = tempfile::tempdir().unwrap();
+    let primary = RedisServer::single(&folder.path().join("primary"));
+    let (port, flags) = (
+        primary.port.to_string(),
+        ["--cluster-enabled", "no", "--replicaof"],
+    );
+    let flags = [&flags[..], &["127.0.0.1", &port]].concat();
+    let replica = RedisServer::start(&folder.path().join("replica"), &flags);
+    let map = open_at(&format!("redis://{}", replica.address()), None);
+    wait_until_missing(&map, "is a replica; name its primary").await;
+    assert!(map.page(Bounds::default(), WHOLE).await.is_err());
+    assert!(map.last().await.is_err());
+}
+
+/// The user that README tells to make can do all that is needed and nothing else; a wrong password
+/// is named as the reason.
+#[tokio::test]
+async fn user_with_a_password_needs_few_rights() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = RedisServer::single(folder.path());
+    let rights = "on >secret/word ~entries:* ~fence:* +eval +zadd +zrangebylex +zrevrangebylex \
+                  +incr +time +wait +info +ping +cluster|nodes";
+    let mut command = vec!["ACL", "SETUSER", "logging"];
+    command.extend(rights.split_whitespace());
+    let _: () = server.ask(&command);
+    let _: () = server.ask(&["ACL", "SETUSER", "default", "off"]);
+    let address = server.address();
+    let map = open_at(&format!("redis://logging:secret%2Fword@{address}"), None);
+    wait_until_ready(&map).await;
+    let entries = entries(10);
+    assert_eq!(put(&map, &entries).await, vec![Outcome::Stored; 10]);
+    assert_eq!(
+        map.page(Bounds::default(), WHOLE).await.unwrap().entries,
+        entries
+    );
+    assert_eq!(map.last().await.unwrap(), Some(entries[9].uuid));
+
+    let map = open_at(&format!("redis://logging:wrong@{address}"), None);
+    wait_until_missing(&map, "authentication failed").await;
+}
+
+/// `rediss://` with a certificate of the test's own, which the system's store is told to trust.
+#[test]
+fn servers_are_reached_by_tls() {
+    let folder = tempfile::tempdir().unwrap();
+    let (key, certificate) = (folder.path().join("key"), folder.path().join("certificate"));
+    let made = Command::new("openssl")
+        .args([
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+        ])
+        .args(["-nodes", "-days", "2", "-subj", "/CN=test", "-addext"])
+        .args([
+            "subjectAltName=IP:127.0.0.1",
+            "-addext",
+            "basicConstraints=critical,CA:FALSE",
+        ])
+        .arg("-keyout")
+        .arg(&key)
+        .arg("-out")
+        .arg(&certificate)
+        .output()
+        .unwrap();
+    assert!(
+        made.status.success(),
+        "{}",
+        String::from_utf8_lossy(&made.stderr)
+    );
+    let tls_port = free_address().port();
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let _server = RedisServer::start(
+        &folder.path().join("server"),
+        &[
+            "--cluster-enabled",
+            "no",
+            "--min-replicas-to-write",
+            "0",
+            "--tls-port",
+            &tls_port.to_string(),
+            "--tls-cert-file",
+            &text(&certificate),
+            "--tls-key-file",
+            &text(&key),
+            "--tls-auth-clients",
+            "no",
+        ],
+    );
+    let start = |trusted: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_logging"));
+        command.args(["--map", &format!("rediss://127.0.0.1:{tls_port}")]);
+        command.env("SSL_CERT_FILE", trusted);
+        Process::start(command, free_address())
+    };
+    start(&text(&certificate)).wait_until_ready();
+    let stranger = start("/etc/ssl/certs/ca-certificates.crt");
+    stranger.wait_for_line(|line| line.contains("certificate"));
+    assert!(stranger.readiness().starts_with("HTTP/1.1 503"));
+}
+
+/// Slots with their partitions go to another primary while entries are put: what is acknowledged
+/// stays, and all can be put again when it is over.
+#[tokio::test(flavor = "multi_thread")]
+async fn slots_may_move_while_entries_are_put() {
+    let cluster = RedisCluster::start();
+    let map = open_at(&cluster.url(), None);
+    wait_until_ready(&map).await;
+    let id = |node: usize| cluster.nodes[node].ask::<String>(&["CLUSTER", "MYID"]);
+    let mut moving = Command::new("redis-cli")
+        .args(["--cluster", "reshard", &cluster.nodes[0].address()])
+        .args(["--cluster-from", &id(0), "--cluster-to", &id(1)])
+        .args(["--cluster-slots", "2000", "--cluster-yes"])
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut stored = Vec::new();
+    let mut refused = 0;
+    let has_moved = loop {
+        let batch = entries(100);
+        for (entry, outcome) in batch.iter().zip(put(&map, &batch).await) {
+            match outcome {
+                Outcome::Stored => stored.push(entry.clone()),
+                outcome if is_partition_down(&outcome) => refused += 1,
+                other => panic!("{other:?}"),
+            }
+        }
+        if let Some(status) = moving.try_wait().unwrap() {
+            break status.success();
+        }
+    };
+    assert!(has_moved);
+    println!(
+        "{} entries stored and {refused} refused while slots moved",
+        stored.len()
+    );
+    // Where a partition is now is learned from being refused.
+    let last = entries(100);
+    let putting = async {
+        let mut left = last.clone();
+        while !left.is_empty() {
+            let outcomes = put(&map, &left).await;
+            let mut outcomes = outcomes.iter();
+            left.retain(|_| outcomes.next().is_some_and(is_partition_down));
+        }
+    };
+    let put_again = tokio::time::timeout(Duration::from_secs(30), putting).await;
+    put_again.expect("all partitions take entries again");
+    stored.extend(last);
+    assert!(map.page(Bounds::default(), WHOLE).await.unwrap().entries == stored);
+}

@@ -1,0 +1,244 @@
+//! Real Redis servers on free ports of the loopback interface: single ones, and a cluster of three
+//! primaries with a replica each, all with the profile that is shipped. They end with the test.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use redis::{Value, from_redis_value};
+use tempfile::TempDir;
+
+use crate::process::{LOOK_AGAIN, free_address};
+
+/// How long a test waits for servers to find to each other.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The profile that is shipped.
+const PROFILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/redis.conf");
+
+/// Starts a server and ends it when standard input does: also when the test was killed.
+const SUPERVISOR: &str =
+    "redis-server \"$@\" & echo $!; read -r _; kill -KILL $!; { wait $!; } 2>/dev/null";
+
+/// A running Redis server.
+#[derive(Debug)]
+pub(crate) struct RedisServer {
+    supervisor: Child,
+    pid: String,
+    pub(crate) port: u16,
+    /// Where the members of a cluster talk to each other.
+    bus_port: u16,
+    folder: PathBuf,
+    flags: Vec<String>,
+}
+
+impl RedisServer {
+    /// Starts a server that keeps its files in `folder`; `flags` come after the profile.
+    pub(crate) fn start(folder: &Path, flags: &[&str]) -> Self {
+        let (port, bus_port) = (free_address().port(), free_address().port());
+        let ports = [
+            "--port",
+            &port.to_string(),
+            "--cluster-port",
+            &bus_port.to_string(),
+        ]
+        .map(str::to_owned);
+        let flags = flags.iter().map(|flag| (*flag).to_owned());
+        let flags: Vec<String> = ports.into_iter().chain(flags).collect();
+        std::fs::create_dir_all(folder).unwrap();
+        let (supervisor, pid) = supervise(folder, &flags);
+        let server = Self {
+            supervisor,
+            pid,
+            port,
+            bus_port,
+            folder: folder.to_owned(),
+            flags,
+        };
+        server.wait_until("it answers", |server| server.try_ask(&["PING"]).is_ok());
+        server
+    }
+
+    /// A server of its own, not in a cluster and without replicas.
+    pub(crate) fn single(folder: &Path) -> Self {
+        let alone = ["--cluster-enabled", "no", "--min-replicas-to-write", "0"];
+        Self::start(folder, &alone)
+    }
+
+    pub(crate) fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    pub(crate) fn try_ask(&self, command: &[&str]) -> redis::RedisResult<Value> {
+        let client = redis::Client::open(format!("redis://{}", self.address()))?;
+        let mut connection = client.get_connection_with_timeout(Duration::from_secs(1))?;
+        connection.set_read_timeout(Some(Duration::from_secs(5)))?;
+        let (name, arguments) = command.split_first().unwrap();
+        redis::cmd(name).arg(arguments).query(&mut connection)
+    }
+
+    /// The answer to a command that must succeed.
+    #[track_caller]
+    pub(crate) fn ask<T: redis::FromRedisValue>(&self, command: &[&str]) -> T {
+        from_redis_value(self.try_ask(command).unwrap()).unwrap()
+    }
+
+    /// A field of `INFO`.
+    pub(crate) fn info(&self, field: &str) -> Option<String> {
+        self.field_of(&["INFO"], field)
+    }
+
+    #[track_caller]
+    fn ask_role(&self) -> String {
+        self.info("role").expect("the server answers")
+    }
+
+    /// A field of `CLUSTER INFO`.
+    pub(crate) fn cluster_info(&self, field: &str) -> Option<String> {
+        self.field_of(&["CLUSTER", "INFO"], field)
+    }
+
+    fn field_of(&self, command: &[&str], field: &str) -> Option<String> {
+        let info: String = from_redis_value(self.try_ask(command).ok()?).ok()?;
+        let mut fields = info.lines().filter_map(|line| line.split_once(':'));
+        let found = fields.find(|(name, _)| *name == field);
+        found.map(|(_, value)| value.to_owned())
+    }
+
+    #[track_caller]
+    pub(crate) fn wait_until(&self, what: &str, is_so: impl Fn(&Self) -> bool) {
+        let begin = Instant::now();
+        while !is_so(self) {
+            assert!(
+                begin.elapsed() < PATIENCE,
+                "{}: not within {PATIENCE:?}: {what}",
+                self.address()
+            );
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+
+    /// Sends a signal by its name, for example `STOP`.
+    pub(crate) fn signal(&self, name: &str) {
+        let arguments = [format!("-{name}"), self.pid.clone()];
+        let sent = Command::new("kill").args(arguments).status();
+        assert!(sent.unwrap().success());
+    }
+
+    /// Ends the server with SIGKILL and waits until it is gone.
+    pub(crate) fn kill(&mut self) {
+        drop(self.supervisor.stdin.take());
+        self.supervisor.wait().unwrap();
+    }
+
+    /// Starts the server again where it was.
+    pub(crate) fn restart(&mut self) {
+        (self.supervisor, self.pid) = supervise(&self.folder, &self.flags);
+        self.wait_until("it answers", |server| server.try_ask(&["PING"]).is_ok());
+    }
+}
+
+fn supervise(folder: &Path, flags: &[String]) -> (Child, String) {
+    let mut supervisor = Command::new("sh")
+        .args(["-c", SUPERVISOR, "sh", PROFILE, "--dir"])
+        .arg(folder)
+        .args(["--bind", "127.0.0.1", "--logfile", "redis.log"])
+        .args(flags)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("there is a shell");
+    let mut pid = String::new();
+    let stdout = supervisor.stdout.take().expect("stdout is piped");
+    BufReader::new(stdout).read_line(&mut pid).unwrap();
+    (supervisor, pid.trim_end().to_owned())
+}
+
+impl Drop for RedisServer {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Three primaries with a replica each.
+#[derive(Debug)]
+pub(crate) struct RedisCluster {
+    /// The three that began as primaries, then their replicas in the same order.
+    pub(crate) nodes: Vec<RedisServer>,
+    _folder: TempDir,
+}
+
+impl RedisCluster {
+    pub(crate) fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let start = |n: usize| RedisServer::start(&folder.path().join(n.to_string()), &[]);
+        let nodes: Vec<RedisServer> = (0..6).map(start).collect();
+        for (n, slots) in [("0", "5460"), ("5461", "10922"), ("10923", "16383")]
+            .iter()
+            .enumerate()
+        {
+            let epoch = (n + 1).to_string();
+            let _: () = nodes[n].ask(&["CLUSTER", "SET-CONFIG-EPOCH", &epoch]);
+            let _: () = nodes[n].ask(&["CLUSTER", "ADDSLOTSRANGE", slots.0, slots.1]);
+        }
+        for node in &nodes[1..] {
+            let (port, bus_port) = (node.port.to_string(), node.bus_port.to_string());
+            let _: () = nodes[0].ask(&["CLUSTER", "MEET", "127.0.0.1", &port, &bus_port]);
+        }
+        for node in &nodes {
+            node.wait_until("it knows the others", |node| {
+                node.cluster_info("cluster_known_nodes") == Some("6".to_owned())
+            });
+        }
+        for n in 0..3 {
+            let primary: String = nodes[n].ask(&["CLUSTER", "MYID"]);
+            let replica = &nodes[n + 3];
+            replica.wait_until("it knows its primary", |replica| {
+                let command = ["CLUSTER", "REPLICATE", &primary];
+                replica.try_ask(&command).is_ok()
+            });
+        }
+        let cluster = Self {
+            nodes,
+            _folder: folder,
+        };
+        cluster.wait_until_whole();
+        cluster
+    }
+
+    /// Waits until every primary has its replica and takes entries, and all agree that the cluster
+    /// serves. A primary counts its replicas once a second; a script without flags counts as a
+    /// write, so it is refused until then, and this one changes nothing.
+    #[track_caller]
+    pub(crate) fn wait_until_whole(&self) {
+        for node in &self.nodes {
+            node.wait_until("the cluster is whole", |node| {
+                let is_linked = match node.info("role").as_deref() {
+                    Some("master") => node.try_ask(&["EVAL", "#!lua\nreturn 1", "0"]).is_ok(),
+                    _ => node.info("master_link_status").as_deref() == Some("up"),
+                };
+                is_linked && node.cluster_info("cluster_state").as_deref() == Some("ok")
+            });
+        }
+    }
+
+    /// Those that are primaries now.
+    pub(crate) fn primaries(&self) -> Vec<&RedisServer> {
+        let is_primary = |node: &&RedisServer| node.ask_role() == "master";
+        self.nodes.iter().filter(is_primary).collect()
+    }
+
+    /// All members, as `--map` takes them.
+    pub(crate) fn url(&self) -> String {
+        let addresses: Vec<String> = self.nodes.iter().map(RedisServer::address).collect();
+        format!("redis://{}", addresses.join(","))
+    }
+
+    /// Empties the map.
+    pub(crate) fn flush(&self) {
+        for primary in self.primaries() {
+            let _: () = primary.ask(&["FLUSHALL"]);
+        }
+    }
+}
