@@ -5,13 +5,15 @@ cd "$(dirname "$0")/.."
 
 rounds=${1:-5}
 seconds=${2:-5}
+engine=${3:-lmdb}
 
 if [[ $rounds == --help || $rounds == -h ]]; then
     cat <<'HELP'
-usage: bench/post.sh [ROUNDS] [SECONDS]
+usage: bench/post.sh [ROUNDS] [SECONDS] [lmdb|cluster]
 
 Runs wrk with 256 connections against a bare axum handler and against the facade in turn, ROUNDS
-times (5) for SECONDS (5) each, and prints the ratio of each pair and their median.
+times (5) for SECONDS (5) each, and prints the ratio of each pair and their median. The map is an
+LMDB folder, or a Redis Cluster of three primaries and three replicas on the same machine.
 HELP
     exit 0
 fi
@@ -21,7 +23,13 @@ cargo build --release --locked --workspace --examples --bins
 
 folder=$(mktemp -d)
 pids=()
-trap 'kill "${pids[@]}" 2>/dev/null; wait; rm -rf "$folder"' EXIT
+stop_all() {
+    kill "${pids[@]}" 2>/dev/null || true
+    wait
+    if [[ $engine == cluster ]]; then scripts/cluster.sh wipe "$folder/cluster"; fi
+    rm -rf "$folder"
+}
+trap stop_all EXIT
 
 free_port() {
     local candidate
@@ -37,6 +45,15 @@ start() {
     pids+=($!)
 }
 
+case $engine in
+    lmdb) map=lmdb:$folder/map ;;
+    cluster) map=$(scripts/cluster.sh start "$folder/cluster" $((10000 + RANDOM % 10000))) ;;
+    *)
+        echo "error: $engine is no engine; write lmdb or cluster" >&2
+        exit 2
+        ;;
+esac
+
 messages=127.0.0.1:$(free_port)
 bare=127.0.0.1:$(free_port)
 facade=127.0.0.1:$(free_port)
@@ -46,7 +63,7 @@ urls=()
 for _ in 1 2 3; do
     address=127.0.0.1:$(free_port)
     urls+=("http://$address")
-    start target/release/logging --listen "$address" --map "lmdb:$folder/map"
+    start target/release/logging --listen "$address" --map "$map"
 done
 start target/release/facade --listen "$facade" --messages "http://$messages" \
     --logging "$(IFS=,; echo "${urls[*]}")"
@@ -68,7 +85,7 @@ rate() { wrk -t2 -c256 -d"${seconds}s" -s "$folder/post.lua" "http://$1/" 2>&1 >
 
 echo "commit:  $(git rev-parse --short HEAD)$(git diff --quiet HEAD || echo ' with changes')"
 echo "machine: $(nproc) cores, $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1), Linux $(uname -r)"
-echo "command: bench/post.sh $rounds $seconds"
+echo "command: bench/post.sh $rounds $seconds $engine"
 echo
 echo "| bare, req/s | facade, req/s | facade p99, ms | failed | share |"
 echo "|---|---|---|---|---|"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The story in one command: messages survive the death of one, two and all logging instances, also
-# in the middle of a GET.
+# in the middle of a GET; on a Redis Cluster, the death of instances and primaries together.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+usage() {
     cat <<'HELP'
-usage: scripts/demo.sh
+usage: scripts/demo.sh [--cluster]
 
 Builds the services and starts messages, three logging instances and the facade on free ports of
 loopback, with an embedded map in a temporary folder. Posts ten messages, shows which logging
@@ -14,10 +14,27 @@ instance took which, then reads them with three, two and one instance alive (the
 with kill -9), with none, and with one that has returned. Then uploads 200,000 messages and ends two
 of three instances in the middle of a GET. Stops everything it started.
 
+  --cluster   the map is a Redis Cluster of three primaries and three replicas instead, made in the
+              same folder. Ends a logging instance and a Redis primary together, reads everything,
+              starts them again, ends the next pair, and reads everything again.
+
 Exit code: 0 only if everything was as it should be.
 HELP
-    exit 0
-fi
+}
+
+engine=lmdb
+case ${1:-} in
+    '') ;;
+    --cluster) engine=cluster ;;
+    --help | -h)
+        usage
+        exit 0
+        ;;
+    *)
+        usage >&2
+        exit 2
+        ;;
+esac
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 fail() {
@@ -33,6 +50,7 @@ declare -A pid port
 stop_all() {
     for name in "${!pid[@]}"; do kill -KILL "${pid[$name]}" 2>/dev/null || true; done
     wait 2>/dev/null || true
+    if [[ $engine == cluster ]]; then scripts/cluster.sh wipe "$folder/cluster" || true; fi
     rm -rf "$folder"
 }
 trap stop_all EXIT
@@ -63,10 +81,22 @@ start() {
         fail "$name does not serve; its log: $(cat "$folder/$name.log")"
 }
 
-start_logging() { start "$1" logging --map "lmdb:$folder/map"; }
+start_logging() {
+    start "$1" logging --map "$map"
+    curl --silent --output /dev/null --fail --retry 30 --retry-delay 1 --retry-all-errors \
+        "http://127.0.0.1:${port[$1]}/readyz" || fail "$1 does not get ready"
+}
 
 instances=(logging-1 logging-2 logging-3)
 for name in messages "${instances[@]}" facade; do port[$name]=$(free_port); done
+
+map=lmdb:$folder/map
+if [[ $engine == cluster ]]; then
+    say "Making a Redis Cluster of three primaries and three replicas"
+    # The members also listen 10,000 ports higher.
+    map=$(scripts/cluster.sh start "$folder/cluster" $((10000 + RANDOM % 10000)))
+    echo "$map"
+fi
 
 say "Starting messages, three logging instances and the facade"
 start messages messages
@@ -76,8 +106,15 @@ start facade facade --messages "http://127.0.0.1:${port[messages]}" --logging "$
 export FACADE_URL=http://127.0.0.1:${port[facade]}
 for name in messages "${instances[@]}" facade; do echo "$name: 127.0.0.1:${port[$name]}"; done
 
+# post MESSAGE…: each must be stored.
+posted=()
+post() {
+    scripts/post.sh "$@" || fail "a POST was not answered with 200"
+    posted+=("$@")
+}
+
 say "Posting ten messages (status, logging instance, answer)"
-scripts/post.sh 10 || fail "a POST was not answered with 200"
+post msg{1..10}
 
 say "Which logging instance took which message, by their own logs"
 taken=0
@@ -88,15 +125,15 @@ for name in "${instances[@]}"; do
 done
 ((taken == 10)) || fail "the logs name $taken messages, not ten"
 
-# expect_all_ten: one GET, complete and in order.
-expect_all_ten() {
+# expect_all: one GET gives all that was posted, in order.
+expect_all() {
     local body expected actual
     body=$(scripts/get.sh) || fail "the GET was not answered with 200: $body"
     echo "$body"
-    expected=$(printf '"msg":"msg%s"\n' {1..10})
+    expected=$(printf '"msg":"%s"\n' "${posted[@]}")
     actual=$(grep -o '"msg":"[^"]*"' <<<"$body" || true)
-    [[ $actual == "$expected" ]] || fail "not all ten messages are there, in order"
-    [[ $body == *'"messages_service":"Messages Service not Implemented","count":10}'* ]] ||
+    [[ $actual == "$expected" ]] || fail "not all messages are there, in order"
+    [[ $body == *'"messages_service":"Messages Service not Implemented","count":'${#posted[@]}'}'* ]] ||
         fail "the body does not end as it should"
 }
 
@@ -107,47 +144,79 @@ end_instance() {
     unset "pid[$1]"
 }
 
-say "GET with three logging instances alive"
-expect_all_ten
-end_instance logging-2
-say "GET with two alive"
-expect_all_ten
-end_instance logging-1
-say "GET with one alive"
-expect_all_ten
-end_instance logging-3
-say "GET with none alive: a clear 503"
-if body=$(scripts/get.sh); then fail "there was nobody to read from, and yet: $body"; fi
-echo "$body"
-[[ $body == *'"status":503'* && $body == *503 ]] || fail "this is no clear 503"
+story_of_instances() {
+    say "GET with three logging instances alive"
+    expect_all
+    end_instance logging-2
+    say "GET with two alive"
+    expect_all
+    end_instance logging-1
+    say "GET with one alive"
+    expect_all
+    end_instance logging-3
+    say "GET with none alive: a clear 503"
+    if body=$(scripts/get.sh); then fail "there was nobody to read from, and yet: $body"; fi
+    echo "$body"
+    [[ $body == *'"status":503'* && $body == *503 ]] || fail "this is no clear 503"
 
-say "logging-2 returns"
-start_logging logging-2
-expect_all_ten
+    say "logging-2 returns"
+    start_logging logging-2
+    expect_all
 
-say "All return, and 200,000 more messages are uploaded"
-for name in logging-1 logging-3; do start_logging "$name"; done
-for ((n = 1; n <= 200000; n++)); do printf '"upload %d"\n' "$n"; done >"$folder/upload.ndjson"
-summary=$(curl --silent --show-error --header 'content-type: application/x-ndjson' \
-    --data-binary "@$folder/upload.ndjson" "$FACADE_URL/")
-echo "$summary"
-[[ $summary == '{"stored":200000,"failed":0,"errors":[]}' ]] || fail "not all were stored"
+    say "All return, and 200,000 more messages are uploaded"
+    for name in logging-1 logging-3; do start_logging "$name"; done
+    for ((n = 1; n <= 200000; n++)); do printf '"upload %d"\n' "$n"; done >"$folder/upload.ndjson"
+    summary=$(curl --silent --show-error --header 'content-type: application/x-ndjson' \
+        --data-binary "@$folder/upload.ndjson" "$FACADE_URL/")
+    echo "$summary"
+    [[ $summary == '{"stored":200000,"failed":0,"errors":[]}' ]] || fail "not all were stored"
 
-say "A GET of all of them loses logging-1 and logging-2 in the middle"
-mkfifo "$folder/body"
-curl --silent --show-error --no-buffer --header 'accept: text/plain' "$FACADE_URL/" \
-    >"$folder/body" &
-reader=$!
-exec 4<"$folder/body"
-read -r -u 4 first_line
-echo "the first line has come: $first_line"
-end_instance logging-1
-end_instance logging-2
-tail=$(tail -n 3 <&4)
-exec 4<&-
-wait "$reader" || fail "the GET broke off"
-echo "the last lines: $tail"
-[[ $tail == *"upload 200000"*"200010 messages"*"Messages Service not Implemented" ]] ||
-    fail "the body is not complete"
+    say "A GET of all of them loses logging-1 and logging-2 in the middle"
+    mkfifo "$folder/body"
+    curl --silent --show-error --no-buffer --header 'accept: text/plain' "$FACADE_URL/" \
+        >"$folder/body" &
+    reader=$!
+    exec 4<"$folder/body"
+    read -r -u 4 first_line
+    echo "the first line has come: $first_line"
+    end_instance logging-1
+    end_instance logging-2
+    tail=$(tail -n 3 <&4)
+    exec 4<&-
+    wait "$reader" || fail "the GET broke off"
+    echo "the last lines: $tail"
+    [[ $tail == *"upload 200000"*"200010 messages"*"Messages Service not Implemented" ]] ||
+        fail "the body is not complete"
+}
+
+# The Redis servers that began as primaries are the nodes 1, 2 and 3.
+end_pair() {
+    local instance=$1 node=$2
+    say "kill -9 $instance and the Redis primary of node $node"
+    kill -KILL "${pid[$instance]}" "$(<"$folder/cluster/node-$node/redis.pid")"
+    unset "pid[$instance]"
+    say "GET: it waits until the replica of node $node has taken over"
+    local begin=$SECONDS
+    expect_all
+    echo "(after $((SECONDS - begin)) seconds)"
+}
+
+story_of_pairs() {
+    say "GET with all alive"
+    expect_all
+    end_pair logging-2 1
+    say "POSTs go on meanwhile, in the partitions of the other primaries"
+    post meanwhile{1..3}
+    say "Both return"
+    scripts/cluster.sh start "$folder/cluster"
+    start_logging logging-2
+    expect_all
+    end_pair logging-1 2
+}
+
+case $engine in
+    lmdb) story_of_instances ;;
+    cluster) story_of_pairs ;;
+esac
 
 say "Every message was there each time."

@@ -1,25 +1,45 @@
 #!/usr/bin/env bash
-# Builds and runs the whole system on the embedded map, until Ctrl-C.
+# Builds and runs the whole system until Ctrl-C, on the embedded map or on a Redis Cluster.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-folder=${1:-data/map}
-
-if [[ $folder == --help || $folder == -h ]]; then
+usage() {
     cat <<'HELP'
-usage: scripts/run.sh [FOLDER]
+usage: scripts/run.sh [--cluster] [FOLDER]
 
 Builds the services in release mode and runs messages (8081), three logging instances (8082, 8083,
 8084) and the facade (8086) on loopback, over an LMDB map in FOLDER (data/map unless given). Each
 line of output begins with the service's name. Ctrl-C stops all of them; requests in flight finish.
+
+  --cluster   the map is a Redis Cluster of six servers (7001 to 7006) with their data in FOLDER
+              (data/cluster unless given), see scripts/cluster.sh; Ctrl-C stops them too
 
 Then, from another terminal:
   scripts/post.sh              ten messages
   scripts/get.sh               all messages
   curl -d msg=hello localhost:8086
 HELP
-    exit 0
-fi
+}
+
+engine=lmdb
+case ${1:-} in
+    --cluster)
+        engine=cluster
+        shift
+        ;;
+    --help | -h)
+        usage
+        exit 0
+        ;;
+    -*)
+        usage >&2
+        exit 2
+        ;;
+esac
+case $engine in
+    lmdb) folder=${1:-data/map} ;;
+    cluster) folder=${1:-data/cluster} ;;
+esac
 
 declare -A ports=(
     [messages]=8081 [logging-1]=8082 [logging-2]=8083 [logging-3]=8084 [facade]=8086
@@ -53,13 +73,22 @@ stop_all() {
     trap '' INT TERM
     kill -TERM "${pids[@]}" 2>/dev/null || true
     wait "${pids[@]}" 2>/dev/null || true
+    if [[ $engine == cluster ]]; then scripts/cluster.sh stop "$folder"; fi
 }
 
 trap 'stop_all; exit 0' INT TERM
 
+case $engine in
+    lmdb) map=lmdb:$folder ;;
+    cluster)
+        echo "starting a Redis Cluster in $folder"
+        map=$(scripts/cluster.sh start "$folder")
+        ;;
+esac
+
 start messages messages
 for n in 1 2 3; do
-    start "logging-$n" logging --map "lmdb:$folder"
+    start "logging-$n" logging --map "$map"
 done
 start facade facade
 

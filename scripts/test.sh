@@ -7,14 +7,19 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
     cat <<'HELP'
 usage: scripts/test.sh [ARGUMENT…]
 
-Runs all tests of the workspace in release mode: what is tested is what is shipped. Arguments go to
-the tests, for example: scripts/test.sh post::   runs those whose name contains it.
+Runs all tests of the workspace in release mode: what is tested is what is shipped. Then runs those
+of the whole system again on one Redis server and on a Redis Cluster of six, which the tests start
+themselves. Arguments go to the tests, for example: scripts/test.sh post::   runs those whose name
+contains it.
+
+TEST_ENGINE=lmdb, redis or cluster runs those of the whole system on this engine only.
 
 The tests start the services as real processes on free ports of the loopback interface. They need
 Linux, the rights to mount and to make PID namespaces (root, or a container that grants them),
 and these tools, which the script installs on Debian and Ubuntu when it may:
   strace             makes a disk fail
   python3, requests  the client of the original exercise
+  redis-server, redis-cli (7.0 or later), openssl
 HELP
     exit 0
 fi
@@ -25,6 +30,9 @@ lacks_requests() { ! python3 -c 'import requests' 2>/dev/null; }
 packages=()
 if missing strace; then packages+=(strace); fi
 if missing unshare; then packages+=(util-linux); fi
+if missing redis-server; then packages+=(redis-server); fi
+if missing redis-cli; then packages+=(redis-tools); fi
+if missing openssl; then packages+=(openssl); fi
 if missing cc; then packages+=(gcc libc6-dev); fi
 if missing python3; then packages+=(python3); fi
 if lacks_requests; then packages+=(python3-requests); fi
@@ -40,4 +48,16 @@ if ((${#packages[@]})); then
     if lacks_requests; then python3 -m pip install --quiet requests; fi
 fi
 
-cargo test --workspace --release --locked -- "$@"
+run() { cargo test --workspace --release --locked "$@"; }
+
+if [[ -n ${TEST_ENGINE:-} ]]; then
+    run -- "$@"
+    exit
+fi
+run -- "$@"
+# The others do not depend on the engine, or choose it themselves.
+(($#)) || set -- post:: get:: bulk:: http:: processes:: failover:: large::million cluster::key
+for engine in redis cluster; do
+    printf '\nthe whole system on %s\n' "$engine"
+    TEST_ENGINE=$engine cargo test --package facade --release --locked --test it -- "$@"
+done

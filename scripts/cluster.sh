@@ -1,0 +1,153 @@
+#!/usr/bin/env bash
+# A Redis Cluster of three primaries and three replicas on this machine, with the shipped profile.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+
+usage() {
+    cat <<'HELP'
+usage: scripts/cluster.sh start|stop|status|wipe [FOLDER [PORT]]
+
+Runs six Redis servers (7.0 or later) on loopback, as scripts/redis.conf says, with their data in
+FOLDER (data/cluster unless given).
+
+  start   starts the servers that do not run, makes them a cluster if they are none yet, waits
+          until every primary has its replica, and prints what --map takes
+  stop    stops all of them; the data stays
+  status  prints who is primary of what, as the first member that answers sees it
+  wipe    stops all of them and deletes their data
+
+They listen on PORT and the five after it (7001 to 7006 by default; a folder keeps the PORT of its
+first start), and for each other on ports 10000 higher.
+HELP
+}
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+action=${1:-}
+folder=${2:-$root/data/cluster}
+case $action in
+    start | stop | status | wipe) ;;
+    --help | -h)
+        usage
+        exit 0
+        ;;
+    *)
+        usage >&2
+        exit 2
+        ;;
+esac
+
+nodes=(1 2 3 4 5 6)
+first_port=${3:-7001}
+if [[ -f $folder/port ]]; then
+    first_port=$(<"$folder/port")
+    [[ ${3:-$first_port} == "$first_port" ]] ||
+        fail "the cluster in $folder listens on $first_port; wipe it first to change that"
+fi
+
+port() { echo $((first_port + $1 - 1)); }
+
+# pid NODE: of its server, if it runs.
+pid() {
+    local pid
+    pid=$(cat "$folder/node-$1/redis.pid" 2>/dev/null) || return 1
+    [[ $(cat "/proc/$pid/comm" 2>/dev/null) == redis-server* ]] && echo "$pid"
+}
+
+is_down() { ! pid "$1" >/dev/null; }
+
+ask() { redis-cli -p "$(port "$1")" "${@:2}" 2>/dev/null; }
+
+# wait_for WHAT COMMAND…: looks ten times a second, for a minute.
+wait_for() {
+    local what=$1
+    shift
+    for ((look = 0; look < 600; look++)); do
+        if "$@"; then return; fi
+        sleep 0.1
+    done
+    fail "gave up after a minute waiting for $what; see $folder/node-*/redis.log"
+}
+
+answers() { [[ $(ask "$1" ping) == PONG ]]; }
+
+is_whole() {
+    local info
+    info=$(ask "$1" info replication)
+    if [[ $info == *role:master* ]]; then
+        [[ $info == *state=online* ]] || return 1
+    else
+        [[ $info == *master_link_status:up* ]] || return 1
+    fi
+    [[ $(ask "$1" cluster info) == *cluster_state:ok* ]]
+}
+
+start() {
+    command -v redis-server redis-cli >/dev/null ||
+        fail "redis-server and redis-cli are needed; on Debian: apt install redis-server"
+    local node addresses=()
+    for node in "${nodes[@]}"; do
+        addresses+=("127.0.0.1:$(port "$node")")
+        if is_down "$node" && (exec 3<>"/dev/tcp/127.0.0.1/$(port "$node")") 2>/dev/null; then
+            fail "port $(port "$node") is taken; stop what listens there, or give another PORT"
+        fi
+    done
+    mkdir -p "$folder"
+    echo "$first_port" >"$folder/port"
+    for node in "${nodes[@]}"; do
+        if ! is_down "$node"; then continue; fi
+        mkdir -p "$folder/node-$node"
+        redis-server "$root/scripts/redis.conf" --bind 127.0.0.1 --port "$(port "$node")" \
+            --cluster-port "$(($(port "$node") + 10000))" --dir "$folder/node-$node" \
+            --daemonize yes --pidfile "$folder/node-$node/redis.pid" --logfile redis.log \
+            >/dev/null
+    done
+    for node in "${nodes[@]}"; do
+        wait_for "an answer of port $(port "$node")" answers "$node"
+    done
+    if [[ $(ask 1 cluster info) == *cluster_slots_assigned:0* ]]; then
+        redis-cli --cluster create "${addresses[@]}" --cluster-replicas 1 --cluster-yes \
+            >"$folder/create.log" ||
+            fail "the cluster cannot be made: $(tail -n 1 "$folder/create.log"); wipe it, start again"
+    fi
+    for node in "${nodes[@]}"; do
+        wait_for "the cluster to be whole, seen from port $(port "$node")," is_whole "$node"
+    done
+    local list
+    list=$(printf ',%s' "${addresses[@]}")
+    echo "redis://${list:1}"
+}
+
+stop() {
+    local node pids=()
+    for node in "${nodes[@]}"; do
+        if ! is_down "$node"; then pids+=("$(pid "$node")"); fi
+    done
+    if ((${#pids[@]})); then kill -TERM "${pids[@]}" 2>/dev/null || true; fi
+    for node in "${nodes[@]}"; do
+        wait_for "the end of the server on port $(port "$node")" is_down "$node"
+    done
+}
+
+case $action in
+    start) start ;;
+    stop) stop ;;
+    status)
+        for node in "${nodes[@]}"; do
+            if answers "$node"; then
+                ask "$node" cluster nodes
+                exit 0
+            fi
+        done
+        fail "no server of $folder answers"
+        ;;
+    wipe)
+        stop
+        for node in "${nodes[@]}"; do rm -rf "$folder/node-$node"; done
+        rm -f "$folder/port" "$folder/create.log"
+        rmdir "$folder" 2>/dev/null || true
+        ;;
+esac
