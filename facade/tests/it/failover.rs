@@ -11,6 +11,7 @@ use common::entry::{Entry, Outcome};
 use futures_util::{StreamExt, stream};
 use reqwest::{Body, Client};
 use serde_json::Value;
+use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::engine::Engine;
@@ -30,27 +31,22 @@ async fn no_post_fails_while_one_instance_lives() {
     let http = system.http.clone();
     let sent = Arc::new(AtomicU64::new(0));
     let is_over = Arc::new(AtomicBool::new(false));
-    let writers: Vec<_> = (0..CONNECTIONS)
-        .map(|_| {
-            let writer = write_until_over(http.clone(), url.clone(), sent.clone(), is_over.clone());
-            tokio::spawn(writer)
-        })
+    let mut writers: JoinSet<_> = (0..CONNECTIONS)
+        .map(|_| write_until_over(http.clone(), url.clone(), sent.clone(), is_over.clone()))
         .collect();
     for round in 0..ROUNDS {
-        wait_for_more(&sent, POSTS / ROUNDS as u64 / 2).await;
+        wait_for_more(&sent, POSTS / ROUNDS as u64 / 2, &mut writers).await;
         let survivor = round % 3;
         let victims = (0..3).filter(|index| *index != survivor);
         victims
             .clone()
             .for_each(|victim| system.logging[victim].kill());
-        wait_for_more(&sent, POSTS / ROUNDS as u64 / 2).await;
+        wait_for_more(&sent, POSTS / ROUNDS as u64 / 2, &mut writers).await;
         victims.for_each(|victim| system.restart_logging(victim));
     }
     is_over.store(true, Ordering::Relaxed);
-    let mut acknowledged = BTreeMap::new();
-    for writer in writers {
-        acknowledged.extend(writer.await.unwrap());
-    }
+    let acknowledged = writers.join_all().await;
+    let acknowledged: BTreeMap<Uuid, String> = acknowledged.into_iter().flatten().collect();
     println!("{} POSTs, none failed", acknowledged.len());
     assert!(acknowledged.len() as u64 >= POSTS);
     let stored = system.read_all().await;
@@ -80,10 +76,14 @@ async fn write_until_over(
     acknowledged
 }
 
-async fn wait_for_more(sent: &AtomicU64, more: u64) {
+/// Waits until so many more messages were sent; panics when a writer does.
+async fn wait_for_more<T: 'static>(sent: &AtomicU64, more: u64, writers: &mut JoinSet<T>) {
     let target = sent.load(Ordering::Relaxed) + more;
     while sent.load(Ordering::Relaxed) < target {
         tokio::time::sleep(Duration::from_millis(1)).await;
+        if let Some(ended) = writers.try_join_next() {
+            ended.unwrap();
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 const KEPT_LINES: usize = 100_000;
 
 /// How long a test waits for something that must come.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Pause between two looks at something that must come.
 pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(20);

@@ -43,6 +43,8 @@ pub(super) struct Store {
     folder: PathBuf,
     /// `None` only while it is closed to be opened again after a fatal error.
     opened: RwLock<Option<Opened>>,
+    /// Locked by the process that writes: see [`Store::turn_to_write`].
+    turns: File,
     /// Held as long as the map is open: see [`claim_namespace`].
     _namespace: File,
 }
@@ -69,6 +71,7 @@ impl Store {
         Ok(Self {
             folder: folder.to_owned(),
             opened: RwLock::new(Some(opened)),
+            turns: lock_file(folder, "turns")?,
             _namespace: namespace,
         })
     }
@@ -78,6 +81,21 @@ impl Store {
         opened.clone().ok_or_else(|| {
             MapError::Unavailable("the map is being opened again after an I/O error".to_owned())
         })
+    }
+
+    /// Waits until no other process writes. LMDB's own lock is taken only after this one.
+    ///
+    /// LMDB's is a robust mutex in shared memory, and robust mutexes can lose a wake-up: when one
+    /// who waits is woken and killed before it has the lock, and somebody else has taken it
+    /// meanwhile and is killed too, the others wait for ever. A file's lock is the kernel's, which
+    /// hands it on however its holder ends; behind it nobody ever waits for LMDB's.
+    pub(super) fn turn_to_write(&self) -> Result<Turn<'_>, MapError> {
+        match self.turns.lock() {
+            Ok(()) => Ok(Turn(&self.turns)),
+            Err(error) => Err(MapError::Unavailable(format!(
+                "the file that writers lock cannot be locked: {error}"
+            ))),
+        }
     }
 
     /// Closes the environment, once reads have ended, and opens it again. If that fails, the
@@ -152,6 +170,17 @@ impl Store {
     }
 }
 
+/// The turn of this process to write; it ends when this is dropped.
+pub(super) struct Turn<'store>(&'store File);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.unlock() {
+            tracing::error!(%error, "the file that writers lock cannot be unlocked");
+        }
+    }
+}
+
 fn exclusive(bound: &Option<Uuid>) -> Bound<&[u8]> {
     match bound {
         Some(uuid) => Bound::Excluded(uuid.as_bytes()),
@@ -215,14 +244,7 @@ impl Opened {
 /// The file `namespace` names it. Whoever finds the file unlocked is alone and writes its own;
 /// everybody holds a shared lock, which ends with the process.
 fn claim_namespace(folder: &Path) -> anyhow::Result<File> {
-    let path = folder.join("namespace");
-    let mut file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path)
-        .with_context(|| format!("cannot write to the map's folder {}", folder.display()))?;
+    let mut file = lock_file(folder, "namespace")?;
     let ours = fs::read_link("/proc/self/ns/pid")
         .map(|link| link.to_string_lossy().into_owned())
         .unwrap_or_default();
@@ -242,6 +264,17 @@ fn claim_namespace(folder: &Path) -> anyhow::Result<File> {
         );
     }
     Ok(file)
+}
+
+/// Opens a file of the map's folder that is there to be locked.
+fn lock_file(folder: &Path, name: &str) -> anyhow::Result<File> {
+    File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(folder.join(name))
+        .with_context(|| format!("cannot write to the map's folder {}", folder.display()))
 }
 
 /// A stored value: the CRC-32 of key and message, big-endian, then the message.

@@ -1,4 +1,4 @@
-//! The thread that writes: it takes LMDB's write lock, drains what has queued up meanwhile into one
+//! The thread that writes: it takes its turn among the processes, drains what has queued up meanwhile into one
 //! transaction, commits (LMDB fsyncs), and answers everyone after that.
 
 use std::sync::Arc;
@@ -65,6 +65,7 @@ impl Writer {
 
     fn write_group(&self, group: &mut Vec<Job>) -> Result<Vec<Vec<Outcome>>, Failure> {
         let Opened { env, entries } = self.store.opened().map_err(Failure::not_open)?;
+        let _turn = self.store.turn_to_write().map_err(Failure::no_turn)?;
         let mut txn = env.write_txn().map_err(Failure::before_commit)?;
         self.claim_queued(group);
         let mut written = self.write(entries, &mut txn, group)?;
@@ -78,7 +79,7 @@ impl Writer {
         Ok(written.outcomes)
     }
 
-    /// Claims jobs only now that the write lock is held: what waited for the lock could still be
+    /// Claims jobs only now that it is this process's turn: what waited for it could still be
     /// withdrawn by its caller, and jobs that came meanwhile join the group.
     fn claim_queued(&self, group: &mut Vec<Job>) {
         group.retain(Job::claim);
@@ -157,6 +158,13 @@ impl Failure {
         Self {
             outcome: Outcome::refused(error.to_string()),
             needs_reopen: true,
+        }
+    }
+
+    fn no_turn(error: MapError) -> Self {
+        Self {
+            outcome: Outcome::refused(error.to_string()),
+            needs_reopen: false,
         }
     }
 
