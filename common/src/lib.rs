@@ -1,5 +1,5 @@
 //! What at least two of the services need: the entry and its encodings, pages, problem+json
-//! answers, configuration, serving and telemetry.
+//! answers, configuration, serving, health checks and telemetry.
 //!
 //! Nothing that only one service uses lives here.
 
@@ -7,6 +7,7 @@
 
 pub mod config;
 pub mod entry;
+pub mod healthcheck;
 pub mod page;
 pub mod problem;
 pub mod server;

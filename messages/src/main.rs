@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use common::healthcheck::{Task, healthcheck};
 use common::server::Limits;
 use common::{config, server, telemetry};
 use messages::Config;
@@ -13,6 +14,9 @@ async fn main() -> ExitCode {
 
 async fn run() -> anyhow::Result<()> {
     let config: Config = config::parse();
+    if let Some(Task::Healthcheck) = config.service.task {
+        return healthcheck(config.listen).await.map_err(anyhow::Error::msg);
+    }
     let _log =
         telemetry::init(config.service.log_format).unwrap_or_else(|line| config::fail(&line));
     let stop = server::stop_on_signal()?;
