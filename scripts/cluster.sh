@@ -74,17 +74,6 @@ wait_for() {
 
 answers() { [[ $(ask "$1" ping) == PONG ]]; }
 
-is_whole() {
-    local info
-    info=$(ask "$1" info replication)
-    if [[ $info == *role:master* ]]; then
-        [[ $info == *state=online* ]] || return 1
-    else
-        [[ $info == *master_link_status:up* ]] || return 1
-    fi
-    [[ $(ask "$1" cluster info) == *cluster_state:ok* ]]
-}
-
 start() {
     command -v redis-server redis-cli >/dev/null ||
         fail "redis-server and redis-cli are needed; on Debian: apt install redis-server"
@@ -105,17 +94,8 @@ start() {
             --daemonize yes --pidfile "$folder/node-$node/redis.pid" --logfile redis.log \
             >/dev/null
     done
-    for node in "${nodes[@]}"; do
-        wait_for "an answer of port $(port "$node")" answers "$node"
-    done
-    if [[ $(ask 1 cluster info) == *cluster_slots_assigned:0* ]]; then
-        redis-cli --cluster create "${addresses[@]}" --cluster-replicas 1 --cluster-yes \
-            >"$folder/create.log" ||
-            fail "the cluster cannot be made: $(tail -n 1 "$folder/create.log"); wipe it, start again"
-    fi
-    for node in "${nodes[@]}"; do
-        wait_for "the cluster to be whole, seen from port $(port "$node")," is_whole "$node"
-    done
+    "$root/scripts/make-cluster.sh" "${addresses[@]}" >&2 ||
+        fail "the servers are no cluster; see $folder/node-*/redis.log"
     local list
     list=$(printf ',%s' "${addresses[@]}")
     echo "redis://${list:1}"
@@ -147,7 +127,7 @@ case $action in
     wipe)
         stop
         for node in "${nodes[@]}"; do rm -rf "$folder/node-$node"; done
-        rm -f "$folder/port" "$folder/create.log"
+        rm -f "$folder/port"
         rmdir "$folder" 2>/dev/null || true
         ;;
 esac

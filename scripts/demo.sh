@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The story in one command: messages survive the death of one, two and all logging instances, also
-# in the middle of a GET; on a Redis Cluster, the death of instances and primaries together.
+# in the middle of a GET; on a Redis Cluster, as processes or as containers, the death of instances and
+# primaries together.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 usage() {
     cat <<'HELP'
-usage: scripts/demo.sh [--cluster]
+usage: scripts/demo.sh [--cluster | --compose]
 
 Builds the services and starts messages, three logging instances and the facade on free ports of
 loopback, with an embedded map in a temporary folder. Posts ten messages, shows which logging
@@ -17,6 +18,9 @@ of three instances in the middle of a GET. Stops everything it started.
   --cluster   the map is a Redis Cluster of three primaries and three replicas instead, made in the
               same folder. Ends a logging instance and a Redis primary together, reads everything,
               starts them again, ends the next pair, and reads everything again.
+  --compose   the same on containers, as docker-compose.yml says, with a project name, port and
+              network of its own. Needs docker-compose 1.29 or Docker with Compose v2; builds the
+              image if it is not there. Removes its containers and volumes at the end.
 
 Exit code: 0 only if everything was as it should be.
 HELP
@@ -26,6 +30,7 @@ engine=lmdb
 case ${1:-} in
     '') ;;
     --cluster) engine=cluster ;;
+    --compose) engine=compose ;;
     --help | -h)
         usage
         exit 0
@@ -42,15 +47,28 @@ fail() {
     exit 1
 }
 
-say "Building (the first time takes a few minutes)"
-cargo build --release --locked
+compose() {
+    if docker compose version >/dev/null 2>&1; then docker compose "$@"; else docker-compose "$@"; fi
+}
+
+if [[ $engine == compose ]]; then
+    docker info >/dev/null 2>&1 || fail "no Docker engine answers; start one, then try again"
+    # Nothing below may touch a project that is not ours.
+    export COMPOSE_PROJECT_NAME=message-log-demo-$$ SUBNET=${SUBNET:-172.30.87}
+else
+    say "Building (the first time takes a few minutes)"
+    cargo build --release --locked
+fi
 
 folder=$(mktemp -d)
 declare -A pid port
 stop_all() {
     for name in "${!pid[@]}"; do kill -KILL "${pid[$name]}" 2>/dev/null || true; done
     wait 2>/dev/null || true
-    if [[ $engine == cluster ]]; then scripts/cluster.sh wipe "$folder/cluster" || true; fi
+    case $engine in
+        cluster) scripts/cluster.sh wipe "$folder/cluster" || true ;;
+        compose) compose down --volumes --timeout 1 >>"$folder/compose.log" 2>&1 || true ;;
+    esac
     rm -rf "$folder"
 }
 trap stop_all EXIT
@@ -88,23 +106,55 @@ start_logging() {
 }
 
 instances=(logging-1 logging-2 logging-3)
-for name in messages "${instances[@]}" facade; do port[$name]=$(free_port); done
 
-map=lmdb:$folder/map
-if [[ $engine == cluster ]]; then
-    say "Making a Redis Cluster of three primaries and three replicas"
-    # The members also listen 10,000 ports higher.
-    map=$(scripts/cluster.sh start "$folder/cluster" $((10000 + RANDOM % 10000)))
-    echo "$map"
-fi
+start_processes() {
+    for name in messages "${instances[@]}" facade; do port[$name]=$(free_port); done
 
-say "Starting messages, three logging instances and the facade"
-start messages messages
-for name in "${instances[@]}"; do start_logging "$name"; done
-urls=$(printf ',http://127.0.0.1:%s' "${port[logging-1]}" "${port[logging-2]}" "${port[logging-3]}")
-start facade facade --messages "http://127.0.0.1:${port[messages]}" --logging "${urls:1}"
+    map=lmdb:$folder/map
+    if [[ $engine == cluster ]]; then
+        say "Making a Redis Cluster of three primaries and three replicas"
+        # The members also listen 10,000 ports higher.
+        map=$(scripts/cluster.sh start "$folder/cluster" $((10000 + RANDOM % 10000)))
+        echo "$map"
+    fi
+
+    say "Starting messages, three logging instances and the facade"
+    start messages messages
+    for name in "${instances[@]}"; do start_logging "$name"; done
+    urls=$(printf ',http://127.0.0.1:%s' "${port[logging-1]}" "${port[logging-2]}" "${port[logging-3]}")
+    start facade facade --messages "http://127.0.0.1:${port[messages]}" --logging "${urls:1}"
+    for name in messages "${instances[@]}" facade; do echo "$name: 127.0.0.1:${port[$name]}"; done
+}
+
+# container SERVICE NUMBER: its name, which is where the two versions of compose differ.
+container() {
+    docker ps --all --format '{{.Names}}' \
+        --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME" \
+        --filter "label=com.docker.compose.service=$1" \
+        --filter "label=com.docker.compose.container-number=$2"
+}
+
+start_containers() {
+    port[facade]=$(free_port)
+    export PORT=${port[facade]}
+    say "Starting the containers (the first time builds their image, which takes minutes)"
+    compose up --detach
+    compose ps
+}
+
+case $engine in
+    compose) start_containers ;;
+    lmdb | cluster) start_processes ;;
+esac
 export FACADE_URL=http://127.0.0.1:${port[facade]}
-for name in messages "${instances[@]}" facade; do echo "$name: 127.0.0.1:${port[$name]}"; done
+
+# log_of INSTANCE: what it printed.
+log_of() {
+    case $engine in
+        compose) docker logs "$(container logging "${1#logging-}")" ;;
+        lmdb | cluster) cat "$folder/$1.log" ;;
+    esac
+}
 
 # post MESSAGE…: each must be stored.
 posted=()
@@ -119,7 +169,7 @@ post msg{1..10}
 say "Which logging instance took which message, by their own logs"
 taken=0
 for name in "${instances[@]}"; do
-    messages=$(grep -o 'msg="msg[0-9]*"' "$folder/$name.log" || true)
+    messages=$(log_of "$name" | grep -o 'msg="msg[0-9]*"' || true)
     [[ -z $messages ]] || taken=$((taken + $(wc -l <<<"$messages")))
     echo "$name: $(tr '\n' ' ' <<<"$messages")"
 done
@@ -189,12 +239,31 @@ story_of_instances() {
         fail "the body is not complete"
 }
 
-# The Redis servers that began as primaries are the nodes 1, 2 and 3.
+# kill_pair INSTANCE NODE: the nodes that began as primaries are 1, 2 and 3.
+kill_pair() {
+    case $engine in
+        compose) docker kill "$(container logging "${1#logging-}")" "$(container "redis-$2" 1)" ;;
+        cluster)
+            kill -KILL "${pid[$1]}" "$(<"$folder/cluster/node-$2/redis.pid")"
+            unset "pid[$1]"
+            ;;
+    esac
+}
+
+start_pair_again() {
+    case $engine in
+        compose) compose up --detach ;;
+        cluster)
+            scripts/cluster.sh start "$folder/cluster"
+            start_logging "$1"
+            ;;
+    esac
+}
+
 end_pair() {
     local instance=$1 node=$2
     say "kill -9 $instance and the Redis primary of node $node"
-    kill -KILL "${pid[$instance]}" "$(<"$folder/cluster/node-$node/redis.pid")"
-    unset "pid[$instance]"
+    kill_pair "$instance" "$node"
     say "GET: it waits until the replica of node $node has taken over"
     local begin=$SECONDS
     expect_all
@@ -208,15 +277,14 @@ story_of_pairs() {
     say "POSTs go on meanwhile, in the partitions of the other primaries"
     post meanwhile{1..3}
     say "Both return"
-    scripts/cluster.sh start "$folder/cluster"
-    start_logging logging-2
+    start_pair_again logging-2
     expect_all
     end_pair logging-1 2
 }
 
 case $engine in
     lmdb) story_of_instances ;;
-    cluster) story_of_pairs ;;
+    cluster | compose) story_of_pairs ;;
 esac
 
 say "Every message was there each time."
