@@ -8,6 +8,8 @@ mod command_line;
 /// An empty map of each engine.
 #[path = "../../../logging/tests/it/engine.rs"]
 mod engine;
+/// Posters and a reader who record what they saw.
+mod load;
 /// Starts the services as real processes.
 #[path = "../../../logging/tests/it/process.rs"]
 mod process;
@@ -23,6 +25,8 @@ mod system;
 mod bulk;
 /// Redis servers that die, hang and return while the system is used.
 mod cluster;
+/// The shipped containers.
+mod compose;
 /// Instances that die, hang and return, as real processes.
 mod failover;
 /// GET: formats, bounds, single entries, what happens when something is away.
