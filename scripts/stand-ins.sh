@@ -8,14 +8,15 @@ usage() {
     cat <<'HELP'
 usage: scripts/stand-ins.sh run|build
 
-  run    what docker-compose.yml runs: the services from target/release, and Redis from the Debian
-         packages redis-server, redis-tools and busybox-static
+  run    what docker-compose.yml runs: the services from target/release as IMAGE, and Redis from the
+         Debian packages redis-server, redis-tools and busybox-static
   build  what the Dockerfile begins from: a Debian with gcc, made by debootstrap, with this machine's
          Rust and the crates that Cargo.lock names; and the C runtime. Then the Dockerfile is built
          with  docker build --network none --tag message-log:0.1.0 .
 
-Needs a Docker engine and, on Debian, the rights to install packages. An image that was pulled or
-built is left as it is, except the services' by run.
+Needs a Docker engine and, on Debian, the rights to install packages. Takes the real image where it is
+there or can be pulled, except for the services. IMAGE, REDIS_IMAGE and REDIS_VERSION are as in
+.env.example.
 HELP
 }
 
@@ -31,8 +32,9 @@ case ${1:-} in
         ;;
 esac
 
-# shellcheck source=../.env.example
-. ./.env.example
+# setting NAME: from the environment, or as .env.example says.
+setting() { echo "${!1:-$(sed -n "s/^$1=//p" .env.example)}"; }
+
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
@@ -41,11 +43,9 @@ need() {
     command -v "$1" >/dev/null || apt-get install -y -qq --no-install-recommends "$2"
 }
 
-# is_there IMAGE: and is no stand-in, which is made again.
+# is_there IMAGE: or could be pulled.
 is_there() {
-    local title
-    title=$(docker image inspect --format '{{index .Config.Labels "stand-in"}}' "$1" 2>/dev/null) &&
-        [[ $title != true ]]
+    docker image inspect "$1" >/dev/null 2>&1 || docker pull --quiet "$1" 2>/dev/null
 }
 
 # copy_libraries ROOT PROGRAM…: what the programs load.
@@ -60,9 +60,9 @@ copy_libraries() {
 
 # import IMAGE FOLDER [SETTING…]: makes an image of a folder.
 import() {
-    local image=$1 root=$2 setting changes=(--change "LABEL stand-in=true")
+    local image=$1 root=$2 change changes=(--change "LABEL stand-in=true")
     shift 2
-    for setting in "$@"; do changes+=(--change "$setting"); done
+    for change in "$@"; do changes+=(--change "$change"); done
     tar --create --directory "$root" . | docker import "${changes[@]}" - "$image" >/dev/null
     echo "made $image"
 }
@@ -73,11 +73,12 @@ make_services() {
     mkdir -p "$root/usr/local/bin"
     cp target/release/{facade,logging,messages} "$root/usr/local/bin/"
     copy_libraries "$root" target/release/{facade,logging,messages}
-    import "$IMAGE" "$root" "USER 65532:65532" "ENV PATH=/usr/local/bin" 'CMD ["facade"]'
+    import "$(setting IMAGE)" "$root" "USER 65532:65532" "ENV PATH=/usr/local/bin" 'CMD ["facade"]'
 }
 
 make_redis() {
-    local image=$REDIS_IMAGE:$REDIS_VERSION root=$folder/redis program
+    local image root=$folder/redis program
+    image=$(setting REDIS_IMAGE):$(setting REDIS_VERSION)
     if is_there "$image"; then return; fi
     need redis-server redis-server
     need redis-cli redis-tools
