@@ -36,5 +36,4 @@ LABEL org.opencontainers.image.title="message-log" \
 COPY --from=build /build/target/release/facade /build/target/release/logging \
     /build/target/release/messages /usr/local/bin/
 USER 65532:65532
-EXPOSE 8081 8082 8086
-CMD ["facade"]
+CMD ["facade", "--help"]

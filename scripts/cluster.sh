@@ -95,7 +95,7 @@ start() {
             >/dev/null
     done
     "$root/scripts/make-cluster.sh" "${addresses[@]}" >&2 ||
-        fail "the servers are no cluster; see $folder/node-*/redis.log"
+        fail "the cluster is not whole; see $folder/node-*/redis.log"
     local list
     list=$(printf ',%s' "${addresses[@]}")
     echo "redis://${list:1}"

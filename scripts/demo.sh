@@ -47,14 +47,17 @@ fail() {
     exit 1
 }
 
+# Only the shipped file, with its defaults: whatever .env and an override say is for the user's project.
 compose() {
-    if docker compose version >/dev/null 2>&1; then docker compose "$@"; else docker-compose "$@"; fi
+    local version=(docker-compose)
+    if docker compose version >/dev/null 2>&1; then version=(docker compose); fi
+    "${version[@]}" --file docker-compose.yml --env-file .env.example "$@"
 }
 
 if [[ $engine == compose ]]; then
     docker info >/dev/null 2>&1 || fail "no Docker engine answers; start one, then try again"
     # Nothing below may touch a project that is not ours.
-    export COMPOSE_PROJECT_NAME=message-log-demo-$$ SUBNET=${SUBNET:-172.30.87}
+    export COMPOSE_PROJECT_NAME=message-log-demo-$$ LOGGING_INSTANCES=3 SUBNET=${SUBNET:-10.86.87}
 else
     say "Building (the first time takes a few minutes)"
     cargo build --release --locked
@@ -67,7 +70,7 @@ stop_all() {
     wait 2>/dev/null || true
     case $engine in
         cluster) scripts/cluster.sh wipe "$folder/cluster" || true ;;
-        compose) compose down --volumes --timeout 1 >>"$folder/compose.log" 2>&1 || true ;;
+        compose) compose down --volumes --timeout 1 >"$folder/down.log" 2>&1 || cat "$folder/down.log" ;;
     esac
     rm -rf "$folder"
 }
@@ -99,10 +102,14 @@ start() {
         fail "$name does not serve; its log: $(cat "$folder/$name.log")"
 }
 
-start_logging() {
-    start "$1" logging --map "$map"
+wait_until_ready() {
     curl --silent --output /dev/null --fail --retry 30 --retry-delay 1 --retry-all-errors \
         "http://127.0.0.1:${port[$1]}/readyz" || fail "$1 does not get ready"
+}
+
+start_logging() {
+    start "$1" logging --map "$map"
+    wait_until_ready "$1"
 }
 
 instances=(logging-1 logging-2 logging-3)
@@ -140,6 +147,7 @@ start_containers() {
     say "Starting the containers (the first time builds their image, which takes minutes)"
     compose up --detach
     compose ps
+    wait_until_ready facade
 }
 
 case $engine in

@@ -11,10 +11,13 @@ half begin as primaries of equal shares of the slots, each of the second half as
 them, in the same order. Then waits until all slots are served and every primary has its replica.
 
 It may be interrupted, and run again on servers that are a cluster already, also after failovers. A
-server that has lost its data becomes the replica of its partner. Needs redis-cli; a password is taken
-from REDISCLI_AUTH.
+server that has lost its data becomes the replica of its partner. Start such a server only when its
+partner is a primary (redis-cli role): a replica takes what the server at its primary's address has,
+even if that is nothing.
 
-Exit code: 0 when the cluster is whole, 1 when it is not within a minute.
+Needs redis-cli; a password is taken from REDISCLI_AUTH.
+
+Exit code: 0 when the cluster is whole, 1 when it is not after five minutes.
 HELP
 }
 
@@ -34,30 +37,35 @@ primaries=$((count / 2))
 
 # ask NODE COMMAND…: nothing when it does not answer.
 ask() {
-    node=$1
+    asked=$1
     shift
-    timeout 5 redis-cli -h "${node%:*}" -p "${node##*:}" "$@" 2>/dev/null || true
+    timeout 5 redis-cli -h "${asked%:*}" -p "${asked##*:}" "$@" 2>/dev/null || true
 }
 
-# wait_for WHAT COMMAND…: looks four times a second, for a minute.
+now() { date +%s; }
+deadline=$(($(now) + 300))
+
+# wait_for WHAT COMMAND…: until the deadline, and says each ten seconds what for.
 wait_for() {
     what=$1
     shift
-    looks=0
+    told=$(now)
     until "$@"; do
-        looks=$((looks + 1))
-        if [ $looks -ge 240 ]; then
-            echo "error: gave up after a minute waiting for $what; start it and run this again" >&2
+        if [ "$(now)" -ge $deadline ]; then
+            echo "error: gave up waiting for $what; start it and run this again" >&2
             exit 1
         fi
-        if [ $((looks % 20)) -eq 0 ]; then echo "waiting for $what" >&2; fi
+        if [ $(($(now) - told)) -ge 10 ]; then
+            echo "waiting for $what" >&2
+            told=$(now)
+        fi
         sleep 0.25
     done
 }
 
 answers() { [ "$(ask "$1" ping)" = PONG ]; }
 
-# How NODE sees itself: id, address, flags, primary, four numbers, and its slots.
+# How NODE sees itself: id, address, flags, primary, three numbers, the state of the link, its slots.
 itself() { ask "$1" cluster nodes | grep myself; }
 
 is_primary() { itself "$1" | grep -q 'myself,master'; }
@@ -74,7 +82,10 @@ knows_all() {
 
 slots_assigned() { ask "$1" cluster info | sed -n 's/^cluster_slots_assigned:\([0-9]*\).*/\1/p'; }
 
-agrees_with() { [ "$(slots_assigned "$1")" = "$(slots_assigned "$2")" ]; }
+agrees_with() {
+    slots=$(slots_assigned "$1")
+    [ -n "$slots" ] && [ "$slots" = "$(slots_assigned "$2")" ]
+}
 
 knows_all_slots() { [ "$(slots_assigned "$1")" = 16384 ]; }
 

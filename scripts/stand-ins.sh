@@ -6,22 +6,22 @@ cd "$(dirname "$0")/.."
 
 usage() {
     cat <<'HELP'
-usage: scripts/stand-ins.sh run|build
+usage: scripts/stand-ins.sh run|build|remove
 
-  run    what docker-compose.yml runs: the services from target/release as IMAGE, and Redis from the
-         Debian packages redis-server, redis-tools and busybox-static
-  build  what the Dockerfile begins from: a Debian with gcc, made by debootstrap, with this machine's
-         Rust and the crates that Cargo.lock names; and the C runtime. Then the Dockerfile is built
-         with  docker build --network none --tag message-log:0.1.0 .
+  run     makes what docker-compose.yml runs: the services from target/release as IMAGE, and Redis from
+          the Debian packages redis-server, redis-tools and busybox-static, unless the real image is
+          there or can be pulled
+  build   builds the Dockerfile as IMAGE without a network, on a Debian with gcc, made by debootstrap,
+          with this machine's Rust and the crates that Cargo.lock names, and on its C runtime
+  remove  removes all that was made
 
-Needs a Docker engine and, on Debian, the rights to install packages. Takes the real image where it is
-there or can be pulled, except for the services. IMAGE, REDIS_IMAGE and REDIS_VERSION are as in
-.env.example.
+Needs a Docker engine and, on Debian, the rights to install packages. IMAGE, REDIS_IMAGE and
+REDIS_VERSION are taken from the environment, or are as in .env.example.
 HELP
 }
 
 case ${1:-} in
-    run | build) ;;
+    run | build | remove) ;;
     --help | -h)
         usage
         exit 0
@@ -40,12 +40,16 @@ trap 'rm -rf "$folder"' EXIT
 
 # need COMMAND PACKAGE
 need() {
-    command -v "$1" >/dev/null || apt-get install -y -qq --no-install-recommends "$2"
+    if command -v "$1" >/dev/null; then return; fi
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$2"
 }
 
-# is_there IMAGE: or could be pulled.
-is_there() {
-    docker image inspect "$1" >/dev/null 2>&1 || docker pull --quiet "$1" 2>/dev/null
+# is_real IMAGE: it is there and no stand-in, or can be pulled.
+is_real() {
+    local label='{{index .Config.Labels "stand-in"}}'
+    [[ $(docker image inspect --format "$label" "$1" 2>/dev/null || echo true) != true ]] ||
+        docker pull --quiet "$1" 2>/dev/null
 }
 
 # copy_libraries ROOT PROGRAM…: what the programs load.
@@ -58,13 +62,14 @@ copy_libraries() {
     done
 }
 
-# import IMAGE FOLDER [SETTING…]: makes an image of a folder.
+# import IMAGE FOLDER [SETTING…]: makes an image of a folder; the one that it replaces is removed.
 import() {
     local image=$1 root=$2 change changes=(--change "LABEL stand-in=true")
     shift 2
     for change in "$@"; do changes+=(--change "$change"); done
     tar --create --directory "$root" . | docker import "${changes[@]}" - "$image" >/dev/null
-    echo "made $image"
+    docker image prune --force --filter label=stand-in=true >/dev/null
+    echo "made $image, a stand-in"
 }
 
 make_services() {
@@ -79,7 +84,7 @@ make_services() {
 make_redis() {
     local image root=$folder/redis program
     image=$(setting REDIS_IMAGE):$(setting REDIS_VERSION)
-    if is_there "$image"; then return; fi
+    if is_real "$image"; then return; fi
     need redis-server redis-server
     need redis-cli redis-tools
     need busybox busybox-static
@@ -89,36 +94,49 @@ make_redis() {
         copy_libraries "$root" "$root/usr/local/bin/$program"
     done
     cp "$(command -v busybox)" "$root/bin/busybox"
-    for program in cut grep sed sh sleep timeout; do ln -s busybox "$root/bin/$program"; done
+    for program in cut date grep sed sh sleep tar timeout; do ln -s busybox "$root/bin/$program"; done
     chown 999:999 "$root/data"
     import "$image" "$root" "ENV PATH=/usr/local/bin:/bin" "WORKDIR /data" "VOLUME /data"
 }
 
-# default_of ARGUMENT: of the Dockerfile.
-default_of() { sed -n "s/^ARG $1=//p" Dockerfile; }
+rust=message-log-rust:stand-in
+runtime=message-log-runtime:stand-in
 
 make_rust() {
-    local image root=$folder/rust
-    image=$(default_of RUST_IMAGE)
-    if is_there "$image"; then return; fi
+    local root=$folder/rust
     need debootstrap debootstrap
+    echo "making a Debian with gcc and Rust, which takes a few minutes"
     debootstrap --variant=minbase --include=gcc,libc6-dev bookworm "$root" >"$folder/debootstrap.log"
     cp -a "$(rustc --print sysroot)" "$root/usr/local/rust"
     mkdir -p "$root/usr/local/cargo"
     # Cargo prints the setting that makes it take the crates from there.
     cargo vendor --locked --quiet "$root/usr/local/cargo/vendor" |
         sed "s|$root||" >"$root/usr/local/cargo/config.toml"
-    import "$image" "$root" "ENV CARGO_HOME=/usr/local/cargo" \
+    import "$rust" "$root" "ENV CARGO_HOME=/usr/local/cargo" \
         "ENV PATH=/usr/local/rust/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 }
 
 make_runtime() {
-    local image root=$folder/runtime
-    image=$(default_of RUNTIME_IMAGE)
-    if is_there "$image"; then return; fi
+    local root=$folder/runtime
     cargo build --release --locked
     copy_libraries "$root" target/release/{facade,logging,messages}
-    import "$image" "$root" "ENV PATH=/usr/local/bin:/usr/bin:/bin"
+    import "$runtime" "$root" "ENV PATH=/usr/local/bin:/usr/bin:/bin"
+}
+
+build_dockerfile() {
+    local image
+    image=$(setting IMAGE)
+    docker build --network none --build-arg "RUST_IMAGE=$rust" --build-arg "RUNTIME_IMAGE=$runtime" \
+        --tag "$image" .
+    for service in facade logging messages; do docker run --rm "$image" "$service" --version; done
+    docker image inspect --format "built $image, {{.Size}} bytes" "$image"
+}
+
+remove() {
+    local images
+    images=$(docker image ls --filter label=stand-in=true --format '{{.Repository}}:{{.Tag}}')
+    # shellcheck disable=SC2086
+    if [[ -n $images ]]; then docker image rm $images; fi
 }
 
 case $1 in
@@ -129,5 +147,7 @@ case $1 in
     build)
         make_rust
         make_runtime
+        build_dockerfile
         ;;
+    remove) remove ;;
 esac

@@ -52,8 +52,16 @@ if ((${#packages[@]})); then
 fi
 
 if docker info >/dev/null 2>&1; then
-    export IMAGE=message-log:test
+    export IMAGE=message-log:test TEST_PROJECT=message-log-test-$$
     scripts/stand-ins.sh run
+    # A test that is killed leaves its containers, which restart.
+    remove_containers() {
+        local name=name=$TEST_PROJECT
+        docker ps --all --quiet --filter "$name" | xargs --no-run-if-empty docker rm --force --volumes
+        docker volume ls --quiet --filter "$name" | xargs --no-run-if-empty docker volume rm
+        docker network ls --quiet --filter "$name" | xargs --no-run-if-empty docker network rm
+    }
+    trap remove_containers EXIT
 fi
 
 run() { cargo test --workspace --release --locked "$@"; }

@@ -25,7 +25,7 @@ pub struct ServiceConfig {
     #[arg(long, value_enum, default_value = "text")]
     pub log_format: LogFormat,
 
-    /// Nothing: serve.
+    /// What to do instead of serving.
     #[command(subcommand)]
     pub task: Option<Task>,
 }

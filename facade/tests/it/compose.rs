@@ -4,7 +4,8 @@
 //! The images are made by `scripts/stand-ins.sh run`, see `scripts/test.sh`. Without a Docker engine
 //! these tests say so and do nothing, unless `REQUIRE_DOCKER` is set.
 
-use std::path::Path;
+use std::fs::File;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
@@ -28,11 +29,15 @@ const MEMBERS: [&str; 6] = [
     "redis-1", "redis-2", "redis-3", "redis-4", "redis-5", "redis-6",
 ];
 
+/// Compose v2 and v1.
+const COMPOSE: [&[&str]; 2] = [&["docker", "compose"], &["docker-compose"]];
+
 const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
 /// A project of its own: names, networks, volumes and a free port. Everything is removed when it is
 /// dropped.
 struct Compose {
+    program: &'static [&'static str],
     project: String,
     subnet: String,
     port: u16,
@@ -44,36 +49,41 @@ impl Compose {
     fn new() -> Option<Self> {
         /// Two projects at once must not have the same network.
         static NEXT: AtomicU8 = AtomicU8::new(0);
-        if !is_there(Command::new("docker").arg("info")) {
+        let has_engine = is_there(Command::new("docker").arg("info"));
+        let program = COMPOSE.iter().find(|program| {
+            let mut version = Command::new(program[0]);
+            is_there(version.args(&program[1..]).arg("version"))
+        });
+        let Some(program) = program.filter(|_| has_engine) else {
             assert!(
                 std::env::var_os("REQUIRE_DOCKER").is_none(),
-                "REQUIRE_DOCKER is set, and no Docker engine answers"
+                "REQUIRE_DOCKER is set, and there is no Docker engine with compose"
             );
-            println!("skipped: no Docker engine answers");
+            println!("skipped: there is no Docker engine with compose");
             return None;
-        }
+        };
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let pid = std::process::id();
+        let run = std::env::var("TEST_PROJECT").unwrap_or(format!("message-log-test-{pid}"));
         Some(Self {
-            project: format!("message-log-test-{pid}-{number}"),
+            program,
+            project: format!("{run}-{number}"),
             subnet: format!("10.{}.{}", 64 + pid % 128, number),
             port: free_address().port(),
             http: Client::new(),
         })
     }
 
+    /// The shipped file with its defaults, whatever `.env` and an override on this machine say.
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = if is_there(Command::new("docker").args(["compose", "version"])) {
-            let mut docker = Command::new("docker");
-            docker.arg("compose");
-            docker
-        } else {
-            Command::new("docker-compose")
-        };
+        let mut command = Command::new(self.program[0]);
         command
+            .args(&self.program[1..])
+            .args(["--file", "docker-compose.yml", "--env-file", ".env.example"])
             .args(arguments)
-            .current_dir(Path::new(REPOSITORY))
+            .current_dir(REPOSITORY)
             .env("COMPOSE_PROJECT_NAME", &self.project)
+            .env("LOGGING_INSTANCES", "3")
             .env("PORT", self.port.to_string())
             .env("SUBNET", &self.subnet);
         command
@@ -90,20 +100,30 @@ impl Compose {
         self.run(&[&["up", "--detach", "--no-build"], arguments].concat());
     }
 
-    /// The containers of a service, by number, those that do not run too.
-    fn containers(&self, service: &str) -> Vec<String> {
+    /// Service and container of all that there is, also of what does not run, in order.
+    fn all_containers(&self) -> Vec<(String, String)> {
         let of_project = format!("label=com.docker.compose.project={}", self.project);
-        let of_service = format!("label=com.docker.compose.service={service}");
-        let number = r#"{{.Label "com.docker.compose.container-number"}} {{.ID}}"#;
-        let filters = ["--filter", &of_project, "--filter", &of_service];
-        let listed = docker(&[&["ps", "--all", "--format", number], &filters[..]].concat());
-        let mut numbered: Vec<(u32, String)> = listed
+        let label = |name: &str| format!(r#"{{{{.Label "com.docker.compose.{name}"}}}}"#);
+        let format = [&label("service"), &label("container-number"), "{{.ID}}"].join(" ");
+        let listed = docker(&["ps", "--all", "--format", &format, "--filter", &of_project]);
+        let mut containers: Vec<(String, u32, String)> = listed
             .lines()
-            .map(|line| line.split_once(' ').unwrap())
-            .map(|(number, id)| (number.parse().unwrap(), id.to_owned()))
+            .map(|line| {
+                let fields: Vec<&str> = line.split(' ').collect();
+                let number = fields[1].parse().unwrap();
+                (fields[0].to_owned(), number, fields[2].to_owned())
+            })
             .collect();
-        numbered.sort();
-        numbered.into_iter().map(|(_, id)| id).collect()
+        containers.sort();
+        let numbered = containers.into_iter();
+        numbered.map(|(service, _, id)| (service, id)).collect()
+    }
+
+    /// The containers of a service, by number.
+    fn containers(&self, service: &str) -> Vec<String> {
+        let all = self.all_containers().into_iter();
+        let of_service = all.filter(|(name, _)| name == service);
+        of_service.map(|(_, id)| id).collect()
     }
 
     /// The one container of a service.
@@ -113,17 +133,12 @@ impl Compose {
         containers.remove(0)
     }
 
-    fn all_containers(&self) -> Vec<(String, String)> {
-        let of_project = format!("label=com.docker.compose.project={}", self.project);
-        let format = r#"{{.Label "com.docker.compose.service"}} {{.ID}}"#;
-        let listed = docker(&["ps", "--all", "--format", format, "--filter", &of_project]);
-        let mut containers: Vec<(String, String)> = listed
-            .lines()
-            .map(|line| line.split_once(' ').unwrap())
-            .map(|(service, id)| (service.to_owned(), id.to_owned()))
-            .collect();
-        containers.sort();
-        containers
+    /// The container of a member that is a primary now.
+    fn primary(&self, service: &str) -> String {
+        let container = self.container(service);
+        let role = docker(&["exec", &container, "redis-cli", "role"]);
+        assert!(role.starts_with("master"), "{service}: {role}");
+        container
     }
 
     fn url(&self) -> String {
@@ -211,13 +226,22 @@ impl Compose {
         loop {
             let arguments = ["exec", logging, "logging", "healthcheck"];
             let output = Command::new("docker").args(arguments).output().unwrap();
-            let health = String::from_utf8_lossy(&output.stdout);
-            if health.contains(r#""status":"ready""#) {
+            if String::from_utf8_lossy(&output.stdout).contains(r#""status":"ready""#) {
                 return;
             }
-            assert!(begin.elapsed() < PATIENCE, "{health}");
+            assert!(begin.elapsed() < PATIENCE, "{output:?}");
             tokio::time::sleep(LOOK_AGAIN).await;
         }
+    }
+
+    /// What runs a command on a member's volume.
+    fn with_volume(&self, member: &str, command: &[&str]) -> Command {
+        let volume = format!("{}_{member}:/data", self.project);
+        let image = inspect(&self.container(member))["Config"]["Image"].clone();
+        let mut docker = Command::new("docker");
+        docker.args(["run", "--rm", "--interactive", "--volume", &volume]);
+        docker.arg(image.as_str().unwrap()).args(command);
+        docker
     }
 
     fn network(&self, name: &str) -> String {
@@ -275,6 +299,7 @@ async fn messages_survive_containers_that_die_or_are_cut_off() {
     };
     let begin = Instant::now();
     compose.up(&[]);
+    compose.wait_until_ready().await;
     for n in 1..=10 {
         compose.post(&format!("msg{n}")).await;
     }
@@ -284,7 +309,6 @@ async fn messages_survive_containers_that_die_or_are_cut_off() {
         begin.elapsed()
     );
     assert_eq!(stored.len(), 10);
-    compose.wait_for_instances(3).await;
 
     let load = Load::start(&compose.http, &compose.url());
     let mut failovers = Vec::new();
@@ -292,7 +316,7 @@ async fn messages_survive_containers_that_die_or_are_cut_off() {
         load.wait_for_more(PHASE).await;
         let killed = Instant::now();
         let logging = &compose.containers("logging")[pair];
-        let primary = &compose.container(&format!("redis-{}", pair + 1));
+        let primary = &compose.primary(&format!("redis-{}", pair + 1));
         docker(&["kill", logging, primary]);
         compose.read_all().await;
         let readable = Instant::now();
@@ -304,7 +328,7 @@ async fn messages_survive_containers_that_die_or_are_cut_off() {
         failovers.push(("pair killed", killed, readable, Instant::now()));
     }
 
-    let primary = compose.container("redis-3");
+    let primary = compose.primary("redis-3");
     let map = compose.network("map");
     let cut = Instant::now();
     docker(&["network", "disconnect", "--force", &map, &primary]);
@@ -364,7 +388,7 @@ async fn messages_survive_containers_that_die_or_are_cut_off() {
 
 /// The data outlives everything but `down --volumes`: a first start that broke off half-way, `up` again
 /// while all runs, a restart of each container, `stop` and `start`, `down` and `up`, and Ctrl-C. What
-/// is stopped ends by itself in time.
+/// is stopped ends by itself in time. After `down --volumes` a backup of the volumes brings it back.
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_outlive_containers_that_are_stopped_or_removed() {
     let Some(compose) = Compose::new() else {
@@ -412,26 +436,45 @@ async fn messages_outlive_containers_that_are_stopped_or_removed() {
     compose.run(&["down"]);
     assert_eq!(compose.all_containers(), []);
     compose.up(&[]);
+    compose.wait_until_ready().await;
     assert_eq!(compose.messages().await, expected);
 
     compose.run(&["stop"]);
     let mut foreground = compose.command(&["up", "--no-build"]);
-    let output = foreground.stdout(Stdio::null()).stderr(Stdio::null());
-    let mut foreground = output.spawn().unwrap();
+    let silent = foreground.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut foreground = silent.process_group(0).spawn().unwrap();
     compose.wait_until_ready().await;
     assert_eq!(compose.messages().await, expected);
     interrupt(&mut foreground).await;
     compose.assert_ended_by_themselves();
 
+    let backup = tempfile::tempdir().unwrap();
+    for member in MEMBERS {
+        let file = File::create(backup.path().join(member)).unwrap();
+        let mut tar = compose.with_volume(member, &["tar", "-c", "-C", "/data", "."]);
+        assert!(tar.stdout(file).status().unwrap().success());
+    }
     compose.run(&["down", "--volumes"]);
     compose.up(&[]);
+    compose.wait_until_ready().await;
     assert_eq!(compose.messages().await, Vec::<String>::new());
+
+    compose.run(&["down", "--volumes"]);
+    compose.run(&[&["up", "--no-start", "--no-build"], &MEMBERS[..]].concat());
+    for member in MEMBERS {
+        let file = File::open(backup.path().join(member)).unwrap();
+        let mut tar = compose.with_volume(member, &["tar", "-x", "-C", "/data"]);
+        assert!(tar.stdin(file).status().unwrap().success());
+    }
+    compose.up(&[]);
+    compose.wait_until_ready().await;
+    assert_eq!(compose.messages().await, expected);
 }
 
-/// Ctrl-C, and its end.
+/// Ctrl-C, which a terminal sends to the whole process group, and its end.
 async fn interrupt(process: &mut Child) {
-    let pid = process.id().to_string();
-    succeed(Command::new("kill").args(["-INT", &pid]));
+    let group = format!("-{}", process.id());
+    succeed(Command::new("kill").args(["-INT", "--", &group]));
     let begin = Instant::now();
     while process.try_wait().unwrap().is_none() {
         assert!(begin.elapsed() < PATIENCE, "Ctrl-C does not end it");
@@ -463,6 +506,11 @@ async fn containers_have_no_right_that_they_do_not_need() {
             _ => json!({}),
         };
         assert_eq!(host["PortBindings"], published, "{service}");
+        let user = container["Config"]["User"].as_str().unwrap();
+        assert!(
+            !user.is_empty() && !user.starts_with('0'),
+            "{service}: {user}"
+        );
         if service == "cluster" {
             continue;
         }

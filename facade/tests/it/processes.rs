@@ -11,7 +11,7 @@ use futures_util::StreamExt;
 use reqwest::Client;
 use serde_json::Value;
 
-use crate::command_line::{assert_help, assert_refused};
+use crate::command_line::{assert_help, assert_refused, one_line};
 use crate::engine::EmptyMap;
 use crate::process::{Process, free_address};
 use crate::system::{Merged, System, engine_under_test, problem};
@@ -291,6 +291,36 @@ async fn stopping_facade_finishes_bodies_in_flight() {
         assert!(system.facade.wait().success());
         assert!(system.http.get(system.facade.url()).send().await.is_err());
     }
+}
+
+/// The task `healthcheck` says by its exit code whether the service is ready, on all addresses too, and
+/// otherwise why not, in one line.
+#[test]
+fn healthcheck_asks_the_running_service() {
+    let healthcheck = |address: SocketAddr| {
+        let mut command = Command::new(binary("facade"));
+        command.args(["--listen", &address.to_string(), "healthcheck"]);
+        command.output().unwrap()
+    };
+    let everywhere = SocketAddr::from(([0, 0, 0, 0], free_address().port()));
+    let nobody = one_line(&healthcheck(everywhere));
+    assert!(nobody.contains("is the service running"), "{nobody}");
+
+    let alone = facade("http://127.0.0.1:1", "http://127.0.0.1:1", &[]);
+    let alone = Process::start(alone, everywhere);
+    let output = healthcheck(alone.address);
+    assert_eq!(output.status.code(), Some(1));
+    let why = one_line(&output);
+    assert!(
+        why.contains("not ready: ") && why.contains("logging"),
+        "{why}"
+    );
+
+    let system = Processes::start();
+    let output = healthcheck(system.facade.address);
+    assert!(output.status.success(), "{output:?}");
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(printed.contains(r#""status":"ready""#), "{printed}");
 }
 
 #[test]

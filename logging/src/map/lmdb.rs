@@ -53,7 +53,7 @@ impl LmdbMap {
     }
 
     /// Has the writer write a batch; an error is the outcome of all its entries. An empty batch
-    /// tells whether the writer gets LMDB's lock.
+    /// tells whether the writer gets its turn.
     async fn submit(&self, entries: Arc<[Entry]>) -> Result<Vec<Outcome>, Outcome> {
         let (job, ticket) = self.room.admit(entries)?;
         if self.jobs.send(job).is_err() {

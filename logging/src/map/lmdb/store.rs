@@ -88,7 +88,8 @@ impl Store {
     /// LMDB's is a robust mutex in shared memory, and robust mutexes can lose a wake-up: when one
     /// who waits is woken and killed before it has the lock, and somebody else has taken it
     /// meanwhile and is killed too, the others wait for ever. A file's lock is the kernel's, which
-    /// hands it on however its holder ends; behind it nobody ever waits for LMDB's.
+    /// hands it on however its holder ends; behind it nobody ever waits for LMDB's. Reads still take
+    /// a lock of that kind, for as long as it takes to find a free slot, some microseconds.
     pub(super) fn turn_to_write(&self) -> Result<Turn<'_>, MapError> {
         match self.turns.lock() {
             Ok(()) => Ok(Turn(&self.turns)),

@@ -1,5 +1,5 @@
-//! The thread that writes: it takes its turn among the processes, drains what has queued up meanwhile into one
-//! transaction, commits (LMDB fsyncs), and answers everyone after that.
+//! The thread that writes: it waits for its turn among the processes, drains what has queued up
+//! meanwhile into one transaction, commits (LMDB fsyncs), and answers everyone after that.
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
