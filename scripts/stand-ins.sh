@@ -47,9 +47,12 @@ need() {
 
 # is_real IMAGE: it is there and no stand-in, or can be pulled.
 is_real() {
-    local label='{{index .Config.Labels "stand-in"}}'
-    [[ $(docker image inspect --format "$label" "$1" 2>/dev/null || echo true) != true ]] ||
-        docker pull --quiet "$1" 2>/dev/null
+    local label
+    if label=$(docker image inspect --format '{{index .Config.Labels "stand-in"}}' "$1" 2>/dev/null) &&
+        [[ $label != true ]]; then
+        return
+    fi
+    docker pull --quiet "$1" 2>/dev/null
 }
 
 # copy_libraries ROOT PROGRAM…: what the programs load.
