@@ -51,15 +51,15 @@ if ((${#packages[@]})); then
     if lacks_requests; then python3 -m pip install --quiet requests; fi
 fi
 
-if docker info >/dev/null 2>&1; then
+if timeout 10 docker info >/dev/null 2>&1; then
     export IMAGE=message-log:test TEST_PROJECT=message-log-test-$$
     scripts/stand-ins.sh run
     # A test that is killed leaves its containers, which restart.
     remove_containers() {
-        local name=name=$TEST_PROJECT
-        docker ps --all --quiet --filter "$name" | xargs --no-run-if-empty docker rm --force --volumes
-        docker volume ls --quiet --filter "$name" | xargs --no-run-if-empty docker volume rm
-        docker network ls --quiet --filter "$name" | xargs --no-run-if-empty docker network rm
+        local ours=name=$TEST_PROJECT
+        docker ps --all --quiet --filter "$ours" | xargs --no-run-if-empty docker rm --force || true
+        docker volume ls --quiet --filter "$ours" | xargs --no-run-if-empty docker volume rm || true
+        docker network ls --quiet --filter "$ours" | xargs --no-run-if-empty docker network rm || true
     }
     trap remove_containers EXIT
 fi
