@@ -110,10 +110,10 @@ make_rust() {
     need debootstrap debootstrap
     echo "making a Debian with gcc and Rust, which takes a few minutes"
     debootstrap --variant=minbase --include=gcc,libc6-dev bookworm "$root" >"$folder/debootstrap.log"
-    cp -a "$(rustc --print sysroot)" "$root/usr/local/rust"
-    mkdir -p "$root/usr/local/cargo"
+    mkdir -p "$root"/usr/local/{cargo,rust}
+    cp -a "$(rustc --print sysroot)"/{bin,lib} "$root/usr/local/rust/"
     # Cargo prints the setting that makes it take the crates from there.
-    cargo vendor --locked --quiet "$root/usr/local/cargo/vendor" |
+    cargo vendor --locked "$root/usr/local/cargo/vendor" 2>"$folder/vendor.log" |
         sed "s|$root||" >"$root/usr/local/cargo/config.toml"
     import "$rust" "$root" "ENV CARGO_HOME=/usr/local/cargo" \
         "ENV PATH=/usr/local/rust/bin:/usr/sbin:/usr/bin:/sbin:/bin"
