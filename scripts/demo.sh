@@ -22,6 +22,8 @@ of three instances in the middle of a GET. Stops everything it started.
               network of its own. Needs docker-compose 1.29 or Docker with Compose v2; builds the
               image if it is not there. Removes its containers and volumes at the end.
 
+SKIP_BUILD=1 takes the binaries in target/release as they are.
+
 Exit code: 0 only if everything was as it should be.
 HELP
 }
@@ -58,7 +60,7 @@ if [[ $engine == compose ]]; then
     docker info >/dev/null 2>&1 || fail "no Docker engine answers; start one, then try again"
     # Nothing below may touch a project that is not ours.
     export COMPOSE_PROJECT_NAME=message-log-demo-$$ LOGGING_INSTANCES=3 SUBNET=${SUBNET:-10.86.87}
-else
+elif [[ -z ${SKIP_BUILD:-} ]]; then
     say "Building (the first time takes a few minutes)"
     cargo build --release --locked
 fi

@@ -15,8 +15,9 @@ usage: scripts/stand-ins.sh run|build|remove
           with this machine's Rust and the crates that Cargo.lock names, and on its C runtime
   remove  removes all that was made
 
-Needs a Docker engine and, on Debian, the rights to install packages. IMAGE, REDIS_IMAGE and
-REDIS_VERSION are taken from the environment, or are as in .env.example.
+Needs a Docker engine and, on Debian, the rights to install packages. SKIP_BUILD=1 takes the binaries
+in target/release as they are, for example those of the tests. IMAGE, REDIS_IMAGE and REDIS_VERSION are
+taken from the environment, or are as in .env.example.
 HELP
 }
 
@@ -75,9 +76,11 @@ import() {
     echo "made $image, a stand-in"
 }
 
+build_services() { [[ -n ${SKIP_BUILD:-} ]] || cargo build --release --locked; }
+
 make_services() {
     local root=$folder/services
-    cargo build --release --locked
+    build_services
     mkdir -p "$root/usr/local/bin"
     cp target/release/{facade,logging,messages} "$root/usr/local/bin/"
     copy_libraries "$root" target/release/{facade,logging,messages}
@@ -121,7 +124,7 @@ make_rust() {
 
 make_runtime() {
     local root=$folder/runtime
-    cargo build --release --locked
+    build_services
     copy_libraries "$root" target/release/{facade,logging,messages}
     import "$runtime" "$root" "ENV PATH=/usr/local/bin:/usr/bin:/bin"
 }

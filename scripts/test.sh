@@ -51,9 +51,12 @@ if ((${#packages[@]})); then
     if lacks_requests; then python3 -m pip install --quiet requests; fi
 fi
 
+run() { cargo test --workspace --release --locked "$@"; }
+
+run --no-run
 if timeout 10 docker info >/dev/null 2>&1; then
     export IMAGE=message-log:test TEST_PROJECT=message-log-test-$$
-    scripts/stand-ins.sh run
+    SKIP_BUILD=1 scripts/stand-ins.sh run
     # A test that is killed leaves its containers, which restart.
     remove_containers() {
         local ours=name=$TEST_PROJECT
@@ -63,8 +66,6 @@ if timeout 10 docker info >/dev/null 2>&1; then
     }
     trap remove_containers EXIT
 fi
-
-run() { cargo test --workspace --release --locked "$@"; }
 
 if [[ -n ${TEST_ENGINE:-} ]]; then
     run -- "$@"
