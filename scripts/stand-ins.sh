@@ -139,10 +139,8 @@ build_dockerfile() {
 }
 
 remove() {
-    local images
-    images=$(docker image ls --filter label=stand-in=true --format '{{.Repository}}:{{.Tag}}')
-    # shellcheck disable=SC2086
-    if [[ -n $images ]]; then docker image rm $images; fi
+    docker image ls --quiet --filter label=stand-in=true | sort --unique |
+        xargs --no-run-if-empty docker image rm --force
 }
 
 case $1 in
