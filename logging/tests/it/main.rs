@@ -8,11 +8,13 @@ mod command_line;
 mod engine;
 /// The internal HTTP API, in-process.
 mod http;
+/// Processes that are killed under load.
+mod kills;
 /// What every engine of the map promises, and the suite that holds it to that.
 mod map;
 /// Starting a service as a real process; facade's tests use it too.
 mod process;
-/// Real processes: kill -9, full and failing disks, the log.
+/// Real processes: full and failing disks, the log, the command line.
 mod processes;
 /// What only a map on Redis can do wrong: servers that are away, logins, replicas, moving slots.
 mod redis;

@@ -1,0 +1,212 @@
+//! Processes on one LMDB folder that are killed while entries are put: nothing acknowledged is lost,
+//! and whoever is left goes on.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use common::entry::{Entry, Outcome};
+use reqwest::Client;
+use uuid::Uuid;
+
+use crate::process::{PATIENCE, Process, free_address};
+use crate::processes::{all, entry, logging, put, put_one};
+
+/// Promises 1 and 3 on the embedded map, with everything that LMDB's locks must survive: three
+/// processes on one folder, a random one killed every 50 ms for 30 s under load.
+#[tokio::test(flavor = "multi_thread")]
+async fn acknowledged_entries_survive_kills_of_random_processes() {
+    const INTERVAL: Duration = Duration::from_millis(50);
+    let mut began = None;
+    let kills = kill_under_load(Duration::from_secs(30), move |processes, kills, _| {
+        let due = *began.get_or_insert_with(Instant::now) + INTERVAL * kills;
+        std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        let victim = random_below(processes.len());
+        processes[victim].kill();
+        vec![victim]
+    });
+    let kills = kills.await;
+    assert!(
+        kills > 200,
+        "the run was too slow to prove anything: {kills} kills"
+    );
+}
+
+/// Two of three processes are killed at once, again and again: the third goes on each time, also
+/// when it was waiting for its turn behind both.
+#[tokio::test(flavor = "multi_thread")]
+async fn survivor_goes_on_when_the_others_are_killed_at_once() {
+    /// More than the eight writers can have under way, so the survivor has stored some of them.
+    const MORE: usize = 100;
+    let kills = kill_under_load(Duration::from_secs(15), |processes, _, recorder| {
+        let survivor = random_below(processes.len());
+        let victims: Vec<usize> = (0..processes.len())
+            .filter(|index| *index != survivor)
+            .collect();
+        victims.iter().for_each(|victim| processes[*victim].kill());
+        let acknowledged = || recorder.lock().unwrap().acknowledged.len();
+        let goal = acknowledged() + MORE;
+        let begin = Instant::now();
+        while acknowledged() < goal {
+            assert!(begin.elapsed() < PATIENCE, "the survivor stores nothing");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        victims
+    });
+    let kills = kills.await;
+    assert!(
+        kills > 50,
+        "the run was too slow to prove anything: {kills} kills"
+    );
+}
+
+fn random_below(count: usize) -> usize {
+    Uuid::new_v4().as_u128() as usize % count
+}
+
+/// Runs three processes on one folder under load. `kill`, which gets them, the number of kills so
+/// far and what was stored, kills some of them and says which; they are started again. At the end
+/// every process must have all that was acknowledged, once and in order. Returns the number of
+/// kills.
+async fn kill_under_load(
+    length: Duration,
+    mut kill: impl FnMut(&mut [Process], u32, &Mutex<Recorder>) -> Vec<usize> + Send + 'static,
+) -> u32 {
+    let folder = tempfile::tempdir().unwrap();
+    let addresses: Vec<SocketAddr> = (0..3).map(|_| free_address()).collect();
+    let is_over = Arc::new(AtomicBool::new(false));
+    let recorder = Arc::new(Mutex::new(Recorder::default()));
+    let writers: Vec<_> = (0..8)
+        .map(|writer| {
+            let urls = addresses.iter().map(|address| format!("http://{address}"));
+            let urls: Vec<String> = urls.collect();
+            tokio::spawn(write_until_over(
+                writer,
+                urls,
+                is_over.clone(),
+                recorder.clone(),
+            ))
+        })
+        .collect();
+    let path = folder.path().to_owned();
+    let record = recorder.clone();
+    let killed = tokio::task::spawn_blocking(move || {
+        let start = |address: &SocketAddr| Process::start(quiet(&path), *address);
+        let mut processes: Vec<Process> = addresses.iter().map(start).collect();
+        let began = Instant::now();
+        let mut kills = 0;
+        while began.elapsed() < length {
+            for victim in kill(&mut processes, kills, &record) {
+                processes[victim] = start(&addresses[victim]);
+                kills += 1;
+            }
+        }
+        (processes, kills)
+    });
+    let (processes, kills) = killed.await.unwrap();
+    is_over.store(true, Ordering::Relaxed);
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    let Recorder {
+        attempted,
+        acknowledged,
+    } = Arc::into_inner(recorder).unwrap().into_inner().unwrap();
+    println!(
+        "{kills} kills, {} entries attempted, {} acknowledged",
+        attempted.len(),
+        acknowledged.len()
+    );
+    assert!(
+        acknowledged.len() > 2000,
+        "too little load to prove anything"
+    );
+    let http = Client::new();
+    for process in &processes {
+        let stored = all(&http, &process.url()).await;
+        assert!(
+            stored.is_sorted_by(|left, right| left.uuid < right.uuid),
+            "once and in order"
+        );
+        let stored: BTreeMap<Uuid, String> = stored.into_iter().map(|e| (e.uuid, e.msg)).collect();
+        for uuid in &acknowledged {
+            assert_eq!(stored.get(uuid), attempted.get(uuid), "lost or changed");
+        }
+        for (uuid, msg) in &stored {
+            assert_eq!(attempted.get(uuid), Some(msg), "never attempted");
+        }
+    }
+    kills
+}
+
+/// Who waits for a turn to write waits for the lock of a file, which the kernel hands on however
+/// its holder ends, and not for LMDB's own, whose wake-up can be lost.
+#[tokio::test]
+async fn turn_to_write_is_the_lock_of_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let process = Process::start(logging(folder.path()), free_address());
+    let http = Client::new();
+    let url = process.url();
+    let turns = File::open(folder.path().join("map/turns")).unwrap();
+    turns.lock().unwrap();
+    let kept_out = put_one(&http, &url, &entry("early")).await;
+    assert!(matches!(kept_out, Outcome::Refused { .. }), "{kept_out:?}");
+    turns.unlock().unwrap();
+    let entry = entry("now");
+    assert_eq!(put_one(&http, &url, &entry).await, Outcome::Stored);
+    assert_eq!(all(&http, &url).await, [entry]);
+}
+
+#[derive(Debug, Default)]
+struct Recorder {
+    attempted: HashMap<Uuid, String>,
+    acknowledged: Vec<Uuid>,
+}
+
+/// Posts batches to random instances; repeats each until it is acknowledged, wherever that is.
+async fn write_until_over(
+    writer: usize,
+    urls: Vec<String>,
+    is_over: Arc<AtomicBool>,
+    recorder: Arc<Mutex<Recorder>>,
+) {
+    let http = Client::builder()
+        .timeout(Duration::from_secs(2))
+        .build()
+        .unwrap();
+    let mut sent = 0;
+    while !is_over.load(Ordering::Relaxed) {
+        let entries: Vec<Entry> = (0..5)
+            .map(|n| entry(&format!("{writer}/{sent}/{n}")))
+            .collect();
+        sent += 1;
+        let known = entries.iter().map(|entry| (entry.uuid, entry.msg.clone()));
+        recorder.lock().unwrap().attempted.extend(known);
+        while !is_over.load(Ordering::Relaxed) {
+            let url = &urls[Uuid::new_v4().as_u128() as usize % urls.len()];
+            let Ok(outcomes) = put(&http, url, &entries).await else {
+                tokio::task::yield_now().await;
+                continue;
+            };
+            let is_stored = |o: &Outcome| matches!(o, Outcome::Stored | Outcome::Duplicate);
+            let with_outcomes = entries.iter().zip(&outcomes);
+            let stored = with_outcomes.filter(|(_, outcome)| is_stored(outcome));
+            let stored: Vec<Uuid> = stored.map(|(entry, _)| entry.uuid).collect();
+            recorder.lock().unwrap().acknowledged.extend(stored);
+            if outcomes.iter().all(is_stored) {
+                break;
+            }
+        }
+    }
+}
+
+fn quiet(folder: &Path) -> Command {
+    let mut command = logging(folder);
+    command.env("RUST_LOG", "warn,logging=info");
+    command
+}
