@@ -14,11 +14,13 @@ use axum::Router;
 use axum::body::{Body, HttpBody};
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, RawQuery, Request, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::map_response_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use bytes::Bytes;
 use clap::Parser;
+use common::api::{MARK, Mark};
 use common::config::{self, ServiceConfig};
 use common::entry::{self, Entry, MAX_BATCH_BYTES, Outcome, PutEntry, PutResult};
 use common::page::{Bounds, Order, PageEnd};
@@ -119,8 +121,16 @@ pub fn router(app: App) -> Router {
         .route("/{uuid}", get(show))
         .route("/livez", get(server::livez))
         .route("/readyz", get(readyz))
-        .with_state(app);
-    server::with_middleware(routes, RequestLog::Off)
+        .with_state(app.clone());
+    server::with_middleware(routes, RequestLog::Off).layer(map_response_with_state(app, mark))
+}
+
+/// Marks an answer as one of a logging instance.
+async fn mark(State(app): State<App>, mut response: Response) -> Response {
+    let mark = Mark { map: app.map.id() }.to_string();
+    let value = HeaderValue::try_from(mark).expect("a mark is plain ASCII");
+    response.headers_mut().insert(MARK, value);
+    response
 }
 
 async fn put(State(app): State<App>, request: Request) -> Result<Response, Problem> {

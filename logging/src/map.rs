@@ -30,6 +30,10 @@ pub const MAX_AHEAD: Duration = Duration::from_secs(2);
 /// Entries are ordered by UUID, the same on every instance and engine.
 #[async_trait]
 pub trait DistributedMap: fmt::Debug + Send + Sync {
+    /// The id that was made together with the map, the same on every instance; `None` while it is
+    /// not known.
+    fn id(&self) -> Option<Uuid>;
+
     /// Puts a batch and tells for each entry, in the order given, what became of it.
     ///
     /// - *Durability*: `Stored` and `Duplicate` are told only once the entry is committed as

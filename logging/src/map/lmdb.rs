@@ -75,6 +75,10 @@ impl LmdbMap {
 
 #[async_trait]
 impl DistributedMap for LmdbMap {
+    fn id(&self) -> Option<Uuid> {
+        None
+    }
+
     async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome> {
         let count = entries.len();
         if count == 0 {

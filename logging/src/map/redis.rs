@@ -74,6 +74,10 @@ impl RedisMap {
 
 #[async_trait]
 impl DistributedMap for RedisMap {
+    fn id(&self) -> Option<Uuid> {
+        None
+    }
+
     async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome> {
         let topology = self.members.topology();
         let mut places: Vec<Vec<usize>> = vec![Vec::new(); topology.shards.len()];

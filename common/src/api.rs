@@ -1,0 +1,76 @@
+//! The mark by which a facade knows that an answer comes from a logging instance, and not from
+//! something else that listens at its address or stands in between.
+
+use std::fmt;
+use std::str::FromStr;
+
+use uuid::Uuid;
+
+/// The header of every answer of a logging instance. Its value is a [`Mark`].
+pub const MARK: &str = "x-message-log";
+
+/// The version of what facade and logging say to each other.
+pub const WIRE_VERSION: u32 = 1;
+
+/// Says that an answer was written by a logging instance that speaks [`WIRE_VERSION`], and which
+/// map it serves: `1 0193b3f2-…`, or `1 -` while the instance does not know the map's id yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// The id of the map, which was made together with it.
+    pub map: Option<Uuid>,
+}
+
+impl fmt::Display for Mark {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.map {
+            Some(map) => write!(formatter, "{WIRE_VERSION} {map}"),
+            None => write!(formatter, "{WIRE_VERSION} -"),
+        }
+    }
+}
+
+impl FromStr for Mark {
+    type Err = String;
+
+    /// # Errors
+    /// Why the text is not the mark of an instance that speaks this version.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (version, map) = text
+            .split_once(' ')
+            .ok_or_else(|| format!("{text:?} is not a version and a map's id"))?;
+        if version.parse() != Ok(WIRE_VERSION) {
+            return Err(format!(
+                "it speaks version {version} of the wire, this facade speaks {WIRE_VERSION}"
+            ));
+        }
+        let map = match map {
+            "-" => None,
+            id => Some(
+                id.parse()
+                    .map_err(|_| format!("{id:?} is not a map's id"))?,
+            ),
+        };
+        Ok(Self { map })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mark_is_read_as_it_was_written() {
+        for map in [None, Some(Uuid::now_v7())] {
+            assert_eq!(Mark { map }.to_string().parse(), Ok(Mark { map }));
+        }
+    }
+
+    #[test]
+    fn other_marks_are_refused_with_a_reason() {
+        let version = "2 -".parse::<Mark>().unwrap_err();
+        assert!(version.contains("version 2"), "{version}");
+        for text in ["", "1", "1 x", "- 1"] {
+            assert!(text.parse::<Mark>().is_err(), "{text}");
+        }
+    }
+}
