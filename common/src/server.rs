@@ -239,11 +239,7 @@ pub fn readiness(ready: Result<(), String>, checks: &[Check], query: Option<&str
         #[serde(skip_serializing_if = "Option::is_none")]
         checks: Option<&'a [Check]>,
     }
-    let is_verbose = query.is_some_and(|query| {
-        let mut fields = query.split('&');
-        fields.any(|field| field == "verbose" || field.starts_with("verbose="))
-    });
-    let checks = is_verbose.then_some(checks);
+    let checks = is_verbose(query).then_some(checks);
     let Err(detail) = ready else {
         let is_degraded = checks.is_some_and(|checks| checks.iter().any(|check| !check.ok));
         let status = if is_degraded { "degraded" } else { "ready" };
@@ -254,6 +250,14 @@ pub fn readiness(ready: Result<(), String>, checks: &[Check], query: Option<&str
         Some(checks) => problem.with("checks", checks).into_response(),
         None => problem.into_response(),
     }
+}
+
+/// Whether a query asks for all checks.
+pub fn is_verbose(query: Option<&str>) -> bool {
+    query.is_some_and(|query| {
+        let mut fields = query.split('&');
+        fields.any(|field| field == "verbose" || field.starts_with("verbose="))
+    })
 }
 
 /// The first reason not to be ready: a service that was told to stop takes no new work.

@@ -3,151 +3,305 @@
 //!
 //! What a failed batch means for its entries is decided here; where they go next is not.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use common::entry::{Outcome, PutEntry, PutResult};
-use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use common::entry::{MAX_BATCH_BYTES, MAX_JSON_EXPANSION, Outcome, PutEntry, PutResult};
+use tokio::sync::{Notify, OwnedSemaphorePermit, oneshot};
+use tokio::time::Instant;
 
+use crate::MAX_MAX_MESSAGE;
 use crate::client::{Logging, UpstreamError};
-use crate::pool::Health;
+use crate::health::Health;
+use crate::store::Certainty;
 
 /// A batch takes no further entry once it has this many bytes: one group commit's worth, which an
 /// instance stores well within its store timeout.
 const MAX_BATCH: usize = 1024 * 1024;
+const _: () = assert!(
+    MAX_BATCH + MAX_MAX_MESSAGE as usize * MAX_JSON_EXPANSION + ENTRY_OVERHEAD < MAX_BATCH_BYTES,
+    "a batch one entry short of its limit and then the largest entry must be accepted"
+);
+
+/// What an entry has in JSON besides its message: its UUID, its request id, and the names.
+const ENTRY_OVERHEAD: usize = 1024;
+
+/// Batches begin with this limit in bytes, and double it while they are answered in less than half
+/// of [`LONG_BATCH`], like TCP's slow start: an instance that stores a few hundred entries a second
+/// must not get a batch that it cannot answer within the try timeout.
+const FIRST_BATCH: usize = 16 * 1024;
+
+/// A batch that took longer halves the limit.
+const LONG_BATCH: Duration = Duration::from_millis(500);
+
+/// The limit is not halved below this, in bytes: a few entries share what a batch costs.
+const SMALLEST_BATCH: usize = 1024;
+
+/// A queue has no room for new messages when the first entry has waited for so long and it would
+/// take more than [`MAX_WAITING_BATCHES`] to send all of it. Both together, so that neither a burst
+/// nor a slow disk alone turns messages away.
+const LONG_WAIT: Duration = Duration::from_millis(250);
+const MAX_WAITING_BATCHES: usize = 4;
 
 /// Memory that a request has reserved, for as long as anything of it is queued.
 pub type Reservation = Arc<OwnedSemaphorePermit>;
 
 /// The queue to one instance.
 ///
-/// It has no bound of its own: each entry in it holds the reservation of its request.
+/// It has no bound of its own in bytes: each entry in it holds the reservation of its request. In
+/// time it is bounded by [`Batcher::has_room`].
 #[derive(Debug)]
 pub struct Batcher {
-    queue: mpsc::UnboundedSender<Queued>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    queue: Mutex<Queue>,
+    /// Wakes the task that sends.
+    changed: Notify,
+}
+
+#[derive(Debug)]
+struct Queue {
+    entries: VecDeque<Queued>,
+    /// Of all entries, encoded.
+    bytes: usize,
+    /// How many bytes the next batch may have; one entry may always be sent.
+    batch_limit: usize,
+    is_closed: bool,
 }
 
 #[derive(Debug)]
 struct Queued {
     json: Vec<u8>,
-    reply: oneshot::Sender<Outcome>,
+    reply: Reply,
+    since: Instant,
     _reserved: Reservation,
 }
 
+type Reply = oneshot::Sender<Result<Outcome, BatchFailure>>;
+
+/// Why an entry has no outcome of its own: its batch failed as a whole, or was never sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BatchFailure {
+    /// For the caller.
+    pub detail: String,
+    /// Whether the batch may have been executed.
+    pub certainty: Certainty,
+    /// Whether the instance is down because of it; otherwise the instance itself refused the batch.
+    pub is_down: bool,
+}
+
 impl Batcher {
-    /// Starts the task that sends the batches. It ends when the batcher is dropped.
+    /// Starts the task that sends the batches. It ends when the batcher is dropped and what was
+    /// queued is answered.
     pub fn start(client: Arc<dyn Logging>, health: Arc<Health>) -> Self {
-        let (queue, queued) = mpsc::unbounded_channel();
-        tokio::spawn(send_batches(client, health, queued));
-        Self { queue }
+        let shared = Arc::new(Shared {
+            queue: Mutex::new(Queue {
+                entries: VecDeque::new(),
+                bytes: 0,
+                batch_limit: FIRST_BATCH,
+                is_closed: false,
+            }),
+            changed: Notify::new(),
+        });
+        tokio::spawn(send_batches(client, health, shared.clone()));
+        Self { shared }
     }
 
-    /// Puts one entry with the next batch. The caller may stop waiting at any time: the entry may
-    /// then be stored or not.
-    pub async fn put(&self, entry: &PutEntry, reserved: Reservation) -> Outcome {
+    /// Queues one entry for the next batch and returns what will become of it. Whoever drops the
+    /// future stops waiting: the entry may then be stored or not.
+    pub fn put(
+        &self,
+        entry: &PutEntry,
+        reserved: Reservation,
+    ) -> impl Future<Output = Result<Outcome, BatchFailure>> + Send + use<> {
         let json = serde_json::to_vec(entry).expect("an entry is plain JSON");
         let (reply, outcome) = oneshot::channel();
-        let queued = Queued {
+        let mut queue = self.shared.lock();
+        queue.bytes += json.len();
+        queue.entries.push_back(Queued {
             json,
             reply,
+            since: Instant::now(),
             _reserved: reserved,
-        };
-        if self.queue.send(queued).is_err() {
-            return Outcome::refused("the facade is stopping");
+        });
+        drop(queue);
+        self.shared.changed.notify_one();
+        async {
+            let stopping = Outcome::unknown("the facade is stopping");
+            outcome.await.unwrap_or(Ok(stopping))
         }
-        match outcome.await {
-            Ok(outcome) => outcome,
-            Err(_) => Outcome::unknown("the facade is stopping"),
+    }
+
+    /// Whether the instance keeps up with what it is given, so that it may be given more.
+    pub fn has_room(&self) -> bool {
+        let queue = self.shared.lock();
+        let waited = queue.entries.front().map(|first| first.since.elapsed());
+        let is_behind = waited.is_some_and(|waited| waited > LONG_WAIT);
+        !is_behind || queue.bytes <= MAX_WAITING_BATCHES * queue.batch_limit
+    }
+}
+
+impl Drop for Batcher {
+    fn drop(&mut self) {
+        self.shared.lock().is_closed = true;
+        self.shared.changed.notify_one();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for entries and takes a batch of them; `None` when there will be no more.
+    async fn next_batch(&self) -> Option<Vec<Queued>> {
+        loop {
+            {
+                let mut queue = self.lock();
+                let batch = queue.take_batch();
+                if !batch.is_empty() {
+                    return Some(batch);
+                }
+                if queue.is_closed {
+                    return None;
+                }
+            }
+            self.changed.notified().await;
         }
     }
 }
 
-async fn send_batches(
-    client: Arc<dyn Logging>,
-    health: Arc<Health>,
-    mut queue: mpsc::UnboundedReceiver<Queued>,
-) {
-    while let Some(first) = queue.recv().await {
-        let (batch, replies) = gather(first, &mut queue);
-        if replies.is_empty() {
-            continue;
+impl Queue {
+    /// Takes entries until they have [`Self::batch_limit`] bytes; those whose caller has given up
+    /// are left out.
+    fn take_batch(&mut self) -> Vec<Queued> {
+        let mut batch = Vec::new();
+        let mut bytes = 0;
+        while bytes < self.batch_limit
+            && let Some(queued) = self.entries.pop_front()
+        {
+            self.bytes -= queued.json.len();
+            if !queued.reply.is_closed() {
+                bytes += queued.json.len();
+                batch.push(queued);
+            }
         }
-        match client.put(batch).await {
-            Ok(results) => answer_each(replies, results),
+        batch
+    }
+
+    fn take_all(&mut self) -> VecDeque<Queued> {
+        self.bytes = 0;
+        std::mem::take(&mut self.entries)
+    }
+
+    /// Adapts the limit to what the instance stores in time.
+    fn note_answered(&mut self, bytes: usize, took: Duration) {
+        if took > LONG_BATCH {
+            self.batch_limit = (self.batch_limit / 2).max(SMALLEST_BATCH);
+        } else if took < LONG_BATCH / 2 && bytes >= self.batch_limit {
+            self.batch_limit = (self.batch_limit * 2).min(MAX_BATCH);
+        }
+    }
+
+    fn note_failed(&mut self) {
+        self.batch_limit = self.batch_limit.min(FIRST_BATCH);
+    }
+}
+
+async fn send_batches(client: Arc<dyn Logging>, health: Arc<Health>, shared: Arc<Shared>) {
+    while let Some(batch) = shared.next_batch().await {
+        let (array, replies) = encode(batch);
+        let (bytes, began) = (array.len(), Instant::now());
+        match require_all(client.put(array).await, replies.len()) {
+            Ok(results) => {
+                health.note_success();
+                shared.lock().note_answered(bytes, began.elapsed());
+                for (reply, result) in replies.into_iter().zip(results) {
+                    let _ = reply.send(Ok(result.outcome));
+                }
+            }
             Err(error) => {
-                health.note_failure(&error);
-                let outcome = outcome_of(&error);
+                let failure = BatchFailure::of(&error);
+                if failure.is_down {
+                    health.note_failure(&error);
+                    refuse_queued(&shared, &failure);
+                }
                 for reply in replies {
-                    let _ = reply.send(outcome.clone());
-                }
-                if !health.is_up() {
-                    refuse_queued(&mut queue, &error);
+                    let _ = reply.send(Err(failure.clone()));
                 }
             }
         }
     }
 }
 
-/// Takes what is queued, up to [`MAX_BATCH`], as a JSON array; entries whose caller has given up
-/// are left out.
-fn gather(
-    first: Queued,
-    queue: &mut mpsc::UnboundedReceiver<Queued>,
-) -> (Vec<u8>, Vec<oneshot::Sender<Outcome>>) {
-    let mut batch = vec![b'['];
-    let mut replies = Vec::new();
-    let mut next = Some(first);
-    while let Some(queued) = next {
-        if !queued.reply.is_closed() {
-            if !replies.is_empty() {
-                batch.push(b',');
-            }
-            batch.extend_from_slice(&queued.json);
-            replies.push(queued.reply);
-        }
-        next = if batch.len() < MAX_BATCH {
-            queue.try_recv().ok()
-        } else {
-            None
+/// A batch as a JSON array, and where the outcome of each entry goes.
+fn encode(batch: Vec<Queued>) -> (Vec<u8>, Vec<Reply>) {
+    let bytes: usize = batch.iter().map(|queued| queued.json.len() + 1).sum();
+    let mut array = Vec::with_capacity(bytes + 1);
+    let mut replies = Vec::with_capacity(batch.len());
+    for queued in batch {
+        array.push(if replies.is_empty() { b'[' } else { b',' });
+        array.extend_from_slice(&queued.json);
+        replies.push(queued.reply);
+    }
+    array.push(b']');
+    (array, replies)
+}
+
+/// An answer without a result for each entry is worth nothing: nobody knows whose the results are.
+fn require_all(
+    answer: Result<Vec<PutResult>, UpstreamError>,
+    entries: usize,
+) -> Result<Vec<PutResult>, UpstreamError> {
+    let results = answer?;
+    if results.len() == entries {
+        return Ok(results);
+    }
+    let returned = results.len();
+    Err(UpstreamError::Garbled(format!(
+        "returned {returned} results for {entries} entries"
+    )))
+}
+
+/// What waits behind a batch that took the instance down was never sent: it can go elsewhere at
+/// once.
+fn refuse_queued(shared: &Shared, failure: &BatchFailure) {
+    let waiting = {
+        let mut queue = shared.lock();
+        queue.note_failed();
+        queue.take_all()
+    };
+    let never_sent = BatchFailure {
+        certainty: Certainty::No,
+        ..failure.clone()
+    };
+    for queued in waiting {
+        let _ = queued.reply.send(Err(never_sent.clone()));
+    }
+}
+
+impl BatchFailure {
+    /// Only a connection that was refused and the instance's own word, with its mark, prove that
+    /// nothing was executed.
+    fn of(error: &UpstreamError) -> Self {
+        let is_refused = error.is_refusal();
+        let certainty = match error {
+            UpstreamError::Unreachable(_) => Certainty::No,
+            UpstreamError::Status(..) if is_refused => Certainty::No,
+            UpstreamError::Status(..)
+            | UpstreamError::Unmarked(..)
+            | UpstreamError::TimedOut
+            | UpstreamError::Lost(_)
+            | UpstreamError::Garbled(_) => Certainty::Unknown,
         };
-    }
-    batch.push(b']');
-    (batch, replies)
-}
-
-fn answer_each(replies: Vec<oneshot::Sender<Outcome>>, results: Vec<PutResult>) {
-    let is_complete = results.len() == replies.len();
-    if !is_complete {
-        tracing::error!("a logging instance answered for another number of entries than it got");
-    }
-    let mut results = results.into_iter();
-    for reply in replies {
-        let outcome = match results.next() {
-            Some(result) if is_complete => result.outcome,
-            _ => Outcome::unknown("the logging instance's answer was incomplete"),
-        };
-        let _ = reply.send(outcome);
-    }
-}
-
-/// What waits behind a batch that found the instance dead or hanging was never sent: it can go
-/// elsewhere at once.
-fn refuse_queued(queue: &mut mpsc::UnboundedReceiver<Queued>, error: &UpstreamError) {
-    while let Ok(queued) = queue.try_recv() {
-        let detail = format!("the logging instance {error}");
-        let _ = queued.reply.send(Outcome::refused(detail));
-    }
-}
-
-fn outcome_of(error: &UpstreamError) -> Outcome {
-    let detail = format!("the logging instance {error}");
-    match error {
-        UpstreamError::Unreachable(_) => Outcome::refused(detail),
-        UpstreamError::Status(status, _) if status.is_client_error() || status.as_u16() == 503 => {
-            Outcome::refused(detail)
+        Self {
+            detail: error.to_string(),
+            certainty,
+            is_down: !is_refused,
         }
-        UpstreamError::Status(..)
-        | UpstreamError::TimedOut
-        | UpstreamError::Lost(_)
-        | UpstreamError::Garbled(_) => Outcome::unknown(detail),
     }
 }

@@ -1,6 +1,8 @@
 //! Clients to the services behind the facade: one method a call, every call with a deadline.
 //!
-//! They know no failover and keep no state about who is up: that is the pool's subject.
+//! They know no failover and keep no state about which instance is up: that is the pool's subject.
+//! An answer counts as a logging instance's only when it bears the instance's mark: a proxy, or
+//! another server at the address, may answer anything after it forwarded a request or not.
 
 use std::error::Error;
 use std::fmt;
@@ -8,6 +10,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
+use common::api::{MARK, Mark};
 use common::entry::{Entry, MAX_BATCH_BYTES, PutResult};
 use common::page::{Bounds, PageEnd};
 use common::server::REQUEST_ID;
@@ -25,6 +28,10 @@ const PAGE_BYTES: usize = 128 * 1024;
 /// A logging instance that sends more than this for one page is not one of ours: a page's messages
 /// grow by escapes, and one entry can be as large as a batch.
 const MAX_PAGE_BODY: usize = MAX_BATCH_BYTES + PAGE_BYTES;
+
+/// A longer answer to a batch is not an instance's: an outcome is not much larger than its entry,
+/// and a batch of the facade is an eighth of what an instance accepts.
+const MAX_OUTCOMES_BODY: usize = MAX_BATCH_BYTES;
 
 /// The longest reply of the messages service that is passed on.
 const MAX_REPLY_BYTES: usize = 64 * 1024;
@@ -44,12 +51,29 @@ pub enum UpstreamError {
     /// The connection was lost before the answer was complete.
     #[error("broke the connection off")]
     Lost(#[source] Cause),
-    /// It answered that it cannot do this now.
+    /// The service itself answered that it does not do this.
     #[error("answered {0}: {1}")]
     Status(StatusCode, String),
+    /// The answer came from something else: a proxy in between, or another server at the address.
+    /// The request may have been executed.
+    #[error("gave an answer ({0}) that is not a logging instance's: {1}")]
+    Unmarked(StatusCode, String),
     /// Its answer is not in the form that was agreed on.
     #[error("gave an answer that cannot be read: {0}")]
     Garbled(String),
+}
+
+impl UpstreamError {
+    /// Whether a logging instance itself says that it executed nothing: it is busy, or it does not
+    /// take such a request. Such an instance is well.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Status(status, _) if status.is_client_error() || status.as_u16() == 503)
+    }
+
+    /// Whether an instance serves, but its map cannot be read now, as while a failover lasts.
+    pub fn is_map_unavailable(&self) -> bool {
+        matches!(self, Self::Status(status, _) if status.as_u16() == 503)
+    }
 }
 
 impl From<reqwest::Error> for UpstreamError {
@@ -96,11 +120,11 @@ pub trait Logging: fmt::Debug + Send + Sync {
         request_id: Option<&str>,
     ) -> Result<Page, UpstreamError>;
 
-    /// Reads one entry.
+    /// Reads one entry; `None` when the instance says that there is none.
     async fn get(&self, uuid: Uuid) -> Result<Option<Entry>, UpstreamError>;
 
-    /// Asks whether the instance serves at all.
-    async fn probe(&self) -> Result<(), UpstreamError>;
+    /// Asks whether the instance can read and store now; what it says is missing is the error.
+    async fn ready(&self) -> Result<(), UpstreamError>;
 }
 
 /// A logging instance behind HTTP.
@@ -130,8 +154,8 @@ impl Logging for LoggingClient {
             .timeout(self.timeout)
             .header(header::CONTENT_TYPE, "application/json")
             .body(batch);
-        let response = accept(request.send().await?).await?;
-        let body = response.bytes().await?;
+        let response = require_success(marked(request.send().await?)?).await?;
+        let body = read_body(response, MAX_OUTCOMES_BODY).await?;
         serde_json::from_slice(&body).map_err(garbled)
     }
 
@@ -161,7 +185,7 @@ impl Logging for LoggingClient {
         if let Some(id) = request_id {
             request = request.header(REQUEST_ID, id);
         }
-        let response = accept(request.send().await?).await?;
+        let response = require_success(marked(request.send().await?)?).await?;
         let page = Page::parse(&read_body(response, MAX_PAGE_BODY).await?, bounds)?;
         if limit.is_some_and(|limit| page.end.count > limit) {
             return Err(UpstreamError::Garbled(
@@ -175,18 +199,19 @@ impl Logging for LoggingClient {
         let mut url = self.base.clone();
         url.set_path(&uuid.to_string());
         let request = self.http.get(url).timeout(self.timeout);
-        let response = request.send().await?;
+        let response = marked(request.send().await?)?;
         if response.status() == StatusCode::NOT_FOUND {
             return Ok(None);
         }
-        let body = read_body(accept(response).await?, MAX_PAGE_BODY).await?;
+        let body = read_body(require_success(response).await?, MAX_PAGE_BODY).await?;
         serde_json::from_slice(&body).map(Some).map_err(garbled)
     }
 
-    async fn probe(&self) -> Result<(), UpstreamError> {
+    async fn ready(&self) -> Result<(), UpstreamError> {
         let mut url = self.base.clone();
-        url.set_path("livez");
-        accept(self.http.get(url).timeout(self.timeout).send().await?).await?;
+        url.set_path("readyz");
+        let request = self.http.get(url).timeout(self.timeout);
+        require_success(marked(request.send().await?)?).await?;
         Ok(())
     }
 }
@@ -248,14 +273,27 @@ impl MessagesClient {
         if let Some(id) = request_id {
             request = request.header(REQUEST_ID, id);
         }
-        let response = accept(request.send().await?).await?;
+        let response = require_success(request.send().await?).await?;
         let body = read_body(response, MAX_REPLY_BYTES).await?;
         String::from_utf8(body.into())
             .map_err(|_| UpstreamError::Garbled("the reply is not UTF-8".to_owned()))
     }
 }
 
-async fn accept(response: Response) -> Result<Response, UpstreamError> {
+/// Lets an answer pass that a logging instance wrote, whatever its status.
+fn marked(response: Response) -> Result<Response, UpstreamError> {
+    let mark = match response.headers().get(MARK).map(|mark| mark.to_str()) {
+        None => Err("it does not bear an instance's mark".to_owned()),
+        Some(Err(_)) => Err("its mark is not text".to_owned()),
+        Some(Ok(mark)) => mark.parse::<Mark>(),
+    };
+    match mark {
+        Ok(_) => Ok(response),
+        Err(reason) => Err(UpstreamError::Unmarked(response.status(), reason)),
+    }
+}
+
+async fn require_success(response: Response) -> Result<Response, UpstreamError> {
     #[derive(serde::Deserialize)]
     struct Problem {
         detail: String,

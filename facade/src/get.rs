@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use crate::client::{Logging, UpstreamError};
 use crate::merge::{self, Read};
-use crate::pool::is_unavailable;
+use crate::pool::is_worth_waiting;
 use crate::post::RETRY_AFTER;
 use crate::{App, too_many};
 
@@ -133,7 +133,7 @@ pub(crate) async fn show(
     let ask = move |logging: Arc<dyn Logging>| async move { logging.get(uuid).await };
     let asked = app
         .pool
-        .ask_patiently(app.read_deadline, is_unavailable, ask);
+        .ask_patiently(app.read_deadline, is_worth_waiting, ask);
     let entry = asked.await.map_err(|error| answer_unreadable(&error))?;
     entry.map(Json).ok_or_else(|| {
         let detail = format!("there is no message {uuid}");
@@ -155,6 +155,7 @@ pub(crate) fn answer_unreadable(error: &UpstreamError) -> Problem {
         UpstreamError::Unreachable(_)
         | UpstreamError::TimedOut
         | UpstreamError::Lost(_)
+        | UpstreamError::Unmarked(..)
         | UpstreamError::Garbled(_) => Problem::unavailable(
             "no logging instance answers; come back in a moment, or see /readyz?verbose",
             RETRY_AFTER,

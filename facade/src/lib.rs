@@ -8,9 +8,11 @@ mod bulk;
 pub mod client;
 mod discovery;
 pub mod get;
+pub mod health;
 mod merge;
 pub mod pool;
 pub mod post;
+mod readiness;
 pub mod store;
 
 use std::net::SocketAddr;
@@ -18,23 +20,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{RawQuery, State};
-use axum::response::Response;
 use axum::routing::get;
 use bytesize::ByteSize;
 use clap::Parser;
 use common::config::{self, ServiceConfig};
 use common::entry::{MAX_BATCH_BYTES, MAX_JSON_EXPANSION};
 use common::problem::Problem;
-use common::server::{self, Check, Limits, RequestLog};
-use futures_util::future::join_all;
+use common::server::{self, Limits, RequestLog};
 use rand::rngs::StdRng;
 use reqwest::Url;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use crate::client::{MessagesClient, UpstreamError, http_client};
+use crate::client::{MessagesClient, http_client};
 use crate::pool::Pool;
+use crate::readiness::Readiness;
 
 /// Memory for single messages on their way into the log, in bytes of their bodies; more are turned
 /// away with a 503. Each is in memory up to three times: as body, as message, and encoded.
@@ -132,6 +132,7 @@ pub struct App {
     reads: Arc<Semaphore>,
     /// Places for GETs of single messages.
     lookups: Arc<Semaphore>,
+    readiness: Arc<Readiness>,
     stop: CancellationToken,
 }
 
@@ -175,6 +176,7 @@ impl App {
             uploads: Arc::new(Semaphore::new(MAX_UPLOADS)),
             reads: Arc::new(Semaphore::new(config.max_reads.into())),
             lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
+            readiness: Arc::default(),
             stop,
         })
     }
@@ -200,37 +202,7 @@ pub fn router(app: App) -> Router {
         .route("/", get(get::list).post(post::create))
         .route("/{uuid}", get(get::show))
         .route("/livez", get(server::livez))
-        .route("/readyz", get(readyz))
+        .route("/readyz", get(readiness::readyz))
         .with_state(app);
     server::with_middleware(routes, RequestLog::On)
-}
-
-/// Ready while any logging instance is up. The messages service is looked at but not needed.
-async fn readyz(State(app): State<App>, RawQuery(query): RawQuery) -> Response {
-    let probes = app.pool.instances().into_iter().map(async |instance| {
-        let name = format!("logging {}", instance.name);
-        check(name, instance.client.probe().await)
-    });
-    let mut checks = join_all(probes).await;
-    let is_any_up = checks.iter().any(|check| check.ok);
-    let messages = app.messages.reply(None).await.map(|_| ());
-    checks.push(check("messages".to_owned(), messages));
-    let has_logging = if is_any_up {
-        Ok(())
-    } else {
-        Err("no logging instance answers; start one, or look at --logging".to_owned())
-    };
-    let ready = server::not_stopping(&app.stop).and(has_logging);
-    server::readiness(ready, &checks, query.as_deref())
-}
-
-fn check(name: String, probed: Result<(), UpstreamError>) -> Check {
-    Check {
-        name,
-        ok: probed.is_ok(),
-        detail: match probed {
-            Ok(()) => "answers".to_owned(),
-            Err(error) => error.to_string(),
-        },
-    }
 }

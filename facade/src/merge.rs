@@ -23,7 +23,7 @@ use uuid::Uuid;
 use crate::App;
 use crate::client::{Logging, Page, UpstreamError};
 use crate::get::{Format, answer_unreadable};
-use crate::pool::{Pool, is_unavailable};
+use crate::pool::{Pool, is_worth_waiting};
 
 /// What a GET asked for.
 #[derive(Debug)]
@@ -89,10 +89,10 @@ struct Cursor {
 }
 
 impl Cursor {
-    /// Asks for the first page until an instance gives it or the read deadline is over. Only a 503
-    /// of one that serves is worth waiting.
+    /// Asks for the first page until an instance gives it or the read deadline is over, for as long
+    /// as there is hope that one will.
     async fn ask_first(&self) -> Result<Page, UpstreamError> {
-        self.ask_while(is_unavailable).await
+        self.ask_while(is_worth_waiting).await
     }
 
     /// Asks for a further page until an instance gives it, or the read deadline is over.
@@ -102,7 +102,7 @@ impl Cursor {
 
     async fn ask_while(
         &self,
-        is_worth_waiting: impl Fn(&UpstreamError) -> bool,
+        may_wait: impl Fn(&UpstreamError) -> bool,
     ) -> Result<Page, UpstreamError> {
         let (bounds, left) = (self.bounds, self.left);
         let ask = |logging: Arc<dyn Logging>| {
@@ -110,8 +110,7 @@ impl Cursor {
             async move { logging.page(bounds, left, request_id.as_deref()).await }
         };
         let pool = &self.pool;
-        pool.ask_patiently(self.patience, is_worth_waiting, ask)
-            .await
+        pool.ask_patiently(self.patience, may_wait, ask).await
     }
 
     /// The next page, asked for while the one before is on its way to the caller.

@@ -1,34 +1,30 @@
-//! The logging instances: who is up, uniform random choice among them, and what to try next when
-//! one fails. Failover lives here and nowhere else.
-//!
-//! Only a refused connection or a timeout makes the pool skip an instance; what an instance
-//! answers about an entry, or its readiness, does not.
+//! The logging instances: uniform random choice among those that are up, and what to ask next when
+//! a read fails on one. How a POST is repeated is the subject of `store`.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
+use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 use tower::retry::budget::TpsBudget;
 
 use crate::batcher::Batcher;
 use crate::client::{Logging, UpstreamError};
-
-/// How often an instance that is down is asked whether it is back.
-const PROBE_INTERVAL: Duration = Duration::from_millis(200);
+use crate::health::Health;
 
 /// Pause before all instances are asked again for what none of them gave, doubled each time up to
 /// [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const MAX_PAUSE: Duration = Duration::from_millis(500);
 
-/// Repeats of POSTs may be this share of the POSTs of the last [`BUDGET_SPAN`], and
-/// [`FREE_RETRIES_PER_SECOND`] besides: enough for the death of instances, not for a storm.
-const RETRY_SHARE: f32 = 0.1;
+/// Repeats and hedges of POSTs may be this share of the POSTs of the last [`BUDGET_SPAN`], and
+/// [`FREE_REPEATS_PER_SECOND`] besides. Above 500 POSTs a second that is less than a tenth in all,
+/// so overload is not multiplied. (The budget counts in whole POSTs for each repeat: one of twelve.)
+const REPEAT_SHARE: f32 = 0.08;
 const BUDGET_SPAN: Duration = Duration::from_secs(10);
-const FREE_RETRIES_PER_SECOND: u32 = 10;
+const FREE_REPEATS_PER_SECOND: u32 = 10;
 
 /// One logging instance with its batcher.
 #[derive(Debug)]
@@ -43,12 +39,9 @@ pub struct Instance {
 impl Instance {
     /// An instance that is believed to be up. Its batcher ends when it has been dropped and what
     /// was queued is answered.
-    fn new(name: String, client: Arc<dyn Logging>) -> Self {
-        let health = Arc::new(Health {
-            name: name.clone(),
-            client: client.clone(),
-            is_up: AtomicBool::new(true),
-        });
+    fn new(name: String, client: Arc<dyn Logging>, readmitted: Arc<Notify>) -> Self {
+        let health = Health::new(name.clone(), client.clone(), readmitted);
+        let health = Arc::new(health);
         Self {
             name,
             batcher: Batcher::start(client.clone(), health.clone()),
@@ -58,56 +51,15 @@ impl Instance {
     }
 }
 
-/// Whether an instance is believed to serve. It is up until a request finds otherwise.
-#[derive(Debug)]
-pub struct Health {
-    name: String,
-    client: Arc<dyn Logging>,
-    is_up: AtomicBool,
-}
-
-impl Health {
-    pub fn is_up(&self) -> bool {
-        self.is_up.load(Ordering::Acquire)
-    }
-
-    /// Marks the instance down if the error says that it does not serve, and probes it from then
-    /// on until it does.
-    pub fn note_failure(self: &Arc<Self>, error: &UpstreamError) {
-        let serves = match error {
-            UpstreamError::Unreachable(_) | UpstreamError::TimedOut => false,
-            UpstreamError::Lost(_) | UpstreamError::Status(..) | UpstreamError::Garbled(_) => true,
-        };
-        if serves || !self.is_up.swap(false, Ordering::AcqRel) {
-            return;
-        }
-        tracing::warn!(instance = self.name, %error, "a logging instance is down");
-        tokio::spawn(probe_until_up(Arc::downgrade(self)));
-    }
-}
-
-/// Ends also when the instance is no longer one of the pool's.
-async fn probe_until_up(health: Weak<Health>) {
-    loop {
-        sleep(PROBE_INTERVAL).await;
-        let Some(health) = health.upgrade() else {
-            return;
-        };
-        if health.client.probe().await.is_ok() {
-            health.is_up.store(true, Ordering::Release);
-            tracing::info!(instance = health.name, "a logging instance is up again");
-            return;
-        }
-    }
-}
-
 /// All logging instances.
 #[derive(Debug)]
 pub struct Pool {
     members: RwLock<Vec<Member>>,
     random: Mutex<StdRng>,
-    /// What POSTs may be repeated, so that trouble does not multiply the load.
-    pub retries: TpsBudget,
+    /// How many POSTs may be tried once more, so that overload is not multiplied.
+    pub repeats: TpsBudget,
+    /// Wakes the messages that wait for any instance.
+    readmitted: Arc<Notify>,
 }
 
 /// An instance and the configured address that it was found under.
@@ -123,7 +75,8 @@ impl Pool {
         Self {
             members: RwLock::default(),
             random: Mutex::new(random),
-            retries: TpsBudget::new(BUDGET_SPAN, FREE_RETRIES_PER_SECOND, RETRY_SHARE),
+            repeats: TpsBudget::new(BUDGET_SPAN, FREE_REPEATS_PER_SECOND, REPEAT_SHARE),
+            readmitted: Arc::default(),
         }
     }
 
@@ -150,9 +103,10 @@ impl Pool {
             tracing::info!(instance = name, "a logging instance is known");
             members.push(Member {
                 origin: origin.to_owned(),
-                instance: Arc::new(Instance::new(name, client)),
+                instance: Arc::new(Instance::new(name, client, self.readmitted.clone())),
             });
         }
+        self.readmitted.notify_waiters();
     }
 
     /// All instances, up or down.
@@ -164,22 +118,64 @@ impl Pool {
             .collect()
     }
 
-    /// One of the instances that are up and not in `tried`, each equally likely. If there is none,
-    /// one of those that are down: it may have come back unnoticed.
-    pub fn choose(&self, tried: &[Arc<Instance>]) -> Option<Arc<Instance>> {
-        let is_untried =
-            |instance: &Arc<Instance>| !tried.iter().any(|tried| Arc::ptr_eq(tried, instance));
-        let instances = self.instances().into_iter().filter(is_untried);
-        let (up, down): (Vec<_>, Vec<_>) = instances.partition(|one| one.health.is_up());
-        let candidates = if up.is_empty() { down } else { up };
+    /// One of the instances that are up and whose queue has room, each equally likely: for a message
+    /// that was not tried yet.
+    pub fn choose_with_room(&self) -> Option<Arc<Instance>> {
+        self.pick(|instance| instance.health.is_up() && instance.batcher.has_room())
+    }
+
+    /// One of the instances that are up and not in `tried`, each equally likely.
+    pub fn choose_up(&self, tried: &[Arc<Instance>]) -> Option<Arc<Instance>> {
+        self.pick(|instance| instance.health.is_up() && !is_among(tried, instance))
+    }
+
+    /// The same. If there is none, one of those that are down: it may have come back unnoticed.
+    fn choose(&self, tried: &[Arc<Instance>]) -> Option<Arc<Instance>> {
+        self.choose_up(tried)
+            .or_else(|| self.pick(|instance| !is_among(tried, instance)))
+    }
+
+    fn pick(&self, is_candidate: impl Fn(&Instance) -> bool) -> Option<Arc<Instance>> {
+        let members = self.members.read().unwrap_or_else(PoisonError::into_inner);
+        let instances = members.iter().map(|member| &member.instance);
+        let candidates: Vec<_> = instances.filter(|one| is_candidate(one)).collect();
         let mut random = self.random.lock().unwrap_or_else(PoisonError::into_inner);
-        candidates.choose(&mut *random).cloned()
+        candidates.choose(&mut *random).copied().cloned()
+    }
+
+    pub fn is_any_up(&self) -> bool {
+        self.instances().iter().any(|one| one.health.is_up())
+    }
+
+    /// Waits until an instance is up.
+    pub async fn any_up(&self) {
+        loop {
+            let readmitted = self.readmitted.notified();
+            if self.is_any_up() {
+                return;
+            }
+            readmitted.await;
+        }
+    }
+
+    /// Which instances are down, and why, for a caller.
+    pub fn down_reasons(&self) -> String {
+        let instances = self.instances();
+        let reasons = instances.iter().filter_map(|instance| {
+            let reason = instance.health.down_reason()?;
+            Some(format!("{} {reason}", instance.name))
+        });
+        let reasons: Vec<String> = reasons.collect();
+        match reasons.is_empty() {
+            true => "no logging instance is known".to_owned(),
+            false => format!("no logging instance is up: {}", reasons.join("; ")),
+        }
     }
 
     /// Asks instances in random order until one answers, each at most once.
     ///
     /// # Errors
-    /// When none answered: what one that serves said, or else the last one's error.
+    /// When none answered: the error that gives the most hope, see [`hope`].
     pub async fn ask<T, F>(
         &self,
         question: impl Fn(Arc<dyn Logging>) -> F,
@@ -193,8 +189,10 @@ impl Pool {
             match question(instance.client.clone()).await {
                 Ok(answer) => return Ok(answer),
                 Err(error) => {
-                    instance.health.note_failure(&error);
-                    if !matches!(failure, UpstreamError::Status(..)) {
+                    if is_failure_of_instance(&error) {
+                        instance.health.note_failure(&error);
+                    }
+                    if hope(&error) >= hope(&failure) {
                         failure = error;
                     }
                 }
@@ -204,15 +202,15 @@ impl Pool {
         Err(failure)
     }
 
-    /// Asks all instances again and again until one answers, for as long as the errors are worth
-    /// waiting and at most for `patience`.
+    /// Asks all instances again and again until one answers, while `may_wait` allows it for the
+    /// error, and at most for `patience`.
     ///
     /// # Errors
     /// As [`Self::ask`], of the last time.
     pub async fn ask_patiently<T, F>(
         &self,
         patience: Duration,
-        is_worth_waiting: impl Fn(&UpstreamError) -> bool,
+        may_wait: impl Fn(&UpstreamError) -> bool,
         question: impl Fn(Arc<dyn Logging>) -> F,
     ) -> Result<T, UpstreamError>
     where
@@ -223,7 +221,7 @@ impl Pool {
             let mut pause = FIRST_PAUSE;
             loop {
                 match self.ask(&question).await {
-                    Err(error) if is_worth_waiting(&error) => failure = error,
+                    Err(error) if may_wait(&error) => failure = error,
                     answered => return answered,
                 }
                 sleep(pause).await;
@@ -235,7 +233,38 @@ impl Pool {
     }
 }
 
-/// Whether an instance serves, but its map cannot be read now, as while a failover lasts.
-pub fn is_unavailable(error: &UpstreamError) -> bool {
-    matches!(error, UpstreamError::Status(status, _) if status.as_u16() == 503)
+fn is_among(tried: &[Arc<Instance>], instance: &Instance) -> bool {
+    tried.iter().any(|tried| std::ptr::eq(&**tried, instance))
+}
+
+/// Whether a read that failed says that the instance itself is sick. What the instance says of the
+/// map, or of one damaged entry, does not.
+fn is_failure_of_instance(error: &UpstreamError) -> bool {
+    match error {
+        UpstreamError::Unreachable(_)
+        | UpstreamError::TimedOut
+        | UpstreamError::Lost(_)
+        | UpstreamError::Unmarked(..) => true,
+        UpstreamError::Status(..) | UpstreamError::Garbled(_) => false,
+    }
+}
+
+/// Whether a read that begins waits after this error: an instance hangs, or waits for its map as
+/// while a failover lasts. When all instances are away or refuse, its caller is told at once.
+pub fn is_worth_waiting(error: &UpstreamError) -> bool {
+    error.is_map_unavailable() || matches!(error, UpstreamError::TimedOut)
+}
+
+/// How much hope an error gives that asking again helps, from none up: the instance is away or
+/// wrong, it refuses, it hangs, it waits for its map.
+fn hope(error: &UpstreamError) -> u8 {
+    match error {
+        UpstreamError::Unreachable(_)
+        | UpstreamError::Lost(_)
+        | UpstreamError::Unmarked(..)
+        | UpstreamError::Garbled(_) => 0,
+        UpstreamError::Status(..) if error.is_map_unavailable() => 3,
+        UpstreamError::Status(..) => 1,
+        UpstreamError::TimedOut => 2,
+    }
 }

@@ -4,16 +4,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::entry::{Outcome, PutEntry};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use tokio::time::{Instant, sleep, timeout_at};
 use tower::retry::budget::Budget;
 use uuid::Uuid;
 
-use crate::batcher::Reservation;
+use crate::batcher::{BatchFailure, Reservation};
 use crate::pool::{Instance, Pool};
 
 /// Pause after every instance has failed once, doubled each time up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const MAX_PAUSE: Duration = Duration::from_millis(500);
+
+/// How long a try may be silent before a second instance is asked: far more than storing takes, far
+/// less than the try timeout, so that several instances that hang do not use up the deadline.
+const HEDGE_AFTER: Duration = Duration::from_millis(200);
+
+const CLOCKS_DIFFER: &str = "finds that the clocks of facade and map differ too much";
 
 /// So often a message goes to another partition before it has to pause: with a third of them down,
 /// one of 19,683 does.
@@ -108,8 +116,8 @@ impl NotStored {
     }
 }
 
-/// What is known about a message after tries that failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What is known about a message after tries that failed, from less doubt to more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Certainty {
     /// Every try was certainly not executed.
     No,
@@ -130,134 +138,370 @@ impl Certainty {
 /// Stores one message: tries random instances, each once before any is tried again, until one has
 /// stored it or `patience` is over.
 ///
-/// A repeat after an unknown outcome keeps its UUID, so the map sees that it is the same entry. A
-/// UUID of ours is made anew only while every try with it was certainly not executed.
-///
-/// Repeats take from the pool's retry budget. When it is used up and an instance that is up refuses,
-/// that is overload: see [`WhenOverloaded`]. Everything else waits for the budget.
-///
-/// A message that is refused only because its partition has nobody who takes it goes to another
-/// partition, under another UUID; where that is not possible it waits. Neither is for want of
-/// capacity, so it costs nothing of the budget.
+/// - A repeat after a try that may have been executed keeps its UUID, so the map sees that it is the
+///   same entry. A UUID of ours is made anew only while every try with it was certainly not executed.
+/// - A try that is not answered after [`HEDGE_AFTER`] gets a second one beside it (a hedge), on
+///   another instance and under the same UUID.
+/// - An instance that fails with its whole batch is down; what it held goes to others at once, and
+///   its death costs nothing of the pool's budget for repeats. It costs an instance, and there are few.
+/// - Every other repeat and every hedge takes from that budget. When it is used up and an instance
+///   refuses, that is overload: see [`WhenOverloaded`].
+/// - A message that is refused only because no primary takes its partition goes to another
+///   partition, under another UUID; where that is not possible it waits. Neither is for want of
+///   capacity, so it costs nothing of the budget.
 pub async fn store(pool: &Pool, post: Post, patience: Duration) -> Result<Stored, NotStored> {
-    let Post {
-        msg,
-        key,
-        request_id,
-        reserved,
-        overload,
-    } = post;
     let deadline = Instant::now() + patience;
-    let mut certainty = Certainty::No;
-    let mut detail = "no logging instance is known".to_owned();
-    let mut tried = Vec::new();
-    let mut pause = FIRST_PAUSE;
-    let mut entry = PutEntry {
-        uuid: match key {
-            Key::Own => Uuid::now_v7(),
-            Key::Caller(uuid) => uuid,
-        },
-        msg,
-        request_id,
-    };
-    pool.retries.deposit();
-    let mut may_try = true;
-    let mut must_pause = false;
-    let mut moves = 0;
-    loop {
-        let next = if may_try && !must_pause {
-            next_instance(pool, &tried)
-        } else {
-            None
+    let mut delivery = Delivery::new(pool, post);
+    let delivered = timeout_at(deadline, delivery.run()).await;
+    delivered.unwrap_or_else(|_| Err(delivery.give_up()))
+}
+
+/// A message on its way into the map.
+struct Delivery<'pool> {
+    pool: &'pool Pool,
+    entry: PutEntry,
+    key: Key,
+    reserved: Reservation,
+    overload: WhenOverloaded,
+    /// What is known from the tries that have ended.
+    certainty: Certainty,
+    /// The instances whose tries have not ended.
+    pending: Vec<Arc<Instance>>,
+    /// The instances that were tried in this round.
+    tried: Vec<Arc<Instance>>,
+    /// What the last try on each instance said, for the caller.
+    reasons: Vec<(String, String)>,
+    /// Before the next round.
+    pause: Duration,
+    /// To another partition.
+    moves: u32,
+}
+
+/// When the next try begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pace {
+    Now,
+    AfterPause,
+    /// After a pause in which the budget has recovered.
+    OnBudget,
+}
+
+impl<'pool> Delivery<'pool> {
+    fn new(pool: &'pool Pool, post: Post) -> Self {
+        let entry = PutEntry {
+            uuid: match post.key {
+                Key::Own => Uuid::now_v7(),
+                Key::Caller(uuid) => uuid,
+            },
+            msg: post.msg,
+            request_id: post.request_id,
         };
-        let Some(instance) = next else {
-            if Instant::now() + pause >= deadline {
+        Self {
+            pool,
+            entry,
+            key: post.key,
+            reserved: post.reserved,
+            overload: post.overload,
+            certainty: Certainty::No,
+            pending: Vec::new(),
+            tried: Vec::new(),
+            reasons: Vec::new(),
+            pause: FIRST_PAUSE,
+            moves: 0,
+        }
+    }
+
+    async fn run(&mut self) -> Result<Stored, NotStored> {
+        let first = self.first_instance().await?;
+        self.pool.repeats.deposit();
+        let mut tries = FuturesUnordered::new();
+        tries.push(self.try_on(first));
+        loop {
+            let ended = tokio::select! {
+                ended = tries.next() => ended,
+                () = sleep(HEDGE_AFTER) => None,
+            };
+            let Some((instance, answer)) = ended else {
+                if let Some(second) = self.hedge() {
+                    tries.push(self.try_on(second));
+                }
+                continue;
+            };
+            self.pending
+                .retain(|pending| !Arc::ptr_eq(pending, &instance));
+            let doubt = Doubt {
+                key: self.key,
+                certainty: self.certainty,
+                others_pending: !self.pending.is_empty(),
+            };
+            let judged = judge(answer, doubt);
+            self.certainty = judged.certainty;
+            let (trouble, detail) = match judged.verdict {
+                Verdict::Stored { is_duplicate } => {
+                    return Ok(Stored {
+                        uuid: self.entry.uuid,
+                        instance: instance.name.clone(),
+                        is_duplicate,
+                    });
+                }
+                Verdict::Final(error) => return Err(error),
+                Verdict::Again(trouble, detail) => (trouble, detail),
+            };
+            self.note(&instance.name, detail);
+            if let Some(next) = self.next_instance(trouble).await? {
+                tries.push(self.try_on(next));
+            }
+        }
+    }
+
+    /// An instance for the first try, as soon as one is up.
+    async fn first_instance(&mut self) -> Result<Arc<Instance>, NotStored> {
+        loop {
+            if let Some(instance) = self.pool.choose_with_room() {
+                return Ok(instance);
+            }
+            if self.pool.is_any_up() && self.overload == WhenOverloaded::GiveUp {
                 return Err(NotStored::GaveUp {
-                    uuid: entry.uuid,
-                    certainty,
-                    detail,
+                    uuid: self.entry.uuid,
+                    certainty: Certainty::No,
+                    detail: "more messages come than the logging instances store".to_owned(),
                 });
             }
-            sleep(pause).await;
-            pause = (pause * 2).min(MAX_PAUSE);
-            tried.clear();
-            may_try = may_try || pool.retries.withdraw();
-            must_pause = false;
-            continue;
-        };
-        let outcome = timeout_at(deadline, instance.batcher.put(&entry, reserved.clone()))
-            .await
-            .unwrap_or_else(|_| Outcome::unknown("no answer came before the deadline"));
-        let is_refused = matches!(outcome, Outcome::Refused { .. });
-        let is_partition_down = matches!(
-            outcome,
-            Outcome::Refused {
-                is_partition_down: true,
-                ..
-            }
-        );
-        detail = match (outcome, key) {
-            (Outcome::Stored, _) | (Outcome::Duplicate, Key::Own) => {
-                return Ok(stored(entry.uuid, &instance, false));
-            }
-            (Outcome::Duplicate, Key::Caller(_)) => {
-                return Ok(stored(entry.uuid, &instance, true));
-            }
-            (Outcome::Conflict, Key::Caller(_)) => return Err(NotStored::Conflict),
-            (Outcome::Stale { is_ahead: true }, Key::Caller(_)) => return Err(NotStored::Early),
-            (Outcome::Stale { is_ahead: false }, Key::Caller(_)) => return Err(NotStored::Stale),
-            (Outcome::Conflict, Key::Own) => {
-                certainty = Certainty::No;
-                "the UUID is another message's".to_owned()
-            }
-            (Outcome::Stale { is_ahead }, Key::Own) => {
-                // An entry whose time has passed never will be stored, also by an earlier try.
-                if !is_ahead {
-                    certainty = Certainty::No;
-                }
-                "the clocks of facade and map differ too much".to_owned()
-            }
-            (Outcome::Refused { detail, .. }, _) => detail,
-            (Outcome::Unknown { detail }, _) => {
-                certainty = Certainty::Unknown;
-                detail
-            }
-        };
-        may_try = is_partition_down || pool.retries.withdraw();
-        let is_overloaded = !may_try && is_refused && instance.health.is_up();
-        let gives_up = is_overloaded && overload == WhenOverloaded::GiveUp;
-        if gives_up || Instant::now() >= deadline {
-            return Err(NotStored::GaveUp {
-                uuid: entry.uuid,
-                certainty,
-                detail,
-            });
+            self.pool.any_up().await;
+            self.wait().await;
         }
-        let may_move = key == Key::Own && certainty == Certainty::No;
-        if may_move {
-            entry.uuid = Uuid::now_v7();
+    }
+
+    /// A second instance to ask while the first one is silent, if there is one and the budget
+    /// allows it.
+    fn hedge(&self) -> Option<Arc<Instance>> {
+        let second = self.pool.choose_up(&self.tried)?;
+        self.pool.repeats.withdraw().then_some(second)
+    }
+
+    /// The instance for the next try, in its time; `None` while another try is still pending that
+    /// may bring the answer.
+    async fn next_instance(
+        &mut self,
+        trouble: Trouble,
+    ) -> Result<Option<Arc<Instance>>, NotStored> {
+        if !self.pending.is_empty() {
+            let is_down = trouble == Trouble::InstanceDown;
+            return Ok(self.pool.choose_up(&self.tried).filter(|_| is_down));
         }
-        if is_partition_down {
-            moves += 1;
-            must_pause = !may_move || moves > MAX_MOVES_AT_ONCE;
-        } else {
-            tried.push(instance);
+        let mut pace = self.pace(trouble)?;
+        loop {
+            if pace == Pace::Now
+                && let Some(instance) = self.pool.choose_up(&self.tried)
+            {
+                return Ok(Some(instance));
+            }
+            self.pool.any_up().await;
+            self.wait().await;
+            self.tried.clear();
+            if pace != Pace::OnBudget || self.pool.repeats.withdraw() {
+                pace = Pace::Now;
+            }
+        }
+    }
+
+    fn pace(&mut self, trouble: Trouble) -> Result<Pace, NotStored> {
+        match trouble {
+            Trouble::InstanceDown => Ok(Pace::Now),
+            Trouble::PartitionDown => {
+                // Any instance may take it in another partition, this one too.
+                self.tried.clear();
+                self.moves += 1;
+                let may_move = self.may_renew() && self.moves <= MAX_MOVES_AT_ONCE;
+                Ok(if may_move {
+                    Pace::Now
+                } else {
+                    Pace::AfterPause
+                })
+            }
+            Trouble::NotTaken | Trouble::Refused if self.pool.repeats.withdraw() => Ok(Pace::Now),
+            Trouble::Refused if self.overload == WhenOverloaded::GiveUp => Err(self.give_up()),
+            Trouble::NotTaken | Trouble::Refused => Ok(Pace::OnBudget),
+        }
+    }
+
+    async fn wait(&mut self) {
+        sleep(self.pause).await;
+        self.pause = (self.pause * 2).min(MAX_PAUSE);
+    }
+
+    /// Whether the entry may get another UUID.
+    fn may_renew(&self) -> bool {
+        self.key == Key::Own && self.certainty == Certainty::No && self.pending.is_empty()
+    }
+
+    /// Hands the entry to an instance and returns what comes of it.
+    fn try_on(
+        &mut self,
+        instance: Arc<Instance>,
+    ) -> impl Future<Output = (Arc<Instance>, Result<Outcome, BatchFailure>)> + use<> {
+        let is_repeat = !self.reasons.is_empty();
+        if is_repeat && self.may_renew() {
+            self.entry.uuid = Uuid::now_v7();
+        }
+        self.pending.push(instance.clone());
+        self.tried.push(instance.clone());
+        let answer = instance.batcher.put(&self.entry, self.reserved.clone());
+        async { (instance, answer.await) }
+    }
+
+    /// Remembers what an instance said last.
+    fn note(&mut self, instance: &str, reason: impl Into<String>) {
+        self.reasons.retain(|(known, _)| known != instance);
+        self.reasons.push((instance.to_owned(), reason.into()));
+    }
+
+    fn give_up(&mut self) -> NotStored {
+        let pending = std::mem::take(&mut self.pending);
+        let certainty = match pending.is_empty() {
+            true => self.certainty,
+            false => Certainty::Unknown,
+        };
+        for instance in pending {
+            self.note(&instance.name, "did not answer before the deadline");
+        }
+        let reasons = self.reasons.iter();
+        let reasons = reasons.map(|(instance, reason)| format!("{instance} {reason}"));
+        let reasons: Vec<String> = reasons.collect();
+        NotStored::GaveUp {
+            uuid: self.entry.uuid,
+            certainty,
+            detail: match self.pool.is_any_up() {
+                true => reasons.join("; "),
+                false => self.pool.down_reasons(),
+            },
         }
     }
 }
 
-/// A random instance that was not tried in this round. One that is down may hang, so it is worth a
-/// try only when no other is up.
-fn next_instance(pool: &Pool, tried: &[Arc<Instance>]) -> Option<Arc<Instance>> {
-    let is_any_up = tried.iter().any(|instance| instance.health.is_up());
-    pool.choose(tried)
-        .filter(|instance| instance.health.is_up() || !is_any_up)
+/// What is known of a message when one of its tries ends.
+#[derive(Clone, Copy, Debug)]
+struct Doubt {
+    key: Key,
+    /// From the tries that ended before.
+    certainty: Certainty,
+    /// Whether other tries of it may still be executed.
+    others_pending: bool,
 }
 
-fn stored(uuid: Uuid, instance: &Instance, is_duplicate: bool) -> Stored {
+impl Doubt {
+    fn may_be_stored(self) -> bool {
+        self.certainty == Certainty::Unknown || self.others_pending
+    }
+}
+
+/// What a try means for the message, and what is known of it from then on.
+#[derive(Debug)]
+struct Judged {
+    verdict: Verdict,
+    certainty: Certainty,
+}
+
+#[derive(Debug)]
+enum Verdict {
     Stored {
-        uuid,
-        instance: instance.name.clone(),
-        is_duplicate,
-    }
+        is_duplicate: bool,
+    },
+    Final(NotStored),
+    /// It is not stored yet, as far as this try knows; with the reason for the caller.
+    Again(Trouble, String),
+}
+
+/// Why a message has to be tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trouble {
+    /// The instance is down since this try.
+    InstanceDown,
+    /// No primary takes the entry's partition now.
+    PartitionDown,
+    /// The instance certainly did not execute it.
+    Refused,
+    /// The instance cannot tell, or the UUID was no good.
+    NotTaken,
+}
+
+/// Judges one try of a message.
+fn judge(answer: Result<Outcome, BatchFailure>, doubt: Doubt) -> Judged {
+    let before = doubt.certainty;
+    let outcome = match answer {
+        Ok(outcome) => outcome,
+        Err(BatchFailure {
+            detail,
+            certainty,
+            is_down,
+        }) => {
+            let trouble = match is_down {
+                true => Trouble::InstanceDown,
+                false => Trouble::Refused,
+            };
+            return Judged {
+                verdict: Verdict::Again(trouble, detail),
+                certainty: before.max(certainty),
+            };
+        }
+    };
+    let (verdict, certainty) = match (outcome, doubt.key) {
+        (Outcome::Stored, _) | (Outcome::Duplicate, Key::Own) => {
+            let is_duplicate = false;
+            (Verdict::Stored { is_duplicate }, before)
+        }
+        (Outcome::Duplicate, Key::Caller(_)) => {
+            // A try of ours that may have been executed explains the entry: the caller may never
+            // have repeated it.
+            let is_duplicate = !doubt.may_be_stored();
+            (Verdict::Stored { is_duplicate }, before)
+        }
+        (Outcome::Conflict, Key::Caller(_)) => (Verdict::Final(NotStored::Conflict), before),
+        (Outcome::Conflict, Key::Own) => {
+            let detail = "holds another message under this UUID".to_owned();
+            (Verdict::Again(Trouble::NotTaken, detail), Certainty::No)
+        }
+        // Its time has passed: no earlier try of it will ever be stored either.
+        (Outcome::Stale { is_ahead: false }, Key::Caller(_)) => {
+            (Verdict::Final(NotStored::Stale), Certainty::No)
+        }
+        (Outcome::Stale { is_ahead: false }, Key::Own) => (
+            Verdict::Again(Trouble::NotTaken, CLOCKS_DIFFER.to_owned()),
+            Certainty::No,
+        ),
+        // Its time will come, and with it perhaps an earlier try that is still on its way.
+        (Outcome::Stale { is_ahead: true }, Key::Caller(uuid)) => {
+            let error = match doubt.may_be_stored() {
+                false => NotStored::Early,
+                true => NotStored::GaveUp {
+                    uuid,
+                    certainty: Certainty::Unknown,
+                    detail: "this key's time is still in the future".to_owned(),
+                },
+            };
+            (Verdict::Final(error), before)
+        }
+        (Outcome::Stale { is_ahead: true }, Key::Own) => (
+            Verdict::Again(Trouble::NotTaken, CLOCKS_DIFFER.to_owned()),
+            before,
+        ),
+        (
+            Outcome::Refused {
+                detail,
+                is_partition_down,
+            },
+            _,
+        ) => {
+            let trouble = match is_partition_down {
+                true => Trouble::PartitionDown,
+                false => Trouble::Refused,
+            };
+            (Verdict::Again(trouble, detail), before)
+        }
+        (Outcome::Unknown { detail }, _) => (
+            Verdict::Again(Trouble::NotTaken, detail),
+            Certainty::Unknown,
+        ),
+    };
+    Judged { verdict, certainty }
 }

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use crate::system::{Server, System, nobody, problem, serve};
+use crate::system::{Server, System, nobody, problem, serve, serve_instance};
 
 async fn text(system: &System, path: &str, accept: &str) -> String {
     let url = format!("{}{path}", system.url);
@@ -239,7 +239,7 @@ fn logging_of(system_entries: usize) -> Server {
     let mut body = Vec::new();
     entries.for_each(|entry| entry.write_line(&mut body));
     body.extend_from_slice(format!("{{\"count\":{system_entries}}}\n").as_bytes());
-    serve(Router::new().route("/", get(async move || body)))
+    serve_instance(Router::new().route("/", get(async move || body)))
 }
 
 #[tokio::test]
@@ -304,7 +304,7 @@ async fn messages_service_that_never_answers_is_named_in_time() {
 
 #[tokio::test]
 async fn no_logging_instance_is_a_503() {
-    let not_ready = serve(Router::new().fallback(StatusCode::SERVICE_UNAVAILABLE));
+    let not_ready = serve_instance(Router::new().fallback(StatusCode::SERVICE_UNAVAILABLE));
     for logging in [vec![not_ready], vec![nobody(), nobody()]] {
         let system = System::with_stubs(logging, nobody(), &["--read-deadline", "200ms"]);
         let response = system.get("/").await;
@@ -332,7 +332,7 @@ async fn get_waits_while_the_map_cannot_be_read() {
     let failing_over = Router::new()
         .route("/", get(page))
         .route("/{uuid}", get(entry));
-    let system = System::with_stubs(vec![serve(failing_over), nobody()], nobody(), &[]);
+    let system = System::with_stubs(vec![serve_instance(failing_over), nobody()], nobody(), &[]);
     assert_eq!(system.read("").await.count, 1);
     assert_eq!(refusals.swap(3, Relaxed), 0);
     let uuid = "01890000-0000-7000-8000-000000000001";
@@ -345,7 +345,7 @@ async fn get_waits_while_the_map_cannot_be_read() {
         count.fetch_add(1, Relaxed);
         StatusCode::TOO_MANY_REQUESTS
     };
-    let busy = serve(Router::new().fallback(busy));
+    let busy = serve_instance(Router::new().fallback(busy));
     let system = System::with_stubs(vec![busy], nobody(), &[]);
     problem(system.get("/").await, 503).await;
     assert_eq!(reads.load(Relaxed), 1);
@@ -359,7 +359,7 @@ fn logging_script(answers: &[&str]) -> Server {
         let next = answers.lock().unwrap().pop_front();
         next.ok_or(StatusCode::SERVICE_UNAVAILABLE)
     };
-    serve(Router::new().route("/", get(answer)))
+    serve_instance(Router::new().route("/", get(answer)))
 }
 
 const FIRST_LINE: &str = r#"{"uuid":"01890000-0000-7000-8000-000000000001","msg":"a"}"#;

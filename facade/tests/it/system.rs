@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use axum::{Json, Router, routing};
 use clap::Parser;
+use common::api::{MARK, Mark};
 use common::entry::{Entry, Outcome, PutEntry, PutResult};
 use common::server::Limits;
 use facade::{App, Config};
@@ -214,7 +215,17 @@ pub(crate) fn logging_stub(
         });
         Json(results.collect::<Vec<_>>())
     };
-    serve(Router::new().route("/", routing::post(put)))
+    serve_instance(Router::new().route("/", routing::post(put)))
+}
+
+/// Serves what is to pass for a logging instance: each answer bears the mark.
+pub(crate) fn serve_instance(router: Router) -> Server {
+    let mark = async |mut response: axum::response::Response| {
+        let mark = Mark { map: None }.to_string().parse().unwrap();
+        response.headers_mut().insert(MARK, mark);
+        response
+    };
+    serve(router.layer(axum::middleware::map_response(mark)))
 }
 
 /// The address of a server that is not there.

@@ -226,7 +226,7 @@ impl Logging for Simulated {
         .await
     }
 
-    async fn probe(&self) -> Result<(), UpstreamError> {
+    async fn ready(&self) -> Result<(), UpstreamError> {
         self.call(|_| ()).await
     }
 }

@@ -1,0 +1,104 @@
+//! `/readyz`: whether the facade can serve now, which is whether any logging instance can.
+
+use std::time::Duration;
+
+use axum::extract::{RawQuery, State};
+use axum::response::Response;
+use common::server::{self, Check};
+use futures_util::StreamExt;
+use futures_util::future::join_all;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+use crate::App;
+use crate::client::UpstreamError;
+use crate::pool::Pool;
+
+/// How long an answer counts, so that many who ask at once cost the instances one question.
+const FRESH: Duration = Duration::from_secs(1);
+
+/// What was found out last; the lock is held while it is found out again.
+#[derive(Debug, Default)]
+pub(crate) struct Readiness {
+    known: Mutex<Option<(Instant, Result<(), String>)>>,
+}
+
+/// Ready while any logging instance can read and store. With `?verbose` all of them are asked, and
+/// the messages service, which is looked at but not needed.
+pub(crate) async fn readyz(State(app): State<App>, RawQuery(query): RawQuery) -> Response {
+    let is_verbose = server::is_verbose(query.as_deref());
+    let (ready, checks) = match is_verbose {
+        true => check_all(&app).await,
+        false => (app.readiness.any_instance(&app.pool).await, Vec::new()),
+    };
+    let ready = server::not_stopping(&app.stop).and(ready);
+    server::readiness(ready, &checks, query.as_deref())
+}
+
+impl Readiness {
+    /// Asks all instances at once and is done with the first that is ready.
+    async fn any_instance(&self, pool: &Pool) -> Result<(), String> {
+        let mut known = self.known.lock().await;
+        if let Some((at, ready)) = &*known
+            && at.elapsed() < FRESH
+        {
+            return ready.clone();
+        }
+        let instances = pool.instances();
+        let asked = instances.iter().map(async |instance| {
+            let ready = instance.client.ready().await;
+            ready.map_err(|error| format!("{} {error}", instance.name))
+        });
+        let mut asked: FuturesUnordered<_> = asked.collect();
+        let mut reasons = Vec::new();
+        let ready = loop {
+            match asked.next().await {
+                Some(Ok(())) => break Ok(()),
+                Some(Err(reason)) => reasons.push(reason),
+                None => break Err(none_is_ready(&reasons)),
+            }
+        };
+        *known = Some((Instant::now(), ready.clone()));
+        ready
+    }
+}
+
+async fn check_all(app: &App) -> (Result<(), String>, Vec<Check>) {
+    let instances = app.pool.instances();
+    let asked = instances.iter().map(async |instance| {
+        let name = format!("logging {}", instance.name);
+        check(name, instance.client.ready().await)
+    });
+    let (mut checks, messages) = tokio::join!(join_all(asked), app.messages.reply(None));
+    let is_any_ready = checks.iter().any(|check| check.ok);
+    let reasons = checks.iter().map(|check| {
+        let name = check.name.trim_start_matches("logging ");
+        format!("{name} {}", check.detail)
+    });
+    let ready = match is_any_ready {
+        true => Ok(()),
+        false => Err(none_is_ready(&reasons.collect::<Vec<_>>())),
+    };
+    checks.push(check("messages".to_owned(), messages.map(|_| ())));
+    (ready, checks)
+}
+
+fn none_is_ready(reasons: &[String]) -> String {
+    let reasons = match reasons.is_empty() {
+        true => "none is known".to_owned(),
+        false => reasons.join("; "),
+    };
+    format!("no logging instance can read and store; start one, or look at --logging: {reasons}")
+}
+
+fn check(name: String, asked: Result<(), UpstreamError>) -> Check {
+    Check {
+        name,
+        ok: asked.is_ok(),
+        detail: match asked {
+            Ok(()) => "answers".to_owned(),
+            Err(error) => error.to_string(),
+        },
+    }
+}
