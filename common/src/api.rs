@@ -67,7 +67,7 @@ mod tests {
 
     #[test]
     fn other_marks_are_refused_with_a_reason() {
-        let version = "2 -".parse::<Mark>().unwrap_err();
+        let version = "2 -".parse::<Mark>().expect_err("another version");
         assert!(version.contains("version 2"), "{version}");
         for text in ["", "1", "1 x", "- 1"] {
             assert!(text.parse::<Mark>().is_err(), "{text}");
