@@ -1,9 +1,11 @@
 //! Pool, batcher, retries and resumed reads on a simulated network, map and clock: delays, lost
-//! requests and answers, late execution, crashes. Each seed is one run that can be repeated.
+//! requests and answers, late execution, and instances that are dead, hang, close connections or
+//! answer wrongly for some time. Each seed is one run that can be repeated.
 //!
-//! Checked for each: a message is one entry however often it is repeated (promise 3), order
-//! (promise 4), a body that ends properly is complete (promise 6), and while one instance lives
-//! nothing fails (promise 7).
+//! Checked for each: what is told of a message is true (promises 1 and 3), what was acknowledged is
+//! in every later read (promise 2) and one entry however often it is repeated (promise 3), order
+//! (promise 4), a body that ends properly is complete (promise 6), and while one instance is well
+//! nothing fails (promise 7), and every call ends in its time (promise 8).
 
 mod network;
 
@@ -22,13 +24,17 @@ use facade::{App, Config, router};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::Value;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tower::ServiceExt;
 use uuid::Uuid;
 
 use self::network::{Network, Simulated};
 
 const SEEDS: u64 = 1000;
+
+/// No call takes longer: a POST its deadline, an upload of twelve lines the same, a GET of some
+/// twenty pages far less than the read deadline for each.
+const LONGEST_CALL: Duration = Duration::from_secs(120);
 
 /// By then the last request that was delayed on its way has been executed.
 const ALL_IS_OVER: Duration = Duration::from_secs(60);
@@ -199,7 +205,7 @@ impl Caller {
 
     /// Posts once; with a key, until it is stored, as a careful caller does.
     async fn post(&self, msg: &str, key: &mut Option<Uuid>) -> Option<Uuid> {
-        for _ in 0..10 {
+        for attempt in 0..10 {
             self.told(msg, Fate::Asked);
             let request = Request::post("/");
             let request = match key {
@@ -217,6 +223,12 @@ impl Caller {
             );
             let uuid: Uuid = answer["uuid"].as_str().unwrap().parse().unwrap();
             if status == 200 {
+                let is_first = attempt == 0;
+                assert!(
+                    !is_first || answer.get("duplicate").is_none(),
+                    "seed {}: the facade's own repeat is shown: {answer}",
+                    self.seed
+                );
                 self.told(msg, Fate::Stored(uuid));
                 return Some(uuid);
             }
@@ -276,6 +288,7 @@ impl Caller {
             sleep(Duration::from_millis(pause)).await;
             let order = if n % 2 == 0 { Order::Asc } else { Order::Desc };
             let acknowledged = self.acknowledged();
+            self.look_up(&acknowledged).await;
             let query = if n % 2 == 0 {
                 "/?order=asc"
             } else {
@@ -293,6 +306,24 @@ impl Caller {
             if let Some(body) = body.filter(|_| is_whole) {
                 self.check_body(&body, order, &acknowledged);
             }
+        }
+    }
+
+    /// An acknowledged message is found under its UUID; it is never said not to be there.
+    async fn look_up(&self, acknowledged: &[(Uuid, String)]) {
+        let Some((uuid, msg)) = acknowledged.last() else {
+            return;
+        };
+        let request = Request::get(format!("/{uuid}"));
+        let (status, body) = self.send(request.body(Body::empty()).unwrap()).await;
+        let found: Value = serde_json::from_slice(&body.unwrap()).unwrap();
+        match status {
+            200 => assert_eq!(found["msg"], *msg, "seed {}", self.seed),
+            _ => assert!(
+                status == 503 && !self.has_survivor,
+                "seed {}: {status} {found}",
+                self.seed
+            ),
         }
     }
 
@@ -339,9 +370,13 @@ impl Caller {
 
     /// The status, and the body unless it broke off.
     async fn send(&self, request: Request<Body>) -> (u16, Option<Vec<u8>>) {
-        let response = router(self.app.clone()).oneshot(request).await.unwrap();
-        let status = response.status().as_u16();
-        let body = to_bytes(response.into_body(), usize::MAX).await;
-        (status, body.ok().map(|body| body.to_vec()))
+        let sending = async {
+            let response = router(self.app.clone()).oneshot(request).await.unwrap();
+            let status = response.status().as_u16();
+            let body = to_bytes(response.into_body(), usize::MAX).await;
+            (status, body.ok().map(|body| body.to_vec()))
+        };
+        let sent = timeout(LONGEST_CALL, sending).await;
+        sent.unwrap_or_else(|_| panic!("seed {}: a call does not end", self.seed))
     }
 }

@@ -6,10 +6,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use axum::http::StatusCode;
 use common::entry::{Entry, Outcome, PutEntry, PutResult};
 use common::page::{Bounds, Order, PageEnd};
 use facade::client::{Logging, Page, UpstreamError};
 use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
@@ -21,16 +23,47 @@ const TRY_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) struct Network {
     pub(super) random: StdRng,
     pub(super) map: BTreeMap<Uuid, String>,
-    down_until: [Instant; 3],
+    states: [State; 3],
     pub(super) faults: u64,
 }
+
+/// How an instance fares, and until when; then it is well.
+#[derive(Clone, Copy)]
+struct State {
+    condition: Condition,
+    until: Instant,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Condition {
+    Well,
+    /// The process is dead: connections are refused.
+    Dead,
+    /// It accepts requests and never answers them.
+    Hangs,
+    /// It accepts connections and closes them.
+    Closes,
+    /// Something else at its address answers every request.
+    Answers(StatusCode),
+}
+
+const SICKNESSES: [Condition; 5] = [
+    Condition::Dead,
+    Condition::Hangs,
+    Condition::Closes,
+    Condition::Answers(StatusCode::NOT_FOUND),
+    Condition::Answers(StatusCode::INTERNAL_SERVER_ERROR),
+];
 
 impl Network {
     pub(super) fn new(seed: u64) -> Self {
         Self {
             random: StdRng::seed_from_u64(seed),
             map: BTreeMap::new(),
-            down_until: [Instant::now(); 3],
+            states: [State {
+                condition: Condition::Well,
+                until: Instant::now(),
+            }; 3],
             faults: 0,
         }
     }
@@ -118,8 +151,8 @@ impl std::fmt::Debug for Simulated {
 
 enum Fault {
     None,
-    /// The process dies and refuses connections for some time.
-    Crash {
+    /// The connection breaks before the answer.
+    Broken {
         is_executed: bool,
     },
     /// The request never arrives, as when the network is cut one way.
@@ -128,6 +161,10 @@ enum Fault {
     LateRequest,
     /// The answer never arrives.
     LostAnswer,
+    /// A proxy answers 503 itself, perhaps after it forwarded the request.
+    Proxy {
+        is_executed: bool,
+    },
 }
 
 impl Simulated {
@@ -136,16 +173,23 @@ impl Simulated {
         &self,
         execute: impl FnOnce(&mut Network) -> T + Send + 'static,
     ) -> Result<T, UpstreamError> {
-        let (fault, delay) = {
+        let (condition, fault, delay) = {
             let mut network = self.network.lock().unwrap();
-            if Instant::now() < network.down_until[self.index] {
-                return Err(UpstreamError::Unreachable("connection refused".into()));
-            }
             (
+                self.condition(&mut network),
                 self.fault(&mut network),
                 network.random.random_range(0..150),
             )
         };
+        match condition {
+            Condition::Well => {}
+            Condition::Dead => {
+                return Err(UpstreamError::Unreachable("connection refused".into()));
+            }
+            Condition::Hangs => return time_out().await,
+            Condition::Closes => return Err(UpstreamError::Lost("connection closed".into())),
+            Condition::Answers(status) => return unmarked(status),
+        }
         sleep(Duration::from_millis(delay)).await;
         let network = self.network.clone();
         let execute = move || execute(&mut network.lock().unwrap());
@@ -155,51 +199,74 @@ impl Simulated {
                 sleep(Duration::from_millis(delay)).await;
                 Ok(answer)
             }
-            Fault::Crash { is_executed } => {
-                if is_executed {
-                    execute();
-                }
+            Fault::Broken { is_executed } => {
+                is_executed.then(execute);
                 Err(UpstreamError::Lost("connection reset".into()))
             }
-            Fault::LostRequest => {
-                sleep(TRY_TIMEOUT).await;
-                Err(UpstreamError::TimedOut)
-            }
+            Fault::LostRequest => time_out().await,
             Fault::LateRequest => {
                 tokio::spawn(async move {
                     sleep(3 * TRY_TIMEOUT).await;
                     execute();
                 });
-                sleep(TRY_TIMEOUT).await;
-                Err(UpstreamError::TimedOut)
+                time_out().await
             }
             Fault::LostAnswer => {
                 execute();
-                sleep(TRY_TIMEOUT).await;
-                Err(UpstreamError::TimedOut)
+                time_out().await
+            }
+            Fault::Proxy { is_executed } => {
+                is_executed.then(execute);
+                unmarked(StatusCode::SERVICE_UNAVAILABLE)
             }
         }
+    }
+
+    fn condition(&self, network: &mut Network) -> Condition {
+        let now = Instant::now();
+        if self.is_reliable || now < network.states[self.index].until {
+            return network.states[self.index].condition;
+        }
+        let falls_sick = network.random.random_range(0..100) < 10;
+        if !falls_sick {
+            network.states[self.index].condition = Condition::Well;
+            return Condition::Well;
+        }
+        network.faults += 1;
+        let sick_for = Duration::from_millis(network.random.random_range(0..8000));
+        let condition = *SICKNESSES.choose(&mut network.random).unwrap();
+        network.states[self.index] = State {
+            condition,
+            until: now + sick_for,
+        };
+        condition
     }
 
     fn fault(&self, network: &mut Network) -> Fault {
         if self.is_reliable {
             return Fault::None;
         }
+        let is_executed = network.random.random();
         let fault = match network.random.random_range(0..100) {
-            0..8 => {
-                let down = Duration::from_millis(network.random.random_range(0..8000));
-                network.down_until[self.index] = Instant::now() + down;
-                let is_executed = network.random.random();
-                Fault::Crash { is_executed }
-            }
-            8..14 => Fault::LostRequest,
-            14..20 => Fault::LateRequest,
-            20..26 => Fault::LostAnswer,
+            0..5 => Fault::Broken { is_executed },
+            5..10 => Fault::LostRequest,
+            10..15 => Fault::LateRequest,
+            15..20 => Fault::LostAnswer,
+            20..25 => Fault::Proxy { is_executed },
             _ => return Fault::None,
         };
         network.faults += 1;
         fault
     }
+}
+
+async fn time_out<T>() -> Result<T, UpstreamError> {
+    sleep(TRY_TIMEOUT).await;
+    Err(UpstreamError::TimedOut)
+}
+
+fn unmarked<T>(status: StatusCode) -> Result<T, UpstreamError> {
+    Err(UpstreamError::Unmarked(status, "no mark".to_owned()))
 }
 
 #[async_trait]
