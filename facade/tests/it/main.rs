@@ -35,6 +35,8 @@ mod get;
 mod http;
 /// A million entries, slow readers, memory.
 mod large;
+/// Instances that are sick but answer, proxies, strangers, bursts behind a paused one.
+mod sick;
 /// Promises 3, 4, 6 and 7 on a simulated network and clock, for many seeds.
 mod simulated;
 

@@ -76,23 +76,14 @@ impl System {
 
     /// The same, with further flags for the facade.
     pub(crate) async fn start_with(flags: &[&str]) -> Self {
-        let empty = engine_under_test().empty_map();
-        let options = Options {
-            store_timeout: Duration::from_secs(30),
-            settle: Duration::from_secs(10),
-            backups: None,
-        };
-        let location: Location = empty.location.parse().unwrap();
-        let map = open(&location, options).unwrap();
-        wait_until_ready(&*map).await;
-        let logging: Vec<Server> = (0..3)
-            .map(|_| {
-                let app = logging::App::new(map.clone(), LIMITS, CancellationToken::new());
-                serve(logging::router(app))
-            })
-            .collect();
+        let (logging, map) = instances(3).await;
         let messages = serve(messages::router(CancellationToken::new()));
-        Self::with_services(logging, messages, Some(empty), flags)
+        Self::with_services(logging, messages, Some(map), flags)
+    }
+
+    /// A facade in front of instances of which some may be the test's own.
+    pub(crate) fn with_instances(logging: Vec<Server>, map: EmptyMap, flags: &[&str]) -> Self {
+        Self::with_services(logging, nobody(), Some(map), flags)
     }
 
     /// A facade in front of logging services and a messages service of the test's own.
@@ -102,10 +93,7 @@ impl System {
 
     /// A facade of this process, with its fixed seed, in front of services that are processes.
     pub(crate) fn in_front_of(logging: &[Process], messages: &Process) -> Self {
-        let elsewhere = |process: &Process| Server {
-            address: process.address.to_string(),
-            stop: CancellationToken::new().drop_guard(),
-        };
+        let elsewhere = |process: &Process| at(process.address.to_string());
         let logging = logging.iter().map(elsewhere).collect();
         Self::with_stubs(logging, elsewhere(messages), &[])
     }
@@ -191,6 +179,24 @@ impl Server {
     }
 }
 
+/// Logging instances on an empty map.
+pub(crate) async fn instances(count: usize) -> (Vec<Server>, EmptyMap) {
+    let empty = engine_under_test().empty_map();
+    let options = Options {
+        store_timeout: Duration::from_secs(30),
+        settle: Duration::from_secs(10),
+        backups: None,
+    };
+    let location: Location = empty.location.parse().unwrap();
+    let map = open(&location, options).unwrap();
+    wait_until_ready(&*map).await;
+    let servers = (0..count).map(|_| {
+        let app = logging::App::new(map.clone(), LIMITS, CancellationToken::new());
+        serve(logging::router(app))
+    });
+    (servers.collect(), empty)
+}
+
 /// Serves a router on a free port.
 pub(crate) fn serve(router: Router) -> Server {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -230,8 +236,13 @@ pub(crate) fn serve_instance(router: Router) -> Server {
 
 /// The address of a server that is not there.
 pub(crate) fn nobody() -> Server {
+    at(free_address().to_string())
+}
+
+/// A server that the test looks after itself.
+pub(crate) fn at(address: String) -> Server {
     Server {
-        address: free_address().to_string(),
+        address,
         stop: CancellationToken::new().drop_guard(),
     }
 }

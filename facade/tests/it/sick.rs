@@ -1,0 +1,344 @@
+//! Logging instances that are sick but answer, proxies and strangers at their addresses, and bursts
+//! behind instances that hang.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::Request;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use axum::routing::{get, post};
+use common::entry::Outcome;
+use futures_util::{StreamExt, stream};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use uuid::Uuid;
+
+use crate::process::{Process, free_address};
+use crate::processes::{Processes, binary};
+use crate::system::{
+    Server, System, at, instances, logging_stub, nobody, problem, serve, serve_instance,
+};
+
+/// One of three instances is paused while nothing is going on, so that nobody has noticed. What a
+/// burst gave it goes to the others.
+#[tokio::test(flavor = "multi_thread")]
+async fn upload_behind_a_paused_instance_is_stored_whole() {
+    const LINES: usize = 6000;
+    let system = with_a_paused_instance().await;
+    let lines: String = (0..LINES).map(|n| format!("\"line {n}\"\n")).collect();
+    let upload = system.http.post(system.facade.url()).body(lines);
+    let upload = upload.header(header::CONTENT_TYPE, "application/x-ndjson");
+    let summary: Value = upload.send().await.unwrap().json().await.unwrap();
+    assert_eq!(
+        (&summary["stored"], &summary["failed"]),
+        (&json!(LINES), &json!(0)),
+        "{summary}"
+    );
+    assert_eq!(system.read_all().await.len(), LINES);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn posts_behind_a_paused_instance_are_all_stored() {
+    const POSTS: usize = 1500;
+    let system = with_a_paused_instance().await;
+    let posts = (0..POSTS).map(|n| {
+        let request = system.http.post(system.facade.url()).body(n.to_string());
+        async { request.send().await.unwrap().status() }
+    });
+    let statuses: Vec<StatusCode> = stream::iter(posts)
+        .buffer_unordered(POSTS)
+        .collect::<Vec<_>>()
+        .await;
+    let failed = statuses.iter().filter(|status| **status != 200).count();
+    assert_eq!(failed, 0, "of {POSTS}");
+    assert_eq!(system.read_all().await.len(), POSTS);
+}
+
+async fn with_a_paused_instance() -> Processes {
+    let system = Processes::start();
+    // Its writer has nothing to do; stopped inside a transaction it would block the others.
+    let paused = &system.logging[1];
+    let ready = system.http.get(format!("{}/readyz", paused.url())).send();
+    assert_eq!(ready.await.unwrap().status(), 200);
+    paused.signal("STOP");
+    system
+}
+
+/// Beside two that are well: one whose POSTs hang though `/livez` answers, one that accepts and
+/// closes, and ones that answer 500 and 404.
+#[tokio::test(flavor = "multi_thread")]
+async fn sick_instance_that_answers_costs_no_post() {
+    const POSTS: usize = 600;
+    let sick = [
+        ("hangs", hanging_but_live()),
+        ("closes", closing().await),
+        ("500", answering(StatusCode::INTERNAL_SERVER_ERROR)),
+        ("404", answering(StatusCode::NOT_FOUND)),
+    ];
+    for (how, sick) in sick {
+        let (mut logging, map) = instances(2).await;
+        let address = sick.address.clone();
+        logging.push(sick);
+        let system = System::with_instances(logging, map, &[]);
+        let posts = stream::iter(0..POSTS).map(async |n| {
+            let response = system.post().body(n.to_string()).send().await.unwrap();
+            assert_eq!(response.status(), 200, "{how}: {:?}", response.text().await);
+            assert_ne!(response.headers()["x-logging-instance"], address, "{how}");
+        });
+        let answered = posts.buffer_unordered(8).count().await;
+        assert_eq!(answered, POSTS);
+        assert_eq!(system.read("").await.count, POSTS as u64, "{how}");
+    }
+}
+
+fn hanging_but_live() -> Server {
+    serve(
+        Router::new()
+            .route("/", post(std::future::pending::<()>))
+            .route("/livez", get(async || "alive\n")),
+    )
+}
+
+fn answering(status: StatusCode) -> Server {
+    serve(
+        Router::new()
+            .route("/livez", get(async || "alive\n"))
+            .fallback(async move || status),
+    )
+}
+
+/// Accepts connections and closes them.
+async fn closing() -> Server {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        loop {
+            drop(listener.accept().await.unwrap());
+        }
+    });
+    at(address)
+}
+
+/// An instance is back when it answers a batch, not when `/livez` answers.
+#[tokio::test(flavor = "multi_thread")]
+async fn instance_is_readmitted_when_it_stores_again() {
+    let is_sick = Arc::new(AtomicBool::new(true));
+    let (trials, sick) = (Arc::new(AtomicUsize::new(0)), is_sick.clone());
+    let count = trials.clone();
+    let (logging, map) = instances(2).await;
+    let inner = logging[0].url();
+    let moody = proxy(inner, move || {
+        count.fetch_add(1, Ordering::Relaxed);
+        sick.load(Ordering::Relaxed)
+            .then_some(StatusCode::BAD_GATEWAY)
+    });
+    let address = moody.address.clone();
+    let [_behind_proxy, well] = <[Server; 2]>::try_from(logging).ok().unwrap();
+    let system = System::with_instances(vec![moody, well], map, &[]);
+    let is_from_moody = async || {
+        let response = system.post().body("a").send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        response.headers()["x-logging-instance"] == *address
+    };
+    for _ in 0..20 {
+        assert!(!is_from_moody().await);
+    }
+    let tried = trials.load(Ordering::Relaxed);
+    let trying = async {
+        while trials.load(Ordering::Relaxed) < tried + 2 {
+            tokio::task::yield_now().await;
+        }
+    };
+    let waited = tokio::time::timeout(Duration::from_secs(30), trying).await;
+    waited.expect("the instance that is sick gets trials");
+    is_sick.store(false, Ordering::Relaxed);
+    let waiting = async { while !is_from_moody().await {} };
+    let waited = tokio::time::timeout(Duration::from_secs(30), waiting).await;
+    waited.expect("the instance that is well again gets messages");
+}
+
+/// Forwards requests to the instance at `url`, and then, where `spoil` says so, answers with its
+/// status instead of the instance's answer, as a proxy does that lost patience.
+fn proxy(
+    url: String,
+    spoil: impl Fn() -> Option<StatusCode> + Clone + Send + Sync + 'static,
+) -> Server {
+    let http = reqwest::Client::new();
+    let forward = async move |request: Request| {
+        let (parts, body) = request.into_parts();
+        let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
+        let body = reqwest::Body::wrap_stream(body.into_data_stream());
+        let forwarded = http.request(parts.method, format!("{url}{path}"));
+        let forwarded = forwarded.headers(parts.headers).body(body).send();
+        let answer = forwarded.await.unwrap();
+        if let Some(status) = spoil() {
+            return status.into_response();
+        }
+        let (status, headers) = (answer.status(), answer.headers().clone());
+        (status, headers, Body::from_stream(answer.bytes_stream())).into_response()
+    };
+    serve(Router::new().fallback(forward))
+}
+
+/// A proxy in front of an instance forwards a batch and then answers 503 itself: the message may be
+/// stored, so it keeps its UUID.
+#[tokio::test(flavor = "multi_thread")]
+async fn message_is_stored_once_though_a_proxy_answered_503() {
+    for status in [
+        StatusCode::SERVICE_UNAVAILABLE,
+        StatusCode::TOO_MANY_REQUESTS,
+        StatusCode::NOT_FOUND,
+        StatusCode::OK,
+    ] {
+        let (logging, map) = instances(1).await;
+        let is_first = AtomicBool::new(true);
+        let is_first = Arc::new(is_first);
+        let spoil = move || is_first.swap(false, Ordering::Relaxed).then_some(status);
+        let proxy = proxy(logging[0].url(), spoil);
+        let system = System::with_instances(vec![proxy], map, &[]);
+        system.store("once").await;
+        assert_eq!(system.messages().await, ["once"], "{status}");
+        drop(logging);
+    }
+}
+
+/// Something else listens at the address of the second instance.
+#[tokio::test(flavor = "multi_thread")]
+async fn stranger_cannot_say_that_a_message_is_not_there() {
+    for status in [StatusCode::NOT_FOUND, StatusCode::OK] {
+        let (mut logging, map) = instances(1).await;
+        logging.push(answering(status));
+        let system = System::with_instances(logging, map, &[]);
+        let uuid = system.store("here").await;
+        for _ in 0..40 {
+            assert_eq!(system.get(&format!("/{uuid}")).await.status(), 200);
+        }
+        problem(system.get(&format!("/{}", Uuid::now_v7())).await, 404).await;
+    }
+}
+
+/// A second and further instances are asked before the first one has timed out.
+#[tokio::test(flavor = "multi_thread")]
+async fn nine_hanging_instances_of_ten_cost_no_post() {
+    let (mut logging, map) = instances(1).await;
+    logging.extend((0..9).map(|_| hanging_but_live()));
+    let system = System::with_instances(logging, map, &[]);
+    let posts = stream::iter(0..20).map(async |n| system.store(&n.to_string()).await);
+    let stored = posts.buffer_unordered(20).count().await;
+    assert_eq!(system.read("").await.count, stored as u64);
+}
+
+/// The first try may be executed when the key's time comes, so nobody may be told that nothing was
+/// stored.
+#[tokio::test]
+async fn key_in_the_future_is_unknown_after_a_try_that_was() {
+    let outcomes = [Outcome::unknown("lost"), Outcome::Stale { is_ahead: true }];
+    let system = System::with_stubs(vec![script(&outcomes)], nobody(), &[]);
+    let answer = problem(post_with_key(&system).await, 503).await;
+    assert_eq!(answer["stored"], "unknown");
+    let system = System::with_stubs(vec![script(&outcomes[1..])], nobody(), &[]);
+    problem(post_with_key(&system).await, 409).await;
+}
+
+/// `duplicate` tells callers that they repeated a POST, not that the facade did.
+#[tokio::test]
+async fn first_post_with_a_key_is_no_duplicate() {
+    let outcomes = [Outcome::unknown("lost"), Outcome::Duplicate];
+    let system = System::with_stubs(vec![script(&outcomes)], nobody(), &[]);
+    let answer: Value = post_with_key(&system).await.json().await.unwrap();
+    assert_eq!(answer.get("duplicate"), None, "{answer}");
+    let system = System::with_stubs(vec![script(&outcomes[1..])], nobody(), &[]);
+    let answer: Value = post_with_key(&system).await.json().await.unwrap();
+    assert_eq!(answer["duplicate"], true, "{answer}");
+}
+
+/// An instance that answers one entry after the other with these outcomes.
+fn script(outcomes: &[Outcome]) -> Server {
+    let outcomes = outcomes.to_vec();
+    let next = Arc::new(AtomicUsize::new(0));
+    logging_stub(move |_| outcomes[next.fetch_add(1, Ordering::Relaxed)].clone())
+}
+
+async fn post_with_key(system: &System) -> reqwest::Response {
+    let key = Uuid::now_v7().to_string();
+    let request = system.post().header("idempotency-key", key).body("a");
+    request.send().await.unwrap()
+}
+
+/// Readiness is what an instance can do now: that instances are alive is not enough. The first that
+/// is ready decides, however long others hang.
+#[tokio::test]
+async fn facade_is_ready_when_one_instance_can_store() {
+    let unready = || {
+        let not_now = (StatusCode::SERVICE_UNAVAILABLE, "the disk is full");
+        serve_instance(
+            Router::new()
+                .route("/livez", get(async || "alive\n"))
+                .route("/readyz", get(async move || not_now)),
+        )
+    };
+    let system = System::with_stubs(vec![unready(), unready()], nobody(), &[]);
+    problem(system.get("/readyz").await, 503).await;
+    problem(system.get("/readyz?verbose").await, 503).await;
+
+    let hanging = serve(Router::new().fallback(std::future::pending::<()>));
+    let ready = serve_instance(Router::new().route("/readyz", get(async || "ready")));
+    let flags = ["--try-timeout", "1h"];
+    let logging = vec![unready(), hanging, ready];
+    let system = System::with_stubs(logging, nobody(), &flags);
+    assert_eq!(system.get("/readyz").await.status(), 200);
+}
+
+/// A GET that begins while the only instance hangs waits for it, as it waits for a failover.
+#[tokio::test]
+async fn get_waits_for_an_instance_that_hangs() {
+    let line = r#"{"uuid":"01890000-0000-7000-8000-000000000001","msg":"a"}"#;
+    let hangs = Arc::new(AtomicUsize::new(3));
+    let page = async move || {
+        let left = hangs.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+            left.checked_sub(1)
+        });
+        if left.is_ok() {
+            std::future::pending::<()>().await;
+        }
+        format!("{line}\n{{\"count\":1}}\n")
+    };
+    let logging = serve_instance(Router::new().route("/", get(page)));
+    let flags = ["--try-timeout", "50ms"];
+    let system = System::with_stubs(vec![logging], nobody(), &flags);
+    assert_eq!(system.read("").await.count, 1);
+}
+
+/// An instance that answers a batch without end is cut off.
+#[tokio::test(flavor = "multi_thread")]
+async fn endless_answer_does_not_fill_the_memory() {
+    const GROWTH_KIB: u64 = 64 * 1024;
+    let flood = async || {
+        let piece = bytes::Bytes::from(vec![b' '; 1 << 20]);
+        Body::from_stream(stream::repeat_with(move || {
+            Ok::<_, std::io::Error>(piece.clone())
+        }))
+    };
+    let flooding = serve_instance(Router::new().route("/", post(flood)));
+    let mut command = std::process::Command::new(binary("facade"));
+    command.args(["--logging", &flooding.url(), "--deadline", "3s"]);
+    let facade = Process::start(command, free_address());
+    let before = peak_memory_kib(facade.pid());
+    let request = reqwest::Client::new().post(facade.url()).body("a");
+    let answer = problem(request.send().await.unwrap(), 503).await;
+    assert_eq!(answer["stored"], "unknown");
+    let grown = peak_memory_kib(facade.pid()) - before;
+    assert!(grown < GROWTH_KIB, "{grown} KiB");
+}
+
+/// The most memory that the process ever had, in KiB.
+fn peak_memory_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    let size = line.unwrap().split_whitespace().nth(1);
+    size.unwrap().parse().unwrap()
+}
