@@ -207,6 +207,37 @@ async fn entries_survive_a_restart() {
     }
 }
 
+/// Made once, kept over restarts, no entry, and another one in another map.
+#[tokio::test]
+async fn map_has_an_id_that_outlives_its_instances() {
+    for engine in ENGINES {
+        let mut ids = Vec::new();
+        for _ in 0..2 {
+            let Subject {
+                map,
+                location,
+                _keeper,
+            } = Subject::of(engine).await;
+            let id = map.id().expect("a map that is ready has an id");
+            assert_eq!(map.last().await.unwrap(), None);
+            assert_eq!(all(&map).await, []);
+            let stored = [entry("first")];
+            put(&map, &stored).await;
+            drop(map);
+            let map = open_ready(&location, options()).await;
+            assert_eq!(map.id(), Some(id));
+            let newest_first = Bounds {
+                order: Order::Desc,
+                ..Bounds::default()
+            };
+            let page = map.page(newest_first, WHOLE).await.unwrap();
+            assert_eq!(page.entries, stored);
+            ids.push(id);
+        }
+        assert_ne!(ids[0], ids[1], "{engine:?}");
+    }
+}
+
 #[tokio::test]
 async fn batches_at_once_are_all_answered_and_stored() {
     for engine in ENGINES {

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use common::api::{MARK, Mark};
 use common::entry::{Entry, Outcome, PutResult};
 use reqwest::{Client, StatusCode};
 use tempfile::TempDir;
@@ -90,11 +91,11 @@ async fn full_disk_refuses_and_recovers() {
     assert_eq!(all(&http, &url).await, stored);
 }
 
-/// The disk fails when the second transaction is synced, before LMDB writes its meta page: it
-/// certainly did not happen.
+/// The disk fails when the second entry's transaction is synced, before LMDB writes its meta page: it
+/// certainly did not happen. (The first sync of all is that of the map's id.)
 #[tokio::test]
 async fn failed_sync_is_refused_and_not_stored() {
-    let outcome = outcome_with_fault("fdatasync:error=EIO:when=2").await;
+    let outcome = outcome_with_fault("fdatasync:error=EIO:when=3").await;
     assert!(
         matches!(outcome.second, Outcome::Refused { .. }),
         "{outcome:?}"
@@ -102,10 +103,10 @@ async fn failed_sync_is_refused_and_not_stored() {
     assert!(!outcome.is_second_stored);
 }
 
-/// The disk fails when the second transaction's meta page is written: nobody can tell.
+/// The disk fails when the second entry's meta page is written: nobody can tell.
 #[tokio::test]
 async fn failed_meta_page_is_unknown_and_the_map_is_opened_again() {
-    let outcome = outcome_with_fault("pwrite64:error=EIO:when=3").await;
+    let outcome = outcome_with_fault("pwrite64:error=EIO:when=4").await;
     assert!(
         matches!(outcome.second, Outcome::Unknown { .. }),
         "{outcome:?}"
@@ -212,6 +213,48 @@ fn second_pid_namespace_is_refused() {
         .unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(one_line(&output).contains("in another container or PID namespace"));
+}
+
+/// The mark of an instance's answers, which names its map.
+async fn mark(http: &Client, url: &str) -> Mark {
+    let response = http.get(format!("{url}/livez")).send().await.unwrap();
+    let mark = response.headers()[MARK].to_str().unwrap();
+    mark.parse().unwrap()
+}
+
+/// The files of a deleted folder go on existing for the instances that have them open, but not for
+/// one that starts later: that one has another map.
+#[tokio::test]
+async fn deleted_folder_takes_no_entries_and_its_successor_is_another_map() {
+    let folder = tempfile::tempdir().unwrap();
+    let http = Client::new();
+    let start = || {
+        let process = Process::start(logging(folder.path()), free_address());
+        process.wait_until_ready();
+        process
+    };
+    let (old, mut restarted) = (start(), start());
+    let before = entry("before");
+    assert_eq!(put_one(&http, &old.url(), &before).await, Outcome::Stored);
+    let map = mark(&http, &old.url()).await.map;
+    assert!(map.is_some());
+    assert_eq!(mark(&http, &restarted.url()).await.map, map);
+
+    std::fs::remove_dir_all(folder.path().join("map")).unwrap();
+    restarted.kill();
+    let restarted = start();
+    let refused = put_one(&http, &old.url(), &entry("after")).await;
+    assert!(
+        matches!(&refused, Outcome::Refused { detail, .. } if detail.contains("was deleted")),
+        "{refused:?}"
+    );
+    let readiness = old.readiness();
+    assert!(readiness.starts_with("HTTP/1.1 503"), "{readiness}");
+    assert!(readiness.contains("was deleted"), "{readiness}");
+    assert_eq!(all(&http, &old.url()).await, [before]);
+    assert_eq!(mark(&http, &old.url()).await.map, map);
+    let successor = mark(&http, &restarted.url()).await.map;
+    assert!(successor.is_some() && successor != map, "{successor:?}");
 }
 
 #[test]

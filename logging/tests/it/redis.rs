@@ -248,6 +248,27 @@ async fn servers_that_are_no_cluster_are_refused() {
     assert!(put(&map, &entries(1)).await.iter().all(is_partition_down));
 }
 
+/// Two instances have one id, made by either of them; emptied servers are another map.
+#[tokio::test]
+async fn emptied_servers_are_another_map() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = RedisServer::single(folder.path());
+    let location = format!("redis://{}", server.address());
+    let maps = [open_at(&location, None), open_at(&location, None)];
+    for map in &maps {
+        wait_until_ready(map).await;
+    }
+    let first = maps[0].id();
+    assert!(first.is_some());
+    assert_eq!(maps[1].id(), first);
+    let _: () = server.ask(&["FLUSHALL"]);
+    for map in &maps {
+        wait_for(map, |_| map.id() != first).await;
+        assert!(map.id().is_some());
+    }
+    assert_eq!(maps[0].id(), maps[1].id());
+}
+
 /// A replica of a single server could be read, but has only what its primary sent it.
 #[tokio::test]
 async fn replica_of_a_single_server_is_not_the_map() {
@@ -271,7 +292,7 @@ async fn replica_of_a_single_server_is_not_the_map() {
 async fn user_with_a_password_needs_few_rights() {
     let folder = tempfile::tempdir().unwrap();
     let server = RedisServer::single(folder.path());
-    let rights = "on >secret/word ~entries:* ~fence:* +eval +zadd +zrangebylex +zrevrangebylex \
+    let rights = "on >secret/word ~entries:* ~fence:* ~id:* +get +set +eval +zadd +zrangebylex +zrevrangebylex \
                   +incr +time +wait +info +ping +cluster|nodes";
     let mut command = vec!["ACL", "SETUSER", "logging"];
     command.extend(rights.split_whitespace());

@@ -18,6 +18,7 @@ use tokio::time::sleep;
 
 use super::link::{self, Link, PROBE_INTERVAL};
 use super::partition::{self, entries_key, fence_key};
+use super::wait_timeout;
 use crate::map::MAX_AHEAD;
 use crate::map::job::{Job, Room};
 
@@ -36,14 +37,6 @@ pub(super) struct Settings {
     pub(super) settle: Duration,
     /// Replicas that must hold an entry before it is acknowledged.
     pub(super) backups: u16,
-}
-
-impl Settings {
-    /// How long `WAIT` waits: shorter than the whole call may take, so that too few replicas come
-    /// back as a number.
-    fn wait_timeout(&self) -> Duration {
-        self.answer_timeout * 2 / 3
-    }
 }
 
 /// The way into a primary.
@@ -167,6 +160,8 @@ impl Writer {
                     let address = &self.primary.link.address;
                     tracing::info!(%address, "a redis primary takes entries");
                     self.primary.shared.set_trouble(None);
+                    // A new map gets its id when its primary takes entries.
+                    self.refresh.notify_one();
                     match self.serve(connection).await {
                         Some(reason) => reason,
                         None => return,
@@ -350,7 +345,7 @@ impl Primary {
             commands
                 .cmd("WAIT")
                 .arg(self.settings.backups)
-                .arg(millis(self.settings.wait_timeout()).max(1));
+                .arg(millis(wait_timeout(self.settings.answer_timeout)).max(1));
         }
         commands
     }
