@@ -115,6 +115,11 @@ impl Discovery {
         }
         let links = &self.links;
         known.infos.retain(|address, _| links.contains_key(address));
+        let is_up = |address: &Address| links[address].trouble().is_none();
+        if let Some(reason) = known.eviction(is_up) {
+            known.trouble = Some(reason);
+            known.topology = Arc::default();
+        }
         self.log_news(&known);
         members.publish(known);
     }

@@ -181,6 +181,26 @@ impl Topology {
 }
 
 impl Known {
+    /// Why a server must not be trusted with entries, though it may hold them all at the moment: it
+    /// evicts when its memory is used up, even while it is only read. A replica does so once it is
+    /// promoted.
+    pub(super) fn eviction(&self, is_up: impl Fn(&Address) -> bool) -> Option<String> {
+        let mut infos = self.infos.iter();
+        let (address, info) =
+            infos.find(|(address, info)| info.may_evict_entries() && is_up(address))?;
+        let ServerInfo {
+            max_memory,
+            max_memory_policy,
+            evicted_keys,
+            ..
+        } = info;
+        Some(format!(
+            "redis {address} evicts entries when its memory is used up (maxmemory {max_memory}, \
+             maxmemory-policy {max_memory_policy}, {evicted_keys} keys evicted so far): set \
+             maxmemory-policy noeviction"
+        ))
+    }
+
     /// What should be changed about servers though they serve.
     pub(super) fn warnings(&self) -> Vec<(&Address, String)> {
         let mut warnings = Vec::new();
@@ -189,6 +209,14 @@ impl Known {
                 let warning = "it keeps no append-only file, so its entries are gone when it \
                                ends; set appendonly yes and appendfsync always";
                 warnings.push((address, warning.to_owned()));
+            }
+            if info.evicted_keys > 0 {
+                let warning = format!(
+                    "it has evicted {} keys since it started; if entries were among them, they are \
+                     lost: restore the map from a copy",
+                    info.evicted_keys
+                );
+                warnings.push((address, warning));
             }
             let (replicas, backups) = (info.replicas, self.backups);
             if replicas > usize::from(backups) && self.topology.has_primary(address) {
