@@ -309,15 +309,17 @@ pub(super) fn find_or_make_id(entries: Entries, txn: &mut RwTxn<'_>) -> heed::Re
     Ok(id)
 }
 
-/// Makes sure that all processes on the folder are in one PID namespace, where LMDB's locks work.
+/// Makes sure that all processes on the folder are in one PID namespace of one machine, where LMDB's
+/// locks work.
 ///
-/// The file `namespace` names it. Whoever finds the file unlocked is alone and writes its own;
+/// The file `namespace` names both. The boot stands for the machine: the first PID namespace has the
+/// same number on all of them. Whoever finds the file unlocked is alone and writes its own;
 /// everybody holds a shared lock, which ends with the process.
 fn claim_namespace(folder: &Path) -> anyhow::Result<File> {
     let mut file = lock_file(folder, "namespace")?;
-    let ours = fs::read_link("/proc/self/ns/pid")
-        .map(|link| link.to_string_lossy().into_owned())
-        .unwrap_or_default();
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let namespace = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+    let ours = format!("{} {}", boot.trim_end(), namespace.display());
     if file.try_lock().is_ok() {
         file.set_len(0)?;
         file.write_all(ours.as_bytes())?;
@@ -328,8 +330,9 @@ fn claim_namespace(folder: &Path) -> anyhow::Result<File> {
     file.read_to_string(&mut theirs)?;
     if ours != theirs {
         bail!(
-            "the map's folder {} is in use by a logging process in another container or PID \
-             namespace, where its locks do not work; give this one a folder of its own",
+            "the map's folder {} is in use by a logging process on another machine, or in another \
+             container or PID namespace, where its locks do not work; give this one a folder of its \
+             own, or share a map on Redis",
             folder.display()
         );
     }
