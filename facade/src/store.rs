@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::entry::{Outcome, PutEntry};
+use common::entry::{Outcome, PutEntry, Staleness};
 use tokio::time::{Instant, sleep, timeout_at};
 use tower::retry::budget::Budget;
 use uuid::Uuid;
@@ -204,15 +204,25 @@ pub async fn store(pool: &Pool, post: Post, patience: Duration) -> Result<Stored
                 return Ok(stored(entry.uuid, &instance, true));
             }
             (Outcome::Conflict, Key::Caller(_)) => return Err(NotStored::Conflict),
-            (Outcome::Stale { is_ahead: true }, Key::Caller(_)) => return Err(NotStored::Early),
-            (Outcome::Stale { is_ahead: false }, Key::Caller(_)) => return Err(NotStored::Stale),
+            (Outcome::Stale { when }, Key::Caller(uuid)) => {
+                return Err(match when {
+                    Staleness::Ahead => NotStored::Early,
+                    Staleness::Past => NotStored::Stale,
+                    Staleness::Leaving => NotStored::GaveUp {
+                        uuid,
+                        certainty,
+                        detail: "this key is leaving the settle window: post again with a new key"
+                            .to_owned(),
+                    },
+                });
+            }
             (Outcome::Conflict, Key::Own) => {
                 certainty = Certainty::No;
                 "the UUID is another message's".to_owned()
             }
-            (Outcome::Stale { is_ahead }, Key::Own) => {
+            (Outcome::Stale { when }, Key::Own) => {
                 // An entry whose time has passed never will be stored, also by an earlier try.
-                if !is_ahead {
+                if when == Staleness::Past {
                     certainty = Certainty::No;
                 }
                 "the clocks of facade and map differ too much".to_owned()

@@ -7,9 +7,11 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use common::entry::{Entry, Outcome};
+use common::entry::{Entry, Outcome, Staleness};
 use common::page::{Bounds, Order};
-use logging::map::{DistributedMap, Location, MAX_AHEAD, MapError, Options, PageLimit, open};
+use logging::map::{
+    DistributedMap, Location, MAX_AHEAD, MAX_SKEW, MapError, Options, PageLimit, open,
+};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use uuid::{NoContext, Timestamp, Uuid};
@@ -150,14 +152,23 @@ async fn entry_outside_the_settle_window_is_stale() {
         let subject = Subject::of(engine).await;
         let map = subject.map;
         let now = SystemTime::now();
-        let too_old = entry_at(now - SETTLE - Duration::from_millis(1), "too old");
+        let too_old = entry_at(
+            now - SETTLE - MAX_SKEW - Duration::from_millis(1),
+            "too old",
+        );
+        let leaving = entry_at(now - SETTLE - Duration::from_millis(1), "leaving");
         let old = entry_at(now - SETTLE + margin, "old");
         let new = entry_at(now + MAX_AHEAD - margin, "new");
         let too_new = entry_at(now + MAX_AHEAD + margin, "too new");
-        let outcomes = put(&map, &[too_old, old.clone(), new.clone(), too_new]).await;
-        let stale = |is_ahead| Outcome::Stale { is_ahead };
+        let entries = [too_old, leaving, old.clone(), new.clone(), too_new];
+        let outcomes = put(&map, &entries).await;
+        let stale = |when| Outcome::Stale { when };
         use Outcome::Stored;
-        assert_eq!(outcomes, [stale(false), Stored, Stored, stale(true)]);
+        use Staleness::{Ahead, Leaving, Past};
+        assert_eq!(
+            outcomes,
+            [stale(Past), stale(Leaving), Stored, Stored, stale(Ahead)]
+        );
         assert_eq!(all(&map).await, [old, new]);
     }
 }
@@ -183,9 +194,11 @@ async fn settled_entry_is_still_recognized() {
             uuid: entry.uuid,
             msg: "other".to_owned(),
         };
-        let never_stored = entry_at(SystemTime::now() - Duration::from_secs(1), "never");
+        let never_stored = entry_at(SystemTime::now() - 2 * MAX_SKEW, "never");
         let outcomes = put(&map, &[entry, other, never_stored]).await;
-        let stale = Outcome::Stale { is_ahead: false };
+        let stale = Outcome::Stale {
+            when: Staleness::Past,
+        };
         assert_eq!(outcomes, [Outcome::Duplicate, Outcome::Conflict, stale]);
     }
 }

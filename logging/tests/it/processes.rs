@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use common::api::{MARK, Mark};
-use common::entry::{Entry, Outcome, PutResult};
+use common::entry::{Entry, Outcome, PutResult, Staleness};
 use reqwest::{Client, StatusCode};
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -167,7 +167,8 @@ async fn acknowledged_entries_are_one_log_line_each() {
         let outcomes = put(&http, &process.url(), &entries).await.unwrap();
         let stale = entry_of_1970();
         let refused = put_one(&http, &process.url(), &stale).await;
-        assert_eq!(refused, Outcome::Stale { is_ahead: false });
+        let when = Staleness::Past;
+        assert_eq!(refused, Outcome::Stale { when });
         let is_entry = |line: &&String| line.contains("entry acknowledged");
         process.wait_for_log(|lines| lines.iter().filter(is_entry).count() >= 2);
         let log = process.log();
@@ -213,6 +214,27 @@ fn second_pid_namespace_is_refused() {
         .unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(one_line(&output).contains("in another container or PID namespace"));
+}
+
+/// Every machine's first PID namespace has the same number, so a folder that two machines share is
+/// told by the boot.
+#[test]
+fn second_machine_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let boot_id = folder.path().join("boot_id");
+    std::fs::write(&boot_id, "0b007000-0000-4000-8000-000000000000\n").unwrap();
+    let _first = Process::start(logging(folder.path()), free_address());
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c"])
+        .arg("mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"")
+        .arg(&boot_id)
+        .args([LOGGING, "--map"])
+        .arg(location(folder.path()))
+        .args(["--listen", "127.0.0.1:0"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(one_line(&output).contains("on another machine"));
 }
 
 /// The mark of an instance's answers, which names its map.

@@ -129,7 +129,7 @@ impl Writer {
                 let outcome = match known.map(|value| compare(entry, value)) {
                     Some(outcome) => outcome,
                     None => match staleness(entry.uuid, now, self.settle) {
-                        Some(stale) => stale,
+                        Some(when) => Outcome::Stale { when },
                         None => {
                             let value = encode(entry);
                             let put = entries.put(txn, key, &value);
