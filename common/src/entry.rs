@@ -65,10 +65,8 @@ pub enum Outcome {
     Conflict,
     /// It is not in the map, and its UUID's time lies outside the settle window.
     Stale {
-        /// Whether that time is still to come. Otherwise it has passed, and the entry never will
-        /// be in the map.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        is_ahead: bool,
+        /// On which side of the window that time lies.
+        when: Staleness,
     },
     /// It was certainly not executed; the same or another instance may be asked again.
     Refused {
@@ -84,6 +82,19 @@ pub enum Outcome {
         /// Why, for the caller.
         detail: String,
     },
+}
+
+/// Where the time of an entry lies that is not in the map and was not added.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Staleness {
+    /// In the future: the entry may be added later.
+    Ahead,
+    /// Just outside the window. A server whose clock is behind this one's may still add the entry, so
+    /// nothing is final.
+    Leaving,
+    /// In the past: the entry is not in the map and never will be.
+    Past,
 }
 
 impl Outcome {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::entry::{Outcome, PutEntry};
+use common::entry::{Outcome, PutEntry, Staleness};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::time::{Instant, sleep, timeout_at};
@@ -461,30 +461,18 @@ fn judge(answer: Result<Outcome, BatchFailure>, doubt: Doubt) -> Judged {
             let detail = "holds another message under this UUID".to_owned();
             (Verdict::Again(Trouble::NotTaken, detail), Certainty::No)
         }
-        // Its time has passed: no earlier try of it will ever be stored either.
-        (Outcome::Stale { is_ahead: false }, Key::Caller(_)) => {
-            (Verdict::Final(NotStored::Stale), Certainty::No)
+        (Outcome::Stale { when }, Key::Caller(uuid)) => {
+            (Verdict::Final(stale_key(uuid, when, doubt)), before)
         }
-        (Outcome::Stale { is_ahead: false }, Key::Own) => (
-            Verdict::Again(Trouble::NotTaken, CLOCKS_DIFFER.to_owned()),
-            Certainty::No,
-        ),
-        // Its time will come, and with it perhaps an earlier try that is still on its way.
-        (Outcome::Stale { is_ahead: true }, Key::Caller(uuid)) => {
-            let error = match doubt.may_be_stored() {
-                false => NotStored::Early,
-                true => NotStored::GaveUp {
-                    uuid,
-                    certainty: Certainty::Unknown,
-                    detail: "this key's time is still in the future".to_owned(),
-                },
+        (Outcome::Stale { when }, Key::Own) => {
+            // When its time has passed, no earlier try of it will ever be stored either.
+            let certainty = match when {
+                Staleness::Past => Certainty::No,
+                Staleness::Leaving | Staleness::Ahead => before,
             };
-            (Verdict::Final(error), before)
+            let detail = CLOCKS_DIFFER.to_owned();
+            (Verdict::Again(Trouble::NotTaken, detail), certainty)
         }
-        (Outcome::Stale { is_ahead: true }, Key::Own) => (
-            Verdict::Again(Trouble::NotTaken, CLOCKS_DIFFER.to_owned()),
-            before,
-        ),
         (
             Outcome::Refused {
                 detail,
@@ -504,4 +492,23 @@ fn judge(answer: Result<Outcome, BatchFailure>, doubt: Doubt) -> Judged {
         ),
     };
     Judged { verdict, certainty }
+}
+
+/// Why a message under the caller's key is not stored. Unless its time has passed for good, an
+/// earlier try that is still on its way may be stored after all.
+fn stale_key(uuid: Uuid, when: Staleness, doubt: Doubt) -> NotStored {
+    let gave_up = |detail: &str| NotStored::GaveUp {
+        uuid,
+        certainty: match doubt.may_be_stored() {
+            true => Certainty::Unknown,
+            false => Certainty::No,
+        },
+        detail: detail.to_owned(),
+    };
+    match when {
+        Staleness::Past => NotStored::Stale,
+        Staleness::Leaving => gave_up("this key is leaving the settle window, take a new one"),
+        Staleness::Ahead if doubt.may_be_stored() => gave_up("this key's time is in the future"),
+        Staleness::Ahead => NotStored::Early,
+    }
 }

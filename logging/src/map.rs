@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
-use common::entry::{self, Entry, Outcome};
+use common::entry::{self, Entry, Outcome, Staleness};
 use common::page::Bounds;
 use common::server::Check;
 use uuid::Uuid;
@@ -24,6 +24,11 @@ pub use self::redis::Servers;
 /// How far ahead of the map's clock a new entry's time may lie: room for the clocks of facades on
 /// other machines.
 pub const MAX_AHEAD: Duration = Duration::from_secs(2);
+
+/// How far apart the clocks may be that check the settle window: those of the servers of a shard, and
+/// one clock before and after it was corrected. With clocks further apart, an entry that was said never
+/// to be stored could be stored by the next primary.
+pub const MAX_SKEW: Duration = Duration::from_secs(1);
 
 /// A map of immutable entries that several logging instances share.
 ///
@@ -43,8 +48,9 @@ pub trait DistributedMap: fmt::Debug + Send + Sync {
     /// - *Conflicts*: the same UUID with another message changes nothing.
     /// - *Settle window*: a UUID that is not in the map is added only if its time is at most
     ///   `settle` behind and [`MAX_AHEAD`] ahead of the map's clock, looked at where the entry is
-    ///   written. Otherwise it is `Stale`: not in the map, and if its time has passed, it never
-    ///   will be. (A commit becomes visible as long after that look as the disk needs for it.)
+    ///   written. Otherwise it is `Stale`: not in the map. It never will be when its time is more than
+    ///   `settle` and [`MAX_SKEW`] behind; until then a server whose clock is behind may still add it.
+    ///   (A commit becomes visible as long after that look as the disk needs for it.)
     /// - *Failure*: `Refused` means certainly not executed; `Unknown` that it may or may not be
     ///   stored. Entries of one batch may fare differently: they are in different partitions.
     ///
@@ -153,10 +159,13 @@ pub fn open(location: &Location, options: Options) -> anyhow::Result<Arc<dyn Dis
 }
 
 /// Why an entry of this UUID may not be new to the map when its clock shows `now`, if so.
-fn staleness(uuid: Uuid, now: SystemTime, settle: Duration) -> Option<Outcome> {
+fn staleness(uuid: Uuid, now: SystemTime, settle: Duration) -> Option<Staleness> {
     let time = SystemTime::UNIX_EPOCH + Duration::from_millis(entry::unix_millis(uuid));
     if time > now + MAX_AHEAD {
-        return Some(Outcome::Stale { is_ahead: true });
+        return Some(Staleness::Ahead);
     }
-    (now > time + settle).then_some(Outcome::Stale { is_ahead: false })
+    if now > time + settle + MAX_SKEW {
+        return Some(Staleness::Past);
+    }
+    (now > time + settle).then_some(Staleness::Leaving)
 }

@@ -76,7 +76,7 @@ impl LmdbMap {
 #[async_trait]
 impl DistributedMap for LmdbMap {
     fn id(&self) -> Option<Uuid> {
-        None
+        self.store.id()
     }
 
     async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome> {

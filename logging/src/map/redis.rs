@@ -12,6 +12,7 @@
 mod discovery;
 mod lane;
 mod link;
+mod map_id;
 mod members;
 mod nodes;
 mod pages;
@@ -39,6 +40,12 @@ use super::{DistributedMap, Health, MapError, Options, Page, PageLimit};
 /// that fails hears the reason, and not only that its time was up.
 fn answer_timeout(options: &Options) -> Duration {
     options.store_timeout * 3 / 4
+}
+
+/// How long `WAIT` waits: shorter than the whole call may take, so that too few replicas come back as
+/// a number.
+fn wait_timeout(answer_timeout: Duration) -> Duration {
+    answer_timeout * 2 / 3
 }
 
 /// A map whose entries are on Redis servers.
@@ -75,7 +82,7 @@ impl RedisMap {
 #[async_trait]
 impl DistributedMap for RedisMap {
     fn id(&self) -> Option<Uuid> {
-        None
+        self.members.map_id()
     }
 
     async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome> {

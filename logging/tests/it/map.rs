@@ -7,9 +7,11 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use common::entry::{Entry, Outcome};
+use common::entry::{Entry, Outcome, Staleness};
 use common::page::{Bounds, Order};
-use logging::map::{DistributedMap, Location, MAX_AHEAD, MapError, Options, PageLimit, open};
+use logging::map::{
+    DistributedMap, Location, MAX_AHEAD, MAX_SKEW, MapError, Options, PageLimit, open,
+};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use uuid::{NoContext, Timestamp, Uuid};
@@ -150,14 +152,23 @@ async fn entry_outside_the_settle_window_is_stale() {
         let subject = Subject::of(engine).await;
         let map = subject.map;
         let now = SystemTime::now();
-        let too_old = entry_at(now - SETTLE - Duration::from_millis(1), "too old");
+        let too_old = entry_at(
+            now - SETTLE - MAX_SKEW - Duration::from_millis(1),
+            "too old",
+        );
+        let leaving = entry_at(now - SETTLE - Duration::from_millis(1), "leaving");
         let old = entry_at(now - SETTLE + margin, "old");
         let new = entry_at(now + MAX_AHEAD - margin, "new");
         let too_new = entry_at(now + MAX_AHEAD + margin, "too new");
-        let outcomes = put(&map, &[too_old, old.clone(), new.clone(), too_new]).await;
-        let stale = |is_ahead| Outcome::Stale { is_ahead };
+        let entries = [too_old, leaving, old.clone(), new.clone(), too_new];
+        let outcomes = put(&map, &entries).await;
+        let stale = |when| Outcome::Stale { when };
         use Outcome::Stored;
-        assert_eq!(outcomes, [stale(false), Stored, Stored, stale(true)]);
+        use Staleness::{Ahead, Leaving, Past};
+        assert_eq!(
+            outcomes,
+            [stale(Past), stale(Leaving), Stored, Stored, stale(Ahead)]
+        );
         assert_eq!(all(&map).await, [old, new]);
     }
 }
@@ -183,9 +194,11 @@ async fn settled_entry_is_still_recognized() {
             uuid: entry.uuid,
             msg: "other".to_owned(),
         };
-        let never_stored = entry_at(SystemTime::now() - Duration::from_secs(1), "never");
+        let never_stored = entry_at(SystemTime::now() - 2 * MAX_SKEW, "never");
         let outcomes = put(&map, &[entry, other, never_stored]).await;
-        let stale = Outcome::Stale { is_ahead: false };
+        let stale = Outcome::Stale {
+            when: Staleness::Past,
+        };
         assert_eq!(outcomes, [Outcome::Duplicate, Outcome::Conflict, stale]);
     }
 }
@@ -204,6 +217,37 @@ async fn entries_survive_a_restart() {
         drop(map);
         let map = open_ready(&location, options()).await;
         assert_eq!(all(&map).await, entries);
+    }
+}
+
+/// Made once, kept over restarts, no entry, and another one in another map.
+#[tokio::test]
+async fn map_has_an_id_that_outlives_its_instances() {
+    for engine in ENGINES {
+        let mut ids = Vec::new();
+        for _ in 0..2 {
+            let Subject {
+                map,
+                location,
+                _keeper,
+            } = Subject::of(engine).await;
+            let id = map.id().expect("a map that is ready has an id");
+            assert_eq!(map.last().await.unwrap(), None);
+            assert_eq!(all(&map).await, []);
+            let stored = [entry("first")];
+            put(&map, &stored).await;
+            drop(map);
+            let map = open_ready(&location, options()).await;
+            assert_eq!(map.id(), Some(id));
+            let newest_first = Bounds {
+                order: Order::Desc,
+                ..Bounds::default()
+            };
+            let page = map.page(newest_first, WHOLE).await.unwrap();
+            assert_eq!(page.entries, stored);
+            ids.push(id);
+        }
+        assert_ne!(ids[0], ids[1], "{engine:?}");
     }
 }
 

@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::process::Command;
 
-use common::entry::{Entry, Outcome, PutResult};
+use common::api::{MARK, Mark};
+use common::entry::{Entry, Outcome, PutResult, Staleness};
 use reqwest::{Client, StatusCode};
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -90,11 +91,11 @@ async fn full_disk_refuses_and_recovers() {
     assert_eq!(all(&http, &url).await, stored);
 }
 
-/// The disk fails when the second transaction is synced, before LMDB writes its meta page: it
-/// certainly did not happen.
+/// The disk fails when the second entry's transaction is synced, before LMDB writes its meta page: it
+/// certainly did not happen. (The first sync of all is that of the map's id.)
 #[tokio::test]
 async fn failed_sync_is_refused_and_not_stored() {
-    let outcome = outcome_with_fault("fdatasync:error=EIO:when=2").await;
+    let outcome = outcome_with_fault("fdatasync:error=EIO:when=3").await;
     assert!(
         matches!(outcome.second, Outcome::Refused { .. }),
         "{outcome:?}"
@@ -102,10 +103,10 @@ async fn failed_sync_is_refused_and_not_stored() {
     assert!(!outcome.is_second_stored);
 }
 
-/// The disk fails when the second transaction's meta page is written: nobody can tell.
+/// The disk fails when the second entry's meta page is written: nobody can tell.
 #[tokio::test]
 async fn failed_meta_page_is_unknown_and_the_map_is_opened_again() {
-    let outcome = outcome_with_fault("pwrite64:error=EIO:when=3").await;
+    let outcome = outcome_with_fault("pwrite64:error=EIO:when=4").await;
     assert!(
         matches!(outcome.second, Outcome::Unknown { .. }),
         "{outcome:?}"
@@ -166,7 +167,8 @@ async fn acknowledged_entries_are_one_log_line_each() {
         let outcomes = put(&http, &process.url(), &entries).await.unwrap();
         let stale = entry_of_1970();
         let refused = put_one(&http, &process.url(), &stale).await;
-        assert_eq!(refused, Outcome::Stale { is_ahead: false });
+        let when = Staleness::Past;
+        assert_eq!(refused, Outcome::Stale { when });
         let is_entry = |line: &&String| line.contains("entry acknowledged");
         process.wait_for_log(|lines| lines.iter().filter(is_entry).count() >= 2);
         let log = process.log();
@@ -212,6 +214,69 @@ fn second_pid_namespace_is_refused() {
         .unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(one_line(&output).contains("in another container or PID namespace"));
+}
+
+/// Every machine's first PID namespace has the same number, so a folder that two machines share is
+/// told by the boot.
+#[test]
+fn second_machine_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let boot_id = folder.path().join("boot_id");
+    std::fs::write(&boot_id, "0b007000-0000-4000-8000-000000000000\n").unwrap();
+    let _first = Process::start(logging(folder.path()), free_address());
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c"])
+        .arg("mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"")
+        .arg(&boot_id)
+        .args([LOGGING, "--map"])
+        .arg(location(folder.path()))
+        .args(["--listen", "127.0.0.1:0"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(one_line(&output).contains("on another machine"));
+}
+
+/// The mark of an instance's answers, which names its map.
+async fn mark(http: &Client, url: &str) -> Mark {
+    let response = http.get(format!("{url}/livez")).send().await.unwrap();
+    let mark = response.headers()[MARK].to_str().unwrap();
+    mark.parse().unwrap()
+}
+
+/// The files of a deleted folder go on existing for the instances that have them open, but not for
+/// one that starts later: that one has another map.
+#[tokio::test]
+async fn deleted_folder_takes_no_entries_and_its_successor_is_another_map() {
+    let folder = tempfile::tempdir().unwrap();
+    let http = Client::new();
+    let start = || {
+        let process = Process::start(logging(folder.path()), free_address());
+        process.wait_until_ready();
+        process
+    };
+    let (old, mut restarted) = (start(), start());
+    let before = entry("before");
+    assert_eq!(put_one(&http, &old.url(), &before).await, Outcome::Stored);
+    let map = mark(&http, &old.url()).await.map;
+    assert!(map.is_some());
+    assert_eq!(mark(&http, &restarted.url()).await.map, map);
+
+    std::fs::remove_dir_all(folder.path().join("map")).unwrap();
+    restarted.kill();
+    let restarted = start();
+    let refused = put_one(&http, &old.url(), &entry("after")).await;
+    assert!(
+        matches!(&refused, Outcome::Refused { detail, .. } if detail.contains("was deleted")),
+        "{refused:?}"
+    );
+    let readiness = old.readiness();
+    assert!(readiness.starts_with("HTTP/1.1 503"), "{readiness}");
+    assert!(readiness.contains("was deleted"), "{readiness}");
+    assert_eq!(all(&http, &old.url()).await, [before]);
+    assert_eq!(mark(&http, &old.url()).await.map, map);
+    let successor = mark(&http, &restarted.url()).await.map;
+    assert!(successor.is_some() && successor != map, "{successor:?}");
 }
 
 #[test]

@@ -4,15 +4,21 @@
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use common::entry::{Entry, Outcome};
+use common::entry::{Entry, Outcome, Staleness};
 use common::page::Bounds;
 use logging::map::{DistributedMap, Health, MapError, Options, PageLimit, open};
-use uuid::Uuid;
+use uuid::{NoContext, Timestamp, Uuid};
 
 use crate::process::{LOOK_AGAIN, Process, free_address};
-use crate::redis_servers::{RedisCluster, RedisServer};
+use crate::redis_servers::{ClockAhead, RedisCluster, RedisServer};
+
+const SETTLE: Duration = Duration::from_secs(60);
+
+const PAST: Outcome = Outcome::Stale {
+    when: Staleness::Past,
+};
 
 const WHOLE: PageLimit = PageLimit {
     entries: u64::MAX,
@@ -22,7 +28,7 @@ const WHOLE: PageLimit = PageLimit {
 fn open_at(location: &str, backups: Option<u16>) -> Arc<dyn DistributedMap> {
     let options = Options {
         store_timeout: Duration::from_millis(800),
-        settle: Duration::from_secs(60),
+        settle: SETTLE,
         backups,
     };
     open(&location.parse().unwrap(), options).unwrap()
@@ -34,6 +40,16 @@ fn entries(count: usize) -> Vec<Entry> {
         msg: format!("message {n}"),
     };
     (0..count).map(entry).collect()
+}
+
+fn entry_at(time: SystemTime) -> Entry {
+    let since_epoch = time.duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    let timestamp =
+        Timestamp::from_unix(NoContext, since_epoch.as_secs(), since_epoch.subsec_nanos());
+    Entry {
+        uuid: Uuid::new_v7(timestamp),
+        msg: "of another time".to_owned(),
+    }
 }
 
 async fn put(map: &Arc<dyn DistributedMap>, entries: &[Entry]) -> Vec<Outcome> {
@@ -220,6 +236,131 @@ async fn server_that_may_lose_entries_is_warned_about() {
     .await;
 }
 
+/// With memory for a little more than what is there now, a server of this policy throws entries away
+/// that were acknowledged. It is noticed at the start and while it runs, on any member; policies that
+/// spare keys without a time to live are no reason.
+#[tokio::test]
+async fn server_that_may_evict_entries_is_not_the_map() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = RedisServer::single(folder.path());
+    let used: u64 = server.info("used_memory").unwrap().parse().unwrap();
+    let _: () = server.ask(&["CONFIG", "SET", "maxmemory", &(2 * used).to_string()]);
+    let set_policy = |policy: &str| {
+        let _: () = server.ask(&["CONFIG", "SET", "maxmemory-policy", policy]);
+    };
+    set_policy("allkeys-lru");
+    let map = open_at(&format!("redis://{}", server.address()), None);
+    wait_until_missing(&map, "set maxmemory-policy noeviction").await;
+    assert!(put(&map, &entries(10)).await.iter().all(is_partition_down));
+    assert!(map.page(Bounds::default(), WHOLE).await.is_err());
+
+    set_policy("volatile-lru");
+    wait_until_ready(&map).await;
+    let stored = entries(10);
+    assert_eq!(put(&map, &stored).await, vec![Outcome::Stored; 10]);
+    set_policy("allkeys-random");
+    wait_until_missing(&map, "set maxmemory-policy noeviction").await;
+    assert!(put(&map, &entries(10)).await.iter().all(is_partition_down));
+    set_policy("noeviction");
+    wait_until_ready(&map).await;
+    let read = map.page(Bounds::default(), WHOLE).await.unwrap();
+    assert_eq!(read.entries, stored);
+}
+
+/// A member that would evict once it is promoted.
+#[tokio::test]
+async fn member_that_may_evict_entries_makes_the_cluster_unready() {
+    let cluster = RedisCluster::start();
+    let map = open_at(&cluster.url(), None);
+    wait_until_ready(&map).await;
+    let replica = &cluster.nodes[4];
+    let _: () = replica.ask(&["CONFIG", "SET", "maxmemory", "1gb"]);
+    let _: () = replica.ask(&["CONFIG", "SET", "maxmemory-policy", "allkeys-lfu"]);
+    wait_until_missing(&map, &replica.address()).await;
+    let _: () = replica.ask(&["CONFIG", "SET", "maxmemory-policy", "noeviction"]);
+    let health = wait_until_ready(&map).await;
+    assert!(is_whole(&health), "{health:?}");
+}
+
+/// The primary that steps down answers `READONLY` and fails the `WAIT` behind it: nothing was
+/// executed, so nothing is unknown.
+#[tokio::test(flavor = "multi_thread")]
+async fn planned_failovers_leave_nothing_unknown() {
+    let cluster = RedisCluster::start();
+    let map = open_at(&cluster.url(), None);
+    wait_until_ready(&map).await;
+    let mut stored = Vec::new();
+    let mut unknown = Vec::new();
+    for (primary, replica) in [(0, 3), (1, 4), (2, 5)] {
+        let _: () = cluster.nodes[replica].ask(&["CLUSTER", "FAILOVER"]);
+        let is_primary =
+            |node: usize| cluster.nodes[node].info("role").as_deref() == Some("master");
+        loop {
+            // One that fails over in the middle of these, and one that has.
+            let is_over = is_primary(replica) && !is_primary(primary);
+            for batch in entries(200).chunks(20) {
+                for (entry, outcome) in batch.iter().zip(put(&map, batch).await) {
+                    match outcome {
+                        Outcome::Stored => stored.push(entry.clone()),
+                        Outcome::Unknown { detail } => unknown.push(detail),
+                        outcome => assert!(is_partition_down(&outcome), "{outcome:?}"),
+                    }
+                }
+            }
+            if is_over {
+                break;
+            }
+        }
+        cluster.wait_until_whole();
+        wait_for(&map, is_whole).await;
+    }
+    println!(
+        "{} stored, {} unknown in three planned failovers",
+        stored.len(),
+        unknown.len()
+    );
+    assert!(unknown.is_empty(), "{unknown:?}");
+    let read = map.page(Bounds::default(), WHOLE).await.unwrap().entries;
+    assert!(stored.iter().all(|entry| {
+        read.binary_search_by_key(&entry.uuid, |read| read.uuid)
+            .is_ok()
+    }));
+}
+
+/// A shard's two members with clocks 0.9 s apart: what one of them says will never be stored, the
+/// other one does not store either.
+#[tokio::test]
+async fn stale_is_final_on_a_server_whose_clock_is_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let alone = ["--cluster-enabled", "no", "--min-replicas-to-write", "0"];
+    let clock = ClockAhead::compile(&folder.path().join("clock.so"));
+    let ahead = clock.start(
+        &folder.path().join("ahead"),
+        &alone,
+        Duration::from_millis(900),
+    );
+    let behind = RedisServer::start(&folder.path().join("behind"), &alone);
+    let ahead = open_at(&format!("redis://{}", ahead.address()), None);
+    let behind = open_at(&format!("redis://{}", behind.address()), None);
+    wait_until_ready(&ahead).await;
+    wait_until_ready(&behind).await;
+    let now = SystemTime::now();
+    let entries: Vec<Entry> = (-30..30)
+        .map(|step: i32| {
+            let age = SETTLE.as_millis() as i64 + i64::from(step) * 100;
+            entry_at(now - Duration::from_millis(age as u64))
+        })
+        .collect();
+    let first = put(&ahead, &entries).await;
+    let second = put(&behind, &entries).await;
+    let is_final = |outcome: &Outcome| *outcome == PAST;
+    assert!(first.iter().any(is_final), "{first:?}");
+    assert!(second.contains(&Outcome::Stored), "{second:?}");
+    let both = first.iter().zip(&second);
+    let broken = both.filter(|(first, second)| is_final(first) && **second == Outcome::Stored);
+    assert_eq!(broken.count(), 0, "never to be stored, and then stored");
+}
+
 /// `--backups` on one server with a replica: an entry is acknowledged when both have it.
 #[tokio::test]
 async fn backups_of_a_single_server_are_waited_for() {
@@ -248,6 +389,27 @@ async fn servers_that_are_no_cluster_are_refused() {
     assert!(put(&map, &entries(1)).await.iter().all(is_partition_down));
 }
 
+/// Two instances have one id, made by either of them; emptied servers are another map.
+#[tokio::test]
+async fn emptied_servers_are_another_map() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = RedisServer::single(folder.path());
+    let location = format!("redis://{}", server.address());
+    let maps = [open_at(&location, None), open_at(&location, None)];
+    for map in &maps {
+        wait_until_ready(map).await;
+    }
+    let first = maps[0].id();
+    assert!(first.is_some());
+    assert_eq!(maps[1].id(), first);
+    let _: () = server.ask(&["FLUSHALL"]);
+    for map in &maps {
+        wait_for(map, |_| map.id() != first).await;
+        assert!(map.id().is_some());
+    }
+    assert_eq!(maps[0].id(), maps[1].id());
+}
+
 /// A replica of a single server could be read, but has only what its primary sent it.
 #[tokio::test]
 async fn replica_of_a_single_server_is_not_the_map() {
@@ -271,7 +433,7 @@ async fn replica_of_a_single_server_is_not_the_map() {
 async fn user_with_a_password_needs_few_rights() {
     let folder = tempfile::tempdir().unwrap();
     let server = RedisServer::single(folder.path());
-    let rights = "on >secret/word ~entries:* ~fence:* +eval +zadd +zrangebylex +zrevrangebylex \
+    let rights = "on >secret/word ~entries:* ~fence:* ~id:* +get +set +eval +zadd +zrangebylex +zrevrangebylex \
                   +incr +time +wait +info +ping +cluster|nodes";
     let mut command = vec!["ACL", "SETUSER", "logging"];
     command.extend(rights.split_whitespace());

@@ -31,11 +31,16 @@ pub(crate) struct RedisServer {
     bus_port: u16,
     folder: PathBuf,
     flags: Vec<String>,
+    environment: Vec<(String, String)>,
 }
 
 impl RedisServer {
     /// Starts a server that keeps its files in `folder`; `flags` come after the profile.
     pub(crate) fn start(folder: &Path, flags: &[&str]) -> Self {
+        Self::start_with(folder, flags, &[])
+    }
+
+    fn start_with(folder: &Path, flags: &[&str], environment: &[(&str, &str)]) -> Self {
         let (port, bus_port) = (free_address().port(), free_address().port());
         let ports = [
             "--port",
@@ -47,7 +52,11 @@ impl RedisServer {
         let flags = flags.iter().map(|flag| (*flag).to_owned());
         let flags: Vec<String> = ports.into_iter().chain(flags).collect();
         std::fs::create_dir_all(folder).unwrap();
-        let (supervisor, pid) = supervise(folder, &flags);
+        let environment = environment.iter();
+        let environment =
+            environment.map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let environment: Vec<(String, String)> = environment.collect();
+        let (supervisor, pid) = supervise(folder, &flags, &environment);
         let server = Self {
             supervisor,
             pid,
@@ -55,6 +64,7 @@ impl RedisServer {
             bus_port,
             folder: folder.to_owned(),
             flags,
+            environment,
         };
         server.wait_until("it answers", |server| server.try_ask(&["PING"]).is_ok());
         server
@@ -134,17 +144,18 @@ impl RedisServer {
 
     /// Starts the server again where it was.
     pub(crate) fn restart(&mut self) {
-        (self.supervisor, self.pid) = supervise(&self.folder, &self.flags);
+        (self.supervisor, self.pid) = supervise(&self.folder, &self.flags, &self.environment);
         self.wait_until("it answers", |server| server.try_ask(&["PING"]).is_ok());
     }
 }
 
-fn supervise(folder: &Path, flags: &[String]) -> (Child, String) {
+fn supervise(folder: &Path, flags: &[String], environment: &[(String, String)]) -> (Child, String) {
     let mut supervisor = Command::new("sh")
         .args(["-c", SUPERVISOR, "sh", PROFILE, "--dir"])
         .arg(folder)
         .args(["--bind", "127.0.0.1", "--logfile", "redis.log"])
         .args(flags)
+        .envs(environment.iter().cloned())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -158,6 +169,42 @@ fn supervise(folder: &Path, flags: &[String]) -> (Child, String) {
 impl Drop for RedisServer {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// A library that puts the clock of a server ahead.
+#[derive(Debug)]
+pub(crate) struct ClockAhead(PathBuf);
+
+impl ClockAhead {
+    /// Compiles it; a C compiler is needed to build LMDB anyway.
+    pub(crate) fn compile(library: &Path) -> Self {
+        const SOURCE: &str = "\
+            #include <stdlib.h>\n\
+            #include <sys/time.h>\n\
+            #include <time.h>\n\
+            int gettimeofday(struct timeval *restrict now, void *restrict zone) {\n\
+                struct timespec real;\n\
+                clock_gettime(CLOCK_REALTIME, &real);\n\
+                long micros = real.tv_nsec / 1000 + 1000 * atol(getenv(\"AHEAD_MILLIS\"));\n\
+                now->tv_sec = real.tv_sec + micros / 1000000;\n\
+                now->tv_usec = micros % 1000000;\n\
+                return 0;\n\
+            }\n";
+        let source = library.with_extension("c");
+        std::fs::write(&source, SOURCE).unwrap();
+        let mut compiler = Command::new("cc");
+        compiler.args(["-shared", "-fPIC", "-o"]).arg(library);
+        assert!(compiler.arg(&source).status().unwrap().success());
+        Self(library.to_owned())
+    }
+
+    /// Starts a server whose clock is ahead by this much.
+    pub(crate) fn start(&self, folder: &Path, flags: &[&str], ahead: Duration) -> RedisServer {
+        let library = self.0.to_str().expect("the path is UTF-8");
+        let millis = ahead.as_millis().to_string();
+        let environment = [("LD_PRELOAD", library), ("AHEAD_MILLIS", &millis)];
+        RedisServer::start_with(folder, flags, &environment)
     }
 }
 

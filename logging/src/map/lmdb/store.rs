@@ -5,14 +5,14 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, Write};
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use common::entry::Entry;
 use common::page::{Bounds, Order};
 use heed::types::Bytes;
-use heed::{Database, Env, EnvOpenOptions, MdbError, WithoutTls};
+use heed::{AnyTls, Database, Env, EnvOpenOptions, MdbError, RoTxn, RwTxn, WithoutTls};
 use uuid::Uuid;
 
 use crate::map::job::ENTRY_OVERHEAD;
@@ -33,6 +33,12 @@ const MIN_SPACE: u64 = 4 * 1024 * 1024;
 
 const CHECKSUM_BYTES: usize = 4;
 
+/// The key of the map's id. It is shorter than a UUID and all zero, so it comes before every entry.
+const ID_KEY: &[u8] = &[0];
+
+/// No entry comes before this key, and the map's id does.
+const FIRST_KEY: &[u8] = &[0; 16];
+
 pub(super) const DISK_FULL: &str = "the disk that holds the map is full";
 
 pub(super) type Entries = Database<Bytes, Bytes>;
@@ -43,6 +49,8 @@ pub(super) struct Store {
     folder: PathBuf,
     /// `None` only while it is closed to be opened again after a fatal error.
     opened: RwLock<Option<Opened>>,
+    /// Known once it was found in the map or committed to it.
+    id: OnceLock<Uuid>,
     /// Locked by the process that writes: see [`Store::turn_to_write`].
     turns: File,
     /// Held as long as the map is open: see [`claim_namespace`].
@@ -70,6 +78,7 @@ impl Store {
         })?;
         Ok(Self {
             folder: folder.to_owned(),
+            id: opened.id()?.map(OnceLock::from).unwrap_or_default(),
             opened: RwLock::new(Some(opened)),
             turns: lock_file(folder, "turns")?,
             _namespace: namespace,
@@ -99,16 +108,52 @@ impl Store {
         }
     }
 
+    /// The map's id, if it is known.
+    pub(super) fn id(&self) -> Option<Uuid> {
+        self.id.get().copied()
+    }
+
+    /// Notes the id that was found in the map or committed to it.
+    pub(super) fn note_id(&self, id: Uuid) {
+        self.id.get_or_init(|| id);
+    }
+
+    /// Fails when the folder was deleted. The files go on existing until their last user ends, so
+    /// entries could still be written, but no instance that starts later would find them.
+    pub(super) fn require_folder(&self) -> Result<(), MapError> {
+        let file = rustix::fs::fstat(&self.turns);
+        if file.is_ok_and(|file| file.st_nlink > 0) {
+            return Ok(());
+        }
+        Err(MapError::Unavailable(format!(
+            "the map's folder {} was deleted while this instance ran, so nothing is stored any \
+             more; restore the folder from a copy if entries are missing, then restart all \
+             logging instances on it",
+            self.folder.display()
+        )))
+    }
+
     /// Closes the environment, once reads have ended, and opens it again. If that fails, the
     /// writer tries once more with the next batch or sweep; until then nothing can be read.
     pub(super) fn reopen(&self) {
         if let Some(broken) = self.replace(None) {
             broken.env.prepare_for_closing().wait_timeout(MAX_CLOSING);
         }
-        match Opened::open(&self.folder) {
+        match self.open_same_map() {
             Ok(opened) => drop(self.replace(Some(opened))),
             Err(error) => tracing::error!(%error, "the map cannot be opened again"),
         }
+    }
+
+    /// Opens the environment again, unless the folder holds another map by now.
+    fn open_same_map(&self) -> anyhow::Result<Opened> {
+        self.require_folder()?;
+        let opened = Opened::open(&self.folder)?;
+        let found = opened.id()?;
+        if self.id().is_some_and(|id| found != Some(id)) {
+            bail!("the map in the folder is not the one that was opened first");
+        }
+        Ok(opened)
     }
 
     fn replace(&self, opened: Option<Opened>) -> Option<Opened> {
@@ -146,7 +191,15 @@ impl Store {
         {
             return Ok(Page::default());
         }
-        let range = (exclusive(&bounds.after), exclusive(&bounds.before));
+        let low = match &bounds.after {
+            Some(after) => Bound::Excluded(&after.as_bytes()[..]),
+            None => Bound::Included(FIRST_KEY),
+        };
+        let high = match &bounds.before {
+            Some(before) => Bound::Excluded(&before.as_bytes()[..]),
+            None => Bound::Unbounded,
+        };
+        let range = (low, high);
         let Opened { env, entries } = self.opened()?;
         let txn = env.read_txn().map_err(unavailable)?;
         match bounds.order {
@@ -164,7 +217,9 @@ impl Store {
     pub(super) fn last(&self) -> Result<Option<Uuid>, MapError> {
         let Opened { env, entries } = self.opened()?;
         let txn = env.read_txn().map_err(unavailable)?;
-        match entries.last(&txn).map_err(unavailable)? {
+        let all = (Bound::Included(FIRST_KEY), Bound::Unbounded);
+        let mut from_last = entries.rev_range(&txn, &all).map_err(unavailable)?;
+        match from_last.next().transpose().map_err(unavailable)? {
             Some((key, _)) => Ok(Some(key_uuid(key)?)),
             None => Ok(None),
         }
@@ -179,13 +234,6 @@ impl Drop for Turn<'_> {
         if let Err(error) = self.0.unlock() {
             tracing::error!(%error, "the file that writers lock cannot be unlocked");
         }
-    }
-}
-
-fn exclusive(bound: &Option<Uuid>) -> Bound<&[u8]> {
-    match bound {
-        Some(uuid) => Bound::Excluded(uuid.as_bytes()),
-        None => Bound::Unbounded,
     }
 }
 
@@ -231,6 +279,12 @@ impl Opened {
         Ok(opened)
     }
 
+    /// The id in the map, if one was committed.
+    fn id(&self) -> heed::Result<Option<Uuid>> {
+        let txn = self.env.read_txn()?;
+        read_id(self.entries, &txn)
+    }
+
     fn clear_stale_readers(&self) {
         match self.env.clear_stale_readers() {
             Ok(0) => {}
@@ -240,15 +294,32 @@ impl Opened {
     }
 }
 
-/// Makes sure that all processes on the folder are in one PID namespace, where LMDB's locks work.
+fn read_id(entries: Entries, txn: &RoTxn<'_, AnyTls>) -> heed::Result<Option<Uuid>> {
+    let id = entries.get(txn, ID_KEY)?;
+    Ok(id.and_then(|id| Uuid::from_slice(id).ok()))
+}
+
+/// Finds the map's id, or gives the map one with this transaction.
+pub(super) fn find_or_make_id(entries: Entries, txn: &mut RwTxn<'_>) -> heed::Result<Uuid> {
+    if let Some(id) = read_id(entries, txn)? {
+        return Ok(id);
+    }
+    let id = Uuid::now_v7();
+    entries.put(txn, ID_KEY, id.as_bytes())?;
+    Ok(id)
+}
+
+/// Makes sure that all processes on the folder are in one PID namespace of one machine, where LMDB's
+/// locks work.
 ///
-/// The file `namespace` names it. Whoever finds the file unlocked is alone and writes its own;
+/// The file `namespace` names both. The boot stands for the machine: the first PID namespace has the
+/// same number on all of them. Whoever finds the file unlocked is alone and writes its own;
 /// everybody holds a shared lock, which ends with the process.
 fn claim_namespace(folder: &Path) -> anyhow::Result<File> {
     let mut file = lock_file(folder, "namespace")?;
-    let ours = fs::read_link("/proc/self/ns/pid")
-        .map(|link| link.to_string_lossy().into_owned())
-        .unwrap_or_default();
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let namespace = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+    let ours = format!("{} {}", boot.trim_end(), namespace.display());
     if file.try_lock().is_ok() {
         file.set_len(0)?;
         file.write_all(ours.as_bytes())?;
@@ -259,8 +330,9 @@ fn claim_namespace(folder: &Path) -> anyhow::Result<File> {
     file.read_to_string(&mut theirs)?;
     if ours != theirs {
         bail!(
-            "the map's folder {} is in use by a logging process in another container or PID \
-             namespace, where its locks do not work; give this one a folder of its own",
+            "the map's folder {} is in use by a logging process on another machine, or in another \
+             container or PID namespace, where its locks do not work; give this one a folder of its \
+             own, or share a map on Redis",
             folder.display()
         );
     }

@@ -9,7 +9,9 @@ use common::entry::{Entry, Outcome};
 use heed::{Env, RwTxn, WithoutTls};
 use uuid::Uuid;
 
-use super::store::{DISK_FULL, Entries, Opened, Store, decode, describe, encode, is_panic};
+use super::store::{
+    DISK_FULL, Entries, Opened, Store, decode, describe, encode, find_or_make_id, is_panic,
+};
 use crate::map::job::Job;
 use crate::map::{MapError, staleness};
 
@@ -28,10 +30,12 @@ pub(super) struct Writer {
 
 impl Writer {
     pub(super) fn run(self) {
+        // Gives a new map its id.
+        self.commit(Vec::new());
         let mut swept = Instant::now();
         loop {
             match self.jobs.recv_timeout(STALE_READER_SWEEP) {
-                Ok(first) => self.commit_group(first),
+                Ok(first) => self.commit(vec![first]),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
@@ -42,9 +46,8 @@ impl Writer {
         }
     }
 
-    /// Writes `first` and what else is queued in one transaction, then answers.
-    fn commit_group(&self, first: Job) {
-        let mut group = vec![first];
+    /// Writes the group and what else is queued in one transaction, then answers.
+    fn commit(&self, mut group: Vec<Job>) {
         match self.write_group(&mut group) {
             Ok(outcomes) => {
                 for (job, outcomes) in group.into_iter().zip(outcomes) {
@@ -66,6 +69,7 @@ impl Writer {
     fn write_group(&self, group: &mut Vec<Job>) -> Result<Vec<Vec<Outcome>>, Failure> {
         let Opened { env, entries } = self.store.opened().map_err(Failure::not_open)?;
         let _turn = self.store.turn_to_write().map_err(Failure::no_turn)?;
+        self.store.require_folder().map_err(Failure::no_turn)?;
         let mut txn = env.write_txn().map_err(Failure::before_commit)?;
         self.claim_queued(group);
         let mut written = self.write(entries, &mut txn, group)?;
@@ -76,6 +80,7 @@ impl Writer {
         }
         txn.commit()
             .map_err(|error| Failure::at_commit(&self.store, &env, &error))?;
+        self.store.note_id(written.id);
         Ok(written.outcomes)
     }
 
@@ -108,7 +113,14 @@ impl Writer {
         group: &[Job],
     ) -> Result<Written, Failure> {
         let now = SystemTime::now();
-        let mut written = Written::default();
+        let mut written = Written {
+            id: match self.store.id() {
+                Some(id) => id,
+                None => find_or_make_id(entries, txn).map_err(Failure::before_commit)?,
+            },
+            outcomes: Vec::with_capacity(group.len()),
+            oldest_new: None,
+        };
         for job in group {
             let mut outcomes = Vec::with_capacity(job.entries.len());
             for entry in job.entries.iter() {
@@ -117,7 +129,7 @@ impl Writer {
                 let outcome = match known.map(|value| compare(entry, value)) {
                     Some(outcome) => outcome,
                     None => match staleness(entry.uuid, now, self.settle) {
-                        Some(stale) => stale,
+                        Some(when) => Outcome::Stale { when },
                         None => {
                             let value = encode(entry);
                             let put = entries.put(txn, key, &value);
@@ -137,8 +149,9 @@ impl Writer {
 }
 
 /// What a transaction would store once it is committed.
-#[derive(Default)]
 struct Written {
+    /// The map's id.
+    id: Uuid,
     /// For each job, the outcome of each entry.
     outcomes: Vec<Vec<Outcome>>,
     /// The oldest entry that is new. If a pause makes it leave the settle window before the

@@ -12,14 +12,16 @@ use futures_util::future::join_all;
 use rand::seq::IteratorRandom;
 use redis::Value;
 use tokio::time::{sleep, timeout};
+use uuid::Uuid;
 
-use super::answer_timeout;
 use super::lane::{Lane, Settings};
 use super::link::Link;
+use super::map_id;
 use super::members::{Known, Members, Shard, Topology};
 use super::nodes::{Node, ServerInfo};
 use super::partition::{self, PARTITIONS};
 use super::servers::Address;
+use super::{answer_timeout, wait_timeout};
 
 /// How often the members are asked when nothing seems wrong.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(2);
@@ -88,6 +90,7 @@ impl Discovery {
     async fn refresh(&mut self, members: &Members) {
         let mut questions = redis::pipe();
         questions.cmd("INFO").cmd("CLUSTER").arg("NODES");
+        map_id::question(&mut questions);
         let links = self.links.values().cloned();
         let asked = links.sample(&mut rand::rng(), MAX_ASKED);
         let asked = asked.iter().map(async |link| {
@@ -105,12 +108,18 @@ impl Discovery {
         }
         if !answers.is_empty() {
             known.trouble = self.conclude(members, &answers, &mut known).err();
+            self.learn_map_id(members, &answers, &mut known).await;
         }
         for answer in answers {
             known.infos.insert(answer.address, answer.info);
         }
         let links = &self.links;
         known.infos.retain(|address, _| links.contains_key(address));
+        let is_up = |address: &Address| links[address].trouble().is_none();
+        if let Some(reason) = known.eviction(is_up) {
+            known.trouble = Some(reason);
+            known.topology = Arc::default();
+        }
         self.log_news(&known);
         members.publish(known);
     }
@@ -182,6 +191,43 @@ impl Discovery {
         self.links.retain(|address, _| {
             seeds.contains(address) || nodes.iter().any(|node| node.address == *address)
         });
+    }
+
+    /// Takes the map's id from the primary that has it, or gives a new map one, once that primary
+    /// takes entries.
+    async fn learn_map_id(&self, members: &Members, answers: &[Answer], known: &mut Known) {
+        let topology = &known.topology;
+        let Some(owner) = topology.owner(map_id::PARTITION) else {
+            return;
+        };
+        let Shard { link, lane } = &*topology.shards[owner];
+        let mut answers = answers.iter();
+        let Some(answer) = answers.find(|answer| answer.address == link.address) else {
+            return;
+        };
+        let found = match &answer.map_id {
+            Ok(Some(id)) => Ok(*id),
+            Ok(None) if lane.trouble().is_some() => return,
+            Ok(None) => {
+                let client = members.servers.client(&link.address);
+                let answer_timeout = answer_timeout(&members.options);
+                let wait_timeout = wait_timeout(answer_timeout);
+                map_id::make(&client, known.backups, answer_timeout, wait_timeout).await
+            }
+            Err(reason) => Err(reason.clone()),
+        };
+        match found {
+            Ok(id) => {
+                if known.map_id.is_some_and(|known_id| known_id != id) {
+                    tracing::error!(%id, "the redis servers hold another map than before");
+                }
+                known.map_id = Some(id);
+                known.map_id_trouble = None;
+            }
+            Err(reason) => {
+                known.map_id_trouble = Some(format!("redis {}: {reason}", link.address));
+            }
+        }
     }
 
     fn topology(
@@ -257,7 +303,8 @@ impl Discovery {
                 tracing::warn!(%address, warning, "a redis server should be set up otherwise");
             }
         }
-        if let Some(trouble) = &known.trouble {
+        let troubles = [&known.trouble, &known.map_id_trouble];
+        for trouble in troubles.into_iter().flatten() {
             self.log_once(trouble);
         }
     }
@@ -274,6 +321,8 @@ struct Answer {
     address: Address,
     info: ServerInfo,
     nodes: Vec<Node>,
+    /// Only the primary that has it can say so.
+    map_id: Result<Option<Uuid>, String>,
 }
 
 impl Answer {
@@ -306,7 +355,7 @@ impl Answer {
             Value::ServerError(error) => Err(format!("redis {address} refuses: {error}")),
             _ => Err(partition::strange(replies).to_string()),
         };
-        let [info, nodes] = replies else {
+        let [info, nodes, id] = replies else {
             return Err(partition::strange(replies).to_string());
         };
         let info = ServerInfo::parse(&text(info)?);
@@ -319,6 +368,7 @@ impl Answer {
             address: address.clone(),
             info,
             nodes,
+            map_id: map_id::parse(id),
         })
     }
 }

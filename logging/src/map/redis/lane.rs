@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use common::entry::{Entry, Outcome};
+use common::entry::{Entry, Outcome, Staleness};
 use redis::aio::MultiplexedConnection;
 use redis::{Client, Pipeline, ServerError, Value};
 use tokio::sync::{Notify, mpsc};
@@ -18,8 +18,9 @@ use tokio::time::sleep;
 
 use super::link::{self, Link, PROBE_INTERVAL};
 use super::partition::{self, entries_key, fence_key};
-use crate::map::MAX_AHEAD;
+use super::wait_timeout;
 use crate::map::job::{Job, Room};
+use crate::map::{MAX_AHEAD, MAX_SKEW};
 
 const PUT_SCRIPT: &str = include_str!("put.lua");
 
@@ -36,14 +37,6 @@ pub(super) struct Settings {
     pub(super) settle: Duration,
     /// Replicas that must hold an entry before it is acknowledged.
     pub(super) backups: u16,
-}
-
-impl Settings {
-    /// How long `WAIT` waits: shorter than the whole call may take, so that too few replicas come
-    /// back as a number.
-    fn wait_timeout(&self) -> Duration {
-        self.answer_timeout * 2 / 3
-    }
 }
 
 /// The way into a primary.
@@ -167,6 +160,8 @@ impl Writer {
                     let address = &self.primary.link.address;
                     tracing::info!(%address, "a redis primary takes entries");
                     self.primary.shared.set_trouble(None);
+                    // A new map gets its id when its primary takes entries.
+                    self.refresh.notify_one();
                     match self.serve(connection).await {
                         Some(reason) => reason,
                         None => return,
@@ -294,23 +289,32 @@ impl Primary {
         let replies = sent.map_err(|error| {
             Failure::maybe_executed(format!("redis {address} gave no answer: {error}"))
         })?;
+        let entries = group.iter().map(|job| job.entries.len()).sum();
+        self.outcomes(&replies, entries)
+    }
+
+    /// What the replies to a pipeline mean for each of its entries.
+    fn outcomes(&self, replies: &[Value], entries: usize) -> Result<Vec<Outcome>, Failure> {
+        let address = &self.link.address;
+        // A script that was not executed leaves nothing for `WAIT` to tell, also when it fails too:
+        // on a primary that steps down it does.
+        if let [Value::ServerError(error), ..] = replies {
+            return Err(self.refusal(error));
+        }
         let backups = i64::from(self.settings.backups);
-        let (put, replicas) = match &replies[..] {
+        let (put, replicas) = match replies {
             [put] => (put, 0),
             [put, Value::Int(replicas)] => (put, *replicas),
-            _ => return Err(self.strange(&replies)),
+            _ => return Err(self.strange(replies)),
         };
-        let parts = match put {
-            Value::ServerError(error) => return Err(self.refusal(error)),
-            Value::Array(parts) => parts,
-            _ => return Err(self.strange(&replies)),
+        let Value::Array(parts) = put else {
+            return Err(self.strange(replies));
         };
         let [Value::BulkString(letters), Value::BulkString(failure)] = &parts[..] else {
-            return Err(self.strange(&replies));
+            return Err(self.strange(replies));
         };
-        let entries: usize = group.iter().map(|job| job.entries.len()).sum();
         if letters.len() != entries {
-            return Err(self.strange(&replies));
+            return Err(self.strange(replies));
         }
         if replicas < backups {
             return Err(Failure::maybe_executed(format!(
@@ -318,12 +322,14 @@ impl Primary {
             )));
         }
         let failure = String::from_utf8_lossy(failure);
+        let stale = |when| Outcome::Stale { when };
         let outcomes = letters.iter().map(|letter| match letter {
             b's' => Outcome::Stored,
             b'd' => Outcome::Duplicate,
             b'c' => Outcome::Conflict,
-            b'o' => Outcome::Stale { is_ahead: false },
-            b'a' => Outcome::Stale { is_ahead: true },
+            b'o' => stale(Staleness::Past),
+            b'l' => stale(Staleness::Leaving),
+            b'a' => stale(Staleness::Ahead),
             b'e' => Outcome::partition_down(format!("redis {address}: {failure}")),
             _ => Outcome::unknown(format!("redis {address} gave an unexpected reply")),
         });
@@ -340,6 +346,7 @@ impl Primary {
             .arg(PUT_SCRIPT)
             .arg(0)
             .arg(millis(self.settings.settle))
+            .arg(millis(self.settings.settle + MAX_SKEW))
             .arg(millis(MAX_AHEAD))
             .arg(fence_key(self.shared.fence()));
         for entry in group.iter().flat_map(|job| job.entries.iter()) {
@@ -350,7 +357,7 @@ impl Primary {
             commands
                 .cmd("WAIT")
                 .arg(self.settings.backups)
-                .arg(millis(self.settings.wait_timeout()).max(1));
+                .arg(millis(wait_timeout(self.settings.answer_timeout)).max(1));
         }
         commands
     }
@@ -413,5 +420,85 @@ impl Failure {
         } else {
             Outcome::partition_down(&self.detail)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn primary() -> Primary {
+        let address = super::super::servers::Address {
+            host: "127.0.0.1".to_owned(),
+            port: 7001,
+        };
+        let client = Client::open("redis://127.0.0.1:7001").expect("this is an address");
+        let patience = Duration::from_secs(1);
+        Primary {
+            link: Arc::new(Link::new(address, client.clone(), patience, Arc::default())),
+            client,
+            settings: Settings {
+                store_timeout: patience,
+                answer_timeout: patience,
+                settle: patience,
+                backups: 1,
+            },
+            shared: Arc::new(Shared {
+                trouble: Mutex::default(),
+                partitions: Mutex::default(),
+                fence: AtomicUsize::new(0),
+            }),
+        }
+    }
+
+    fn error(text: &str) -> Value {
+        redis::parse_redis_value(format!("-{text}\r\n").as_bytes()).expect("this is an error reply")
+    }
+
+    /// Whatever `WAIT` says beside it.
+    #[test]
+    fn script_that_was_not_executed_is_a_certain_refusal() {
+        let waits = [
+            Value::Int(0),
+            Value::Int(1),
+            error("UNBLOCKED force unblock from blocking operation"),
+            error("ERR WAIT cannot be used with replica instances."),
+            error("LOADING Redis is loading the dataset in memory"),
+        ];
+        for refusal in [
+            "BUSY Redis is busy running a script.",
+            "CLUSTERDOWN The cluster is down",
+            "LOADING Redis is loading the dataset in memory",
+            "MASTERDOWN Link with MASTER is down",
+            "MISCONF Errors writing to the AOF file",
+            "NOFENCE ERR the slot is elsewhere",
+            "NOREPLICAS Not enough good replicas to write.",
+            "OOM command not allowed when used memory > 'maxmemory'.",
+            "READONLY You can't write against a read only replica.",
+        ] {
+            for wait in &waits {
+                let failure = primary().outcomes(&[error(refusal), wait.clone()], 1);
+                let failure = failure.expect_err("nothing was executed");
+                assert!(!failure.may_be_executed, "{refusal}, {wait:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn script_that_was_executed_is_unknown_when_wait_fails() {
+        let put = Value::Array(vec![
+            Value::BulkString(b"s".to_vec()),
+            Value::BulkString(Vec::new()),
+        ]);
+        for wait in [Value::Int(0), error("UNBLOCKED force unblock")] {
+            let failure = primary().outcomes(&[put.clone(), wait], 1);
+            assert!(failure.expect_err("no backup has it").may_be_executed);
+        }
+        let other = primary().outcomes(&[error("ERR in the middle"), Value::Int(1)], 1);
+        assert!(other.expect_err("it failed").may_be_executed);
+        let stored = primary().outcomes(&[put, Value::Int(1)], 1);
+        assert!(stored.is_ok_and(|outcomes| outcomes == [Outcome::Stored]));
     }
 }

@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use common::server::Check;
 use tokio::sync::Notify;
+use uuid::Uuid;
 
 use super::discovery;
 use super::lane::Lane;
@@ -23,7 +24,7 @@ pub(super) struct Members {
     /// Wakes the discovery.
     pub(super) refresh: Arc<Notify>,
     known: RwLock<Known>,
-    /// Whether every partition has been writable once since the start.
+    /// Whether every partition has been writable once since the start, and the map's id was known.
     was_complete: AtomicBool,
 }
 
@@ -36,6 +37,10 @@ pub(super) struct Known {
     pub(super) infos: BTreeMap<Address, ServerInfo>,
     /// Replicas that must hold an entry before it is acknowledged.
     pub(super) backups: u16,
+    /// The map's id, as it was read last.
+    pub(super) map_id: Option<Uuid>,
+    /// Why the map's id could not be read, when its primary answers.
+    pub(super) map_id_trouble: Option<String>,
 }
 
 /// Which primary has which partition.
@@ -73,6 +78,10 @@ impl Members {
         self.read().topology.clone()
     }
 
+    pub(super) fn map_id(&self) -> Option<Uuid> {
+        self.read().map_id
+    }
+
     /// Why a partition has no primary.
     pub(super) fn trouble(&self) -> String {
         let trouble = self.read().trouble.clone();
@@ -89,14 +98,14 @@ impl Members {
     }
 
     pub(super) fn publish(&self, known: Known) {
-        self.note_if_complete(&known.topology);
+        self.note_if_complete(&known);
         *self.known.write().unwrap_or_else(PoisonError::into_inner) = known;
     }
 
     /// What the members said and what the lanes found.
     pub(super) fn health(&self) -> Health {
         let known = self.read();
-        self.note_if_complete(&known.topology);
+        self.note_if_complete(&known);
         let shards = known.topology.shards.iter().map(|shard| {
             let trouble = shard.link.trouble().or_else(|| shard.lane.trouble());
             Check {
@@ -134,12 +143,18 @@ impl Members {
         if !known.topology.is_whole() {
             return Some("not every partition has a primary; was the cluster created?".to_owned());
         }
+        if known.map_id.is_none() {
+            let trouble = known.map_id_trouble.clone();
+            return Some(trouble.unwrap_or_else(|| "the map's id was not read yet".to_owned()));
+        }
         Some("no redis primary answers".to_owned())
     }
 
-    fn note_if_complete(&self, topology: &Topology) {
+    fn note_if_complete(&self, known: &Known) {
+        let topology = &known.topology;
         let mut shards = topology.shards.iter();
-        if topology.is_whole() && shards.all(|shard| shard.lane.trouble().is_none()) {
+        let takes_entries = shards.all(|shard| shard.lane.trouble().is_none());
+        if topology.is_whole() && takes_entries && known.map_id.is_some() {
             self.was_complete.store(true, Ordering::Relaxed);
         }
     }
@@ -166,6 +181,26 @@ impl Topology {
 }
 
 impl Known {
+    /// Why a server must not be trusted with entries, though it may hold them all at the moment: it
+    /// evicts when its memory is used up, even while it is only read. A replica does so once it is
+    /// promoted.
+    pub(super) fn eviction(&self, is_up: impl Fn(&Address) -> bool) -> Option<String> {
+        let mut infos = self.infos.iter();
+        let (address, info) =
+            infos.find(|(address, info)| info.may_evict_entries() && is_up(address))?;
+        let ServerInfo {
+            max_memory,
+            max_memory_policy,
+            evicted_keys,
+            ..
+        } = info;
+        Some(format!(
+            "redis {address} evicts entries when its memory is used up (maxmemory {max_memory}, \
+             maxmemory-policy {max_memory_policy}, {evicted_keys} keys evicted so far): set \
+             maxmemory-policy noeviction"
+        ))
+    }
+
     /// What should be changed about servers though they serve.
     pub(super) fn warnings(&self) -> Vec<(&Address, String)> {
         let mut warnings = Vec::new();
@@ -174,6 +209,14 @@ impl Known {
                 let warning = "it keeps no append-only file, so its entries are gone when it \
                                ends; set appendonly yes and appendfsync always";
                 warnings.push((address, warning.to_owned()));
+            }
+            if info.evicted_keys > 0 {
+                let warning = format!(
+                    "it has evicted {} keys since it started; if entries were among them, they are \
+                     lost: restore the map from a copy",
+                    info.evicted_keys
+                );
+                warnings.push((address, warning));
             }
             let (replicas, backups) = (info.replicas, self.backups);
             if replicas > usize::from(backups) && self.topology.has_primary(address) {

@@ -13,6 +13,12 @@ pub(super) struct ServerInfo {
     pub(super) has_append_only_file: bool,
     /// How many replicas it feeds at the moment.
     pub(super) replicas: usize,
+    /// In bytes; 0 is no limit.
+    pub(super) max_memory: u64,
+    /// What it does when that is used up.
+    pub(super) max_memory_policy: String,
+    /// Keys it has thrown away to make room since it started.
+    pub(super) evicted_keys: u64,
 }
 
 impl ServerInfo {
@@ -27,11 +33,20 @@ impl ServerInfo {
                 "cluster_enabled" => info.is_cluster_enabled = value == "1",
                 "role" => info.is_replica = value == "slave",
                 "aof_enabled" => info.has_append_only_file = value == "1",
+                "maxmemory" => info.max_memory = value.parse().unwrap_or(0),
+                "maxmemory_policy" => info.max_memory_policy = value.to_owned(),
+                "evicted_keys" => info.evicted_keys = value.parse().unwrap_or(0),
                 "connected_slaves" => info.replicas = value.parse().unwrap_or(0),
                 _ => {}
             }
         }
         info
+    }
+
+    /// Whether it throws entries away to make room. `volatile-*` takes only keys with a time to live,
+    /// and the map has none.
+    pub(super) fn may_evict_entries(&self) -> bool {
+        self.max_memory > 0 && self.max_memory_policy.starts_with("allkeys-")
     }
 
     /// Scripts with flags (`#!lua flags=…`) came with Redis 7.0.
@@ -176,6 +191,13 @@ eee 10.0.0.5:7005@17005 handshake - 0 0 0 disconnected
         );
         assert!(info.is_new_enough() && info.is_cluster_enabled && !info.has_append_only_file);
         assert_eq!((info.replicas, info.is_replica), (2, false));
+        let evicting = |policy| ServerInfo::parse(policy).may_evict_entries();
+        assert!(evicting("maxmemory:1\r\nmaxmemory_policy:allkeys-lru\r\n"));
+        assert!(!evicting("maxmemory:0\r\nmaxmemory_policy:allkeys-lru\r\n"));
+        assert!(!evicting("maxmemory:1\r\nmaxmemory_policy:noeviction\r\n"));
+        assert!(!evicting(
+            "maxmemory:1\r\nmaxmemory_policy:volatile-ttl\r\n"
+        ));
         assert!(ServerInfo::parse("role:slave\r\n").is_replica);
         assert!(!ServerInfo::parse("redis_version:6.2.1\r\n").is_new_enough());
         assert!(ServerInfo::parse("redis_version:10.0.0\r\n").is_new_enough());

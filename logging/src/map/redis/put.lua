@@ -1,23 +1,23 @@
 #!lua flags=allow-cross-slot-keys
 -- Puts entries into partitions of this node.
 --
--- ARGV: how far behind this server's clock a new entry's time may lie, and how far ahead (both in
--- milliseconds); the key of the fence; then for each entry the key of its partition and its member,
+-- ARGV: how far behind this server's clock a new entry's time may lie, how far behind it certainly is
+-- too old, and how far ahead it may lie (all in milliseconds); the key of the fence; then for each entry the key of its partition and its member,
 -- which is 16 bytes of UUID and the message.
 --
--- Returns one letter for each entry (s stored, d duplicate, c conflict, o too old, a ahead,
--- e not executed), and the last error behind an e.
+-- Returns one letter for each entry (s stored, d duplicate, c conflict, o too old, l leaving: too old
+-- only by this server's clock, a ahead, e not executed), and the last error behind an e.
 
 -- Changes something in every group, so that WAIT has something to wait for. It comes first: if it
 -- is refused, nothing was done.
-local fence = redis.pcall('INCR', ARGV[3])
+local fence = redis.pcall('INCR', ARGV[4])
 if type(fence) == 'table' then
     return redis.error_reply('NOFENCE ' .. fence.err)
 end
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local oldest, newest = now - ARGV[1], now + ARGV[2]
+local oldest, settled, newest = now - ARGV[1], now - ARGV[2], now + ARGV[3]
 local outcomes, failure = {}, ''
 
 local function put(key, member)
@@ -37,8 +37,11 @@ local function put(key, member)
     for i = 1, 6 do
         millis = millis * 256 + string.byte(uuid, i)
     end
-    if millis < oldest then
+    if millis < settled then
         return 'o'
+    end
+    if millis < oldest then
+        return 'l'
     end
     if millis > newest then
         return 'a'
@@ -51,7 +54,7 @@ local function put(key, member)
     return 's'
 end
 
-for i = 4, #ARGV, 2 do
+for i = 5, #ARGV, 2 do
     outcomes[#outcomes + 1] = put(ARGV[i], ARGV[i + 1])
 end
 return { table.concat(outcomes), failure }
