@@ -294,6 +294,7 @@ impl BatchFailure {
             UpstreamError::Status(..) if is_refused => Certainty::No,
             UpstreamError::Status(..)
             | UpstreamError::Unmarked(..)
+            | UpstreamError::OtherMap(_)
             | UpstreamError::TimedOut
             | UpstreamError::Lost(_)
             | UpstreamError::Garbled(_) => Certainty::Unknown,

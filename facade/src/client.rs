@@ -6,6 +6,8 @@
 
 use std::error::Error;
 use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -14,9 +16,11 @@ use common::api::{MARK, Mark};
 use common::entry::{Entry, MAX_BATCH_BYTES, PutResult};
 use common::page::{Bounds, PageEnd};
 use common::server::REQUEST_ID;
-use reqwest::{Client, Response, StatusCode, Url, header};
+use reqwest::{Client, RequestBuilder, Response, StatusCode, Url, header};
 use serde::Serialize;
 use uuid::Uuid;
+
+use crate::served_map::ServedMap;
 
 /// Idle connections are dropped after this time, well before the services behind drop theirs.
 const IDLE_CONNECTION: Duration = Duration::from_secs(10);
@@ -58,6 +62,9 @@ pub enum UpstreamError {
     /// The request may have been executed.
     #[error("gave an answer ({0}) that is not a logging instance's: {1}")]
     Unmarked(StatusCode, String),
+    /// The instance serves another map than the facade.
+    #[error("{0}")]
+    OtherMap(String),
     /// Its answer is not in the form that was agreed on.
     #[error("gave an answer that cannot be read: {0}")]
     Garbled(String),
@@ -131,17 +138,42 @@ pub trait Logging: fmt::Debug + Send + Sync {
 #[derive(Clone, Debug)]
 pub struct LoggingClient {
     http: Client,
+    name: String,
     base: Url,
     timeout: Duration,
+    served: Arc<ServedMap>,
 }
 
 impl LoggingClient {
-    pub fn new(http: Client, base: Url, timeout: Duration) -> Self {
+    pub fn new(
+        http: Client,
+        address: SocketAddr,
+        timeout: Duration,
+        served: Arc<ServedMap>,
+    ) -> Self {
+        let base = Url::parse(&format!("http://{address}")).expect("an address makes a URL");
         Self {
             http,
+            name: address.to_string(),
             base,
             timeout,
+            served,
         }
+    }
+
+    /// Sends a request and lets the answer pass, whatever its status, if a logging instance wrote
+    /// it and serves the facade's map.
+    async fn send(&self, request: RequestBuilder) -> Result<Response, UpstreamError> {
+        let response = request.timeout(self.timeout).send().await?;
+        let mark = match response.headers().get(MARK).map(|mark| mark.to_str()) {
+            None => Err("it does not bear an instance's mark".to_owned()),
+            Some(Err(_)) => Err("its mark is not text".to_owned()),
+            Some(Ok(mark)) => mark.parse::<Mark>(),
+        };
+        let mark = mark.map_err(|reason| UpstreamError::Unmarked(response.status(), reason))?;
+        let checked = self.served.check(&self.name, mark.map);
+        checked.map_err(UpstreamError::OtherMap)?;
+        Ok(response)
     }
 }
 
@@ -151,10 +183,9 @@ impl Logging for LoggingClient {
         let request = self
             .http
             .post(self.base.clone())
-            .timeout(self.timeout)
             .header(header::CONTENT_TYPE, "application/json")
             .body(batch);
-        let response = require_success(marked(request.send().await?)?).await?;
+        let response = require_success(self.send(request).await?).await?;
         let body = read_body(response, MAX_OUTCOMES_BODY).await?;
         serde_json::from_slice(&body).map_err(garbled)
     }
@@ -173,19 +204,15 @@ impl Logging for LoggingClient {
             limit: Option<u64>,
             page_bytes: usize,
         }
-        let mut request = self
-            .http
-            .get(self.base.clone())
-            .timeout(self.timeout)
-            .query(&Query {
-                bounds,
-                limit,
-                page_bytes: PAGE_BYTES,
-            });
+        let mut request = self.http.get(self.base.clone()).query(&Query {
+            bounds,
+            limit,
+            page_bytes: PAGE_BYTES,
+        });
         if let Some(id) = request_id {
             request = request.header(REQUEST_ID, id);
         }
-        let response = require_success(marked(request.send().await?)?).await?;
+        let response = require_success(self.send(request).await?).await?;
         let page = Page::parse(&read_body(response, MAX_PAGE_BODY).await?, bounds)?;
         if limit.is_some_and(|limit| page.end.count > limit) {
             return Err(UpstreamError::Garbled(
@@ -198,8 +225,7 @@ impl Logging for LoggingClient {
     async fn get(&self, uuid: Uuid) -> Result<Option<Entry>, UpstreamError> {
         let mut url = self.base.clone();
         url.set_path(&uuid.to_string());
-        let request = self.http.get(url).timeout(self.timeout);
-        let response = marked(request.send().await?)?;
+        let response = self.send(self.http.get(url)).await?;
         if response.status() == StatusCode::NOT_FOUND {
             return Ok(None);
         }
@@ -210,8 +236,7 @@ impl Logging for LoggingClient {
     async fn ready(&self) -> Result<(), UpstreamError> {
         let mut url = self.base.clone();
         url.set_path("readyz");
-        let request = self.http.get(url).timeout(self.timeout);
-        require_success(marked(request.send().await?)?).await?;
+        require_success(self.send(self.http.get(url)).await?).await?;
         Ok(())
     }
 }
@@ -277,19 +302,6 @@ impl MessagesClient {
         let body = read_body(response, MAX_REPLY_BYTES).await?;
         String::from_utf8(body.into())
             .map_err(|_| UpstreamError::Garbled("the reply is not UTF-8".to_owned()))
-    }
-}
-
-/// Lets an answer pass that a logging instance wrote, whatever its status.
-fn marked(response: Response) -> Result<Response, UpstreamError> {
-    let mark = match response.headers().get(MARK).map(|mark| mark.to_str()) {
-        None => Err("it does not bear an instance's mark".to_owned()),
-        Some(Err(_)) => Err("its mark is not text".to_owned()),
-        Some(Ok(mark)) => mark.parse::<Mark>(),
-    };
-    match mark {
-        Ok(_) => Ok(response),
-        Err(reason) => Err(UpstreamError::Unmarked(response.status(), reason)),
     }
 }
 

@@ -44,8 +44,8 @@ struct Origin {
 impl Origin {
     fn publish(&self, pool: &Pool, addresses: &[SocketAddr]) {
         let found = addresses.iter().map(|address| {
-            let base = Url::parse(&format!("http://{address}")).expect("an address makes a URL");
-            let client = LoggingClient::new(self.http.clone(), base, self.try_timeout);
+            let (http, served) = (self.http.clone(), pool.served_map.clone());
+            let client = LoggingClient::new(http, *address, self.try_timeout, served);
             (address.to_string(), Arc::new(client) as Arc<dyn Logging>)
         });
         let origin = format!("{}:{}", self.host, self.port);

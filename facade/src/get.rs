@@ -152,6 +152,10 @@ pub(crate) fn answer_unreadable(error: &UpstreamError) -> Problem {
             format!("the messages cannot be read now, come back in a moment: {detail}"),
             RETRY_AFTER,
         ),
+        UpstreamError::OtherMap(reason) => Problem::unavailable(
+            format!("no logging instance can be read from; one {reason}"),
+            RETRY_AFTER,
+        ),
         UpstreamError::Unreachable(_)
         | UpstreamError::TimedOut
         | UpstreamError::Lost(_)

@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 use tokio::time::sleep;
 
 use crate::client::{Logging, UpstreamError};
+use crate::served_map::ServedMap;
 
 /// Pause before the next trial of an instance that is down: the longest time for which one that is
 /// well again gets nothing.
@@ -36,18 +37,29 @@ pub struct Health {
     reason: Mutex<String>,
     /// Wakes the messages that wait for any instance.
     readmitted: Arc<Notify>,
+    served_map: Arc<ServedMap>,
 }
 
 impl Health {
-    pub(crate) fn new(name: String, client: Arc<dyn Logging>, readmitted: Arc<Notify>) -> Self {
-        Self {
+    /// The health of a new instance, which gets its first trial at once.
+    pub(crate) fn start(
+        name: String,
+        client: Arc<dyn Logging>,
+        readmitted: Arc<Notify>,
+        served_map: Arc<ServedMap>,
+    ) -> Arc<Self> {
+        served_map.expect_instance();
+        let health = Arc::new(Self {
             name,
             client,
             is_up: AtomicBool::new(true),
             relapses: AtomicU32::new(0),
             reason: Mutex::default(),
             readmitted,
-        }
+            served_map,
+        });
+        tokio::spawn(try_first(health.clone()));
+        health
     }
 
     pub fn is_up(&self) -> bool {
@@ -62,8 +74,23 @@ impl Health {
 
     /// Notes that the instance answered a batch with entries.
     pub(crate) fn note_success(&self) {
+        self.served_map.note_use();
         if self.relapses.load(Ordering::Relaxed) > 0 {
             self.relapses.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Gives the instance a trial. One that refuses it is well: it says so itself.
+    async fn try_once(&self) -> Result<(), UpstreamError> {
+        match self.client.put(EMPTY_BATCH.to_vec()).await {
+            Ok(_) => Ok(()),
+            Err(error) if error.is_refusal() => Ok(()),
+            Err(error) => {
+                if !matches!(error, UpstreamError::OtherMap(_)) {
+                    self.served_map.forget(&self.name);
+                }
+                Err(error)
+            }
         }
     }
 
@@ -83,6 +110,13 @@ impl Health {
     }
 }
 
+async fn try_first(health: Arc<Health>) {
+    if let Err(error) = health.try_once().await {
+        health.note_failure(&error);
+    }
+    health.served_map.note_asked();
+}
+
 /// Ends also when the instance is no longer one of the pool's.
 async fn try_until_up(health: Weak<Health>, pause: Duration) {
     loop {
@@ -90,8 +124,8 @@ async fn try_until_up(health: Weak<Health>, pause: Duration) {
         let Some(health) = health.upgrade() else {
             return;
         };
-        match health.client.put(EMPTY_BATCH.to_vec()).await {
-            Ok(_) => {
+        match health.try_once().await {
+            Ok(()) => {
                 health.is_up.store(true, Ordering::Release);
                 tracing::info!(instance = health.name, "a logging instance is up again");
                 health.readmitted.notify_waiters();

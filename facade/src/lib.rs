@@ -13,6 +13,7 @@ mod merge;
 pub mod pool;
 pub mod post;
 mod readiness;
+pub mod served_map;
 pub mod store;
 
 use std::net::SocketAddr;

@@ -13,6 +13,7 @@ use tower::retry::budget::TpsBudget;
 use crate::batcher::Batcher;
 use crate::client::{Logging, UpstreamError};
 use crate::health::Health;
+use crate::served_map::ServedMap;
 
 /// Pause before all instances are asked again for what none of them gave, doubled each time up to
 /// [`MAX_PAUSE`].
@@ -39,9 +40,13 @@ pub struct Instance {
 impl Instance {
     /// An instance that is believed to be up. Its batcher ends when it has been dropped and what
     /// was queued is answered.
-    fn new(name: String, client: Arc<dyn Logging>, readmitted: Arc<Notify>) -> Self {
-        let health = Health::new(name.clone(), client.clone(), readmitted);
-        let health = Arc::new(health);
+    fn new(
+        name: String,
+        client: Arc<dyn Logging>,
+        readmitted: Arc<Notify>,
+        served_map: Arc<ServedMap>,
+    ) -> Self {
+        let health = Health::start(name.clone(), client.clone(), readmitted, served_map);
         Self {
             name,
             batcher: Batcher::start(client.clone(), health.clone()),
@@ -60,6 +65,7 @@ pub struct Pool {
     pub repeats: TpsBudget,
     /// Wakes the messages that wait for any instance.
     readmitted: Arc<Notify>,
+    pub served_map: Arc<ServedMap>,
 }
 
 /// An instance and the configured address that it was found under.
@@ -77,6 +83,7 @@ impl Pool {
             random: Mutex::new(random),
             repeats: TpsBudget::new(BUDGET_SPAN, FREE_REPEATS_PER_SECOND, REPEAT_SHARE),
             readmitted: Arc::default(),
+            served_map: Arc::default(),
         }
     }
 
@@ -103,7 +110,12 @@ impl Pool {
             tracing::info!(instance = name, "a logging instance is known");
             members.push(Member {
                 origin: origin.to_owned(),
-                instance: Arc::new(Instance::new(name, client, self.readmitted.clone())),
+                instance: Arc::new(Instance::new(
+                    name,
+                    client,
+                    self.readmitted.clone(),
+                    self.served_map.clone(),
+                )),
             });
         }
         self.readmitted.notify_waiters();
@@ -183,11 +195,15 @@ impl Pool {
     where
         F: Future<Output = Result<T, UpstreamError>>,
     {
+        self.served_map.all_asked().await;
         let mut tried = Vec::new();
         let mut failure = UpstreamError::Unreachable("no logging instance is known".into());
         while let Some(instance) = self.choose(&tried) {
             match question(instance.client.clone()).await {
-                Ok(answer) => return Ok(answer),
+                Ok(answer) => {
+                    self.served_map.note_use();
+                    return Ok(answer);
+                }
                 Err(error) => {
                     if is_failure_of_instance(&error) {
                         instance.health.note_failure(&error);
@@ -244,7 +260,8 @@ fn is_failure_of_instance(error: &UpstreamError) -> bool {
         UpstreamError::Unreachable(_)
         | UpstreamError::TimedOut
         | UpstreamError::Lost(_)
-        | UpstreamError::Unmarked(..) => true,
+        | UpstreamError::Unmarked(..)
+        | UpstreamError::OtherMap(_) => true,
         UpstreamError::Status(..) | UpstreamError::Garbled(_) => false,
     }
 }
@@ -264,7 +281,7 @@ fn hope(error: &UpstreamError) -> u8 {
         | UpstreamError::Unmarked(..)
         | UpstreamError::Garbled(_) => 0,
         UpstreamError::Status(..) if error.is_map_unavailable() => 3,
-        UpstreamError::Status(..) => 1,
+        UpstreamError::Status(..) | UpstreamError::OtherMap(_) => 1,
         UpstreamError::TimedOut => 2,
     }
 }

@@ -256,6 +256,7 @@ impl<'pool> Delivery<'pool> {
 
     /// An instance for the first try, as soon as one is up.
     async fn first_instance(&mut self) -> Result<Arc<Instance>, NotStored> {
+        self.pool.served_map.all_asked().await;
         loop {
             if let Some(instance) = self.pool.choose_with_room() {
                 return Ok(instance);

@@ -18,7 +18,7 @@ use tokio::net::TcpListener;
 use uuid::Uuid;
 
 use crate::process::{Process, free_address};
-use crate::processes::{Processes, binary};
+use crate::processes::{Processes, binary, start_logging};
 use crate::system::{
     Server, System, at, instances, logging_stub, nobody, problem, serve, serve_instance,
 };
@@ -316,15 +316,80 @@ async fn get_waits_for_an_instance_that_hangs() {
     assert_eq!(system.read("").await.count, 1);
 }
 
+/// The folder is deleted under running instances and one of them starts again, on a new map: GETs
+/// go on with the map that the facade began with, and readiness says what is wrong.
+#[tokio::test(flavor = "multi_thread")]
+async fn facade_serves_the_map_that_it_began_with() {
+    let folder = tempfile::tempdir().unwrap();
+    let map = folder.path().join("map");
+    let location = format!("lmdb:{}", map.display());
+    let mut system = Processes::on_map(&["--map", &location], &["--deadline", "500ms"]);
+    for n in 0..20 {
+        assert_eq!(system.post(&n.to_string()).await.status(), 200);
+    }
+    std::fs::remove_dir_all(&map).unwrap();
+    system.logging[1].kill();
+    system.restart_logging(1);
+    for _ in 0..20 {
+        assert_eq!(system.read_all().await.len(), 20);
+    }
+    let readyz = format!("{}/readyz?verbose", system.facade.url());
+    let readiness = system.http.get(readyz).send().await.unwrap();
+    let readiness = readiness.text().await.unwrap();
+    assert!(
+        readiness.contains("this facade began with the map"),
+        "{readiness}"
+    );
+    // The others' folder is gone, so nothing may be stored, and not on the other map either.
+    problem(system.post("lost").await, 503).await;
+    assert_eq!(system.read_all().await.len(), 20);
+}
+
+/// A facade that begins in front of two maps serves neither, and says so; when one of them is gone,
+/// it serves the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn facade_that_begins_with_two_maps_serves_neither() {
+    let folder = tempfile::tempdir().unwrap();
+    let start = |name: &str| {
+        let map = format!("lmdb:{}", folder.path().join(name).display());
+        start_logging(&["--map", &map], free_address())
+    };
+    let (first, mut second) = (start("first"), start("second"));
+    let mut command = std::process::Command::new(binary("facade"));
+    let logging = format!("{},{}", first.url(), second.url());
+    command.args(["--logging", &logging, "--deadline", "300ms"]);
+    let facade = Process::start(command, free_address());
+    let http = reqwest::Client::new();
+    let get = async |path: &str| {
+        let url = format!("{}{path}", facade.url());
+        http.get(url).send().await.unwrap()
+    };
+    for path in ["/", "/readyz"] {
+        let refused = problem(get(path).await, 503).await;
+        assert!(refused.to_string().contains("serves neither"), "{refused}");
+    }
+    let post = async || {
+        let request = http.post(facade.url()).body("a");
+        request.send().await.unwrap()
+    };
+    let refused = problem(post().await, 503).await;
+    assert!(refused.to_string().contains("serves neither"), "{refused}");
+    second.kill();
+    facade.wait_for_line(|line| line.contains("is up again"));
+    assert_eq!(post().await.status(), 200);
+}
+
 /// An instance that answers a batch without end is cut off.
 #[tokio::test(flavor = "multi_thread")]
 async fn endless_answer_does_not_fill_the_memory() {
     const GROWTH_KIB: u64 = 64 * 1024;
-    let flood = async || {
+    let flood = async |batch: String| {
         let piece = bytes::Bytes::from(vec![b' '; 1 << 20]);
-        Body::from_stream(stream::repeat_with(move || {
-            Ok::<_, std::io::Error>(piece.clone())
-        }))
+        let pieces = stream::repeat_with(move || Ok::<_, std::io::Error>(piece.clone()));
+        match batch.as_str() {
+            "[]" => Body::from(batch),
+            _ => Body::from_stream(pieces),
+        }
     };
     let flooding = serve_instance(Router::new().route("/", post(flood)));
     let mut command = std::process::Command::new(binary("facade"));
