@@ -229,26 +229,24 @@ pub struct Check {
     pub detail: String,
 }
 
-/// The answer to `/readyz`: 200, or 503 with what is missing. With `?verbose` in the query, all
-/// checks are listed in either case, and a service that is ready though one of them failed says
-/// that it is degraded.
-pub fn readiness(ready: Result<(), String>, checks: &[Check], query: Option<&str>) -> Response {
+/// The answer to `/readyz`: 200, or 503 with what is missing. Checks are listed in either case, and a
+/// service that is ready though one of them failed says that it is degraded.
+pub fn readiness(ready: Result<(), String>, checks: &[Check]) -> Response {
     #[derive(Serialize)]
     struct Ready<'a> {
         status: &'static str,
-        #[serde(skip_serializing_if = "Option::is_none")]
-        checks: Option<&'a [Check]>,
+        #[serde(skip_serializing_if = "<[_]>::is_empty")]
+        checks: &'a [Check],
     }
-    let checks = is_verbose(query).then_some(checks);
     let Err(detail) = ready else {
-        let is_degraded = checks.is_some_and(|checks| checks.iter().any(|check| !check.ok));
+        let is_degraded = checks.iter().any(|check| !check.ok);
         let status = if is_degraded { "degraded" } else { "ready" };
         return Json(Ready { status, checks }).into_response();
     };
     let problem = Problem::unavailable(detail, Duration::from_secs(1));
-    match checks {
-        Some(checks) => problem.with("checks", checks).into_response(),
-        None => problem.into_response(),
+    match checks.is_empty() {
+        true => problem.into_response(),
+        false => problem.with("checks", checks).into_response(),
     }
 }
 

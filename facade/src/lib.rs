@@ -9,6 +9,7 @@ pub mod client;
 mod discovery;
 pub mod get;
 pub mod health;
+pub mod identifiers;
 mod merge;
 pub mod pool;
 pub mod post;
@@ -18,7 +19,7 @@ pub mod store;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use axum::Router;
 use axum::routing::get;
@@ -34,6 +35,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::client::{MessagesClient, http_client};
+use crate::identifiers::Identifiers;
 use crate::pool::Pool;
 use crate::readiness::Readiness;
 
@@ -149,7 +151,8 @@ impl App {
         random: StdRng,
         stop: CancellationToken,
     ) -> reqwest::Result<Self> {
-        let pool = Arc::new(Pool::new(random));
+        let identifiers = Identifiers::new(SystemTime::now);
+        let pool = Arc::new(Pool::new(random, identifiers));
         let http = http_client(config.try_timeout / 2)?;
         discovery::start(&pool, &http, &config.logging, config.try_timeout);
         Self::with_pool(config, limits, pool, stop)

@@ -13,6 +13,7 @@ use tower::retry::budget::TpsBudget;
 use crate::batcher::Batcher;
 use crate::client::{Logging, UpstreamError};
 use crate::health::Health;
+use crate::identifiers::Identifiers;
 use crate::served_map::ServedMap;
 
 /// Pause before all instances are asked again for what none of them gave, doubled each time up to
@@ -66,6 +67,7 @@ pub struct Pool {
     /// Wakes the messages that wait for any instance.
     readmitted: Arc<Notify>,
     pub served_map: Arc<ServedMap>,
+    pub identifiers: Identifiers,
 }
 
 /// An instance and the configured address that it was found under.
@@ -76,14 +78,16 @@ struct Member {
 }
 
 impl Pool {
-    /// A pool without instances; `random` decides who gets what.
-    pub fn new(random: StdRng) -> Self {
+    /// A pool without instances; `random` chooses among them, `identifiers` makes the UUIDs of what
+    /// they are given.
+    pub fn new(random: StdRng, identifiers: Identifiers) -> Self {
         Self {
             members: RwLock::default(),
             random: Mutex::new(random),
             repeats: TpsBudget::new(BUDGET_SPAN, FREE_REPEATS_PER_SECOND, REPEAT_SHARE),
             readmitted: Arc::default(),
             served_map: Arc::default(),
+            identifiers,
         }
     }
 

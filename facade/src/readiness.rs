@@ -25,15 +25,21 @@ pub(crate) struct Readiness {
 }
 
 /// Ready while any logging instance can read and store. With `?verbose` all of them are asked, and
-/// the messages service, which is looked at but not needed.
+/// the messages service, which is looked at but not needed. A step of the clock that breaks the order
+/// of messages is told in either case.
 pub(crate) async fn readyz(State(app): State<App>, RawQuery(query): RawQuery) -> Response {
-    let is_verbose = server::is_verbose(query.as_deref());
-    let (ready, checks) = match is_verbose {
+    let clock_step = app.pool.identifiers.clock_step().map(|step| Check {
+        name: "clock".to_owned(),
+        ok: false,
+        detail: step.to_string(),
+    });
+    let (ready, checks) = match server::is_verbose(query.as_deref()) {
         true => check_all(&app).await,
         false => (app.readiness.any_instance(&app.pool).await, Vec::new()),
     };
+    let checks: Vec<Check> = checks.into_iter().chain(clock_step).collect();
     let ready = server::not_stopping(&app.stop).and(ready);
-    server::readiness(ready, &checks, query.as_deref())
+    server::readiness(ready, &checks)
 }
 
 impl Readiness {

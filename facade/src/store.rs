@@ -21,7 +21,12 @@ const MAX_PAUSE: Duration = Duration::from_millis(500);
 /// less than the try timeout, so that several instances that hang do not use up the deadline.
 const HEDGE_AFTER: Duration = Duration::from_millis(200);
 
-const CLOCKS_DIFFER: &str = "finds that the clocks of facade and map differ too much";
+const CLOCKS_DIFFER: &str = "does not accept the time: the clocks of this facade and of the map \
+                             differ by more than the map tolerates; set them";
+
+/// So often a message is tried whose own UUID's time the map does not accept: the clocks of a cluster's
+/// primaries may differ, but when several of them refuse it, the facade's clock is wrong.
+const MAX_CLOCK_TRIES: u32 = 3;
 
 /// So often a message goes to another partition before it has to pause: with a third of them down,
 /// one of 19,683 does.
@@ -175,6 +180,8 @@ struct Delivery<'pool> {
     pause: Duration,
     /// To another partition.
     moves: u32,
+    /// Tries for which the map's clock and the facade's differed.
+    clock_tries: u32,
 }
 
 /// When the next try begins.
@@ -190,7 +197,7 @@ impl<'pool> Delivery<'pool> {
     fn new(pool: &'pool Pool, post: Post) -> Self {
         let entry = PutEntry {
             uuid: match post.key {
-                Key::Own => Uuid::now_v7(),
+                Key::Own => pool.identifiers.next(),
                 Key::Caller(uuid) => uuid,
             },
             msg: post.msg,
@@ -208,6 +215,7 @@ impl<'pool> Delivery<'pool> {
             reasons: Vec::new(),
             pause: FIRST_PAUSE,
             moves: 0,
+            clock_tries: 0,
         }
     }
 
@@ -320,6 +328,13 @@ impl<'pool> Delivery<'pool> {
                     Pace::AfterPause
                 })
             }
+            Trouble::ClocksDiffer => {
+                self.clock_tries += 1;
+                if self.clock_tries == MAX_CLOCK_TRIES {
+                    return Err(self.give_up());
+                }
+                Ok(Pace::Now)
+            }
             Trouble::NotTaken | Trouble::Refused if self.pool.repeats.withdraw() => Ok(Pace::Now),
             Trouble::Refused if self.overload == WhenOverloaded::GiveUp => Err(self.give_up()),
             Trouble::NotTaken | Trouble::Refused => Ok(Pace::OnBudget),
@@ -343,7 +358,7 @@ impl<'pool> Delivery<'pool> {
     ) -> impl Future<Output = (Arc<Instance>, Result<Outcome, BatchFailure>)> + use<> {
         let is_repeat = !self.reasons.is_empty();
         if is_repeat && self.may_renew() {
-            self.entry.uuid = Uuid::now_v7();
+            self.entry.uuid = self.pool.identifiers.next();
         }
         self.pending.push(instance.clone());
         self.tried.push(instance.clone());
@@ -422,7 +437,9 @@ enum Trouble {
     PartitionDown,
     /// The instance certainly did not execute it.
     Refused,
-    /// The instance cannot tell, or the UUID was no good.
+    /// The map's clock does not accept the time of a UUID that the facade made.
+    ClocksDiffer,
+    /// The instance cannot tell, or the UUID is taken.
     NotTaken,
 }
 
@@ -472,7 +489,7 @@ fn judge(answer: Result<Outcome, BatchFailure>, doubt: Doubt) -> Judged {
                 Staleness::Leaving | Staleness::Ahead => before,
             };
             let detail = CLOCKS_DIFFER.to_owned();
-            (Verdict::Again(Trouble::NotTaken, detail), certainty)
+            (Verdict::Again(Trouble::ClocksDiffer, detail), certainty)
         }
         (
             Outcome::Refused {

@@ -400,7 +400,10 @@ async fn readyz(State(app): State<App>, RawQuery(query): RawQuery) -> Response {
     checks.extend(health.checks);
     let map = health.missing.map_or(Ok(()), Err);
     let ready = server::not_stopping(&app.stop).and(map);
-    server::readiness(ready, &checks, query.as_deref())
+    match server::is_verbose(query.as_deref()) {
+        true => server::readiness(ready, &checks),
+        false => server::readiness(ready, &[]),
+    }
 }
 
 /// Not a 503, with which the facade waits for a map that cannot be read.

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 
 use axum::Router;
-use axum::extract::{RawQuery, State};
+use axum::extract::State;
 use axum::response::Response;
 use axum::routing::get;
 use clap::Parser;
@@ -42,6 +42,6 @@ async fn reply() -> &'static str {
     REPLY
 }
 
-async fn readyz(State(stop): State<CancellationToken>, RawQuery(query): RawQuery) -> Response {
-    server::readiness(server::not_stopping(&stop), &[], query.as_deref())
+async fn readyz(State(stop): State<CancellationToken>) -> Response {
+    server::readiness(server::not_stopping(&stop), &[])
 }

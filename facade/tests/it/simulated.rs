@@ -19,6 +19,7 @@ use clap::Parser;
 use common::entry::Entry;
 use common::page::Order;
 use common::server::Limits;
+use facade::identifiers::Identifiers;
 use facade::pool::Pool;
 use facade::{App, Config, router};
 use rand::rngs::StdRng;
@@ -35,6 +36,9 @@ const SEEDS: u64 = 1000;
 /// No call takes longer: a POST its deadline, an upload of twelve lines the same, a GET of some
 /// twenty pages far less than the read deadline for each.
 const LONGEST_CALL: Duration = Duration::from_secs(120);
+
+/// How far ahead of the clock some keys are: the map does not take them yet.
+const FUTURE: Duration = Duration::from_millis(2500);
 
 /// By then the last request that was delayed on its way has been executed.
 const ALL_IS_OVER: Duration = Duration::from_secs(60);
@@ -91,7 +95,10 @@ async fn run(seed: u64) -> Tally {
     let has_survivor = seed.is_multiple_of(2);
     let network = Arc::new(Mutex::new(Network::new(seed)));
     let record = Arc::new(Mutex::new(Record::default()));
-    let pool = Arc::new(Pool::new(StdRng::seed_from_u64(seed)));
+    let clock = network.lock().unwrap().clock;
+    let identifiers = || Identifiers::new(move || clock.now());
+    let random = StdRng::seed_from_u64(seed);
+    let pool = Arc::new(Pool::new(random, identifiers()));
     for index in 0..3 {
         let instance = Simulated {
             network: network.clone(),
@@ -109,6 +116,8 @@ async fn run(seed: u64) -> Tally {
         has_survivor,
         network: network.clone(),
         record: record.clone(),
+        keys: identifiers(),
+        future_keys: Identifiers::new(move || clock.now() + FUTURE),
     };
     let writers = (0..3).map(|writer| caller.write(writer));
     tokio::join!(
@@ -177,6 +186,11 @@ impl Record {
     }
 }
 
+fn never_will_be(answer: &Value) -> bool {
+    let detail = answer["detail"].as_str().unwrap();
+    detail.contains("never was stored and never will be")
+}
+
 /// Those who post and read, and remember what they were told.
 struct Caller {
     app: App,
@@ -184,6 +198,8 @@ struct Caller {
     has_survivor: bool,
     network: Arc<Mutex<Network>>,
     record: Arc<Mutex<Record>>,
+    keys: Identifiers,
+    future_keys: Identifiers,
 }
 
 impl Caller {
@@ -194,55 +210,90 @@ impl Caller {
             sleep(Duration::from_millis(pause)).await;
             let msg = format!("{}/{writer}/{n}", self.seed);
             let is_keyed = n % 4 == 3;
-            let mut key = is_keyed.then(Uuid::now_v7);
-            let uuid = self.post(&msg, &mut key).await;
-            if let Some(uuid) = uuid.filter(|_| !is_keyed) {
+            let uuid = if is_keyed {
+                self.post_with_key(&msg).await;
+                None
+            } else {
+                self.post(&msg).await
+            };
+            if let Some(uuid) = uuid {
                 assert!(uuid > last, "seed {}: {uuid} after {last}", self.seed);
                 last = uuid;
             }
         }
     }
 
-    /// Posts once; with a key, until it is stored, as a careful caller does.
-    async fn post(&self, msg: &str, key: &mut Option<Uuid>) -> Option<Uuid> {
+    /// Posts once, without a key.
+    async fn post(&self, msg: &str) -> Option<Uuid> {
+        let (status, answer) = self.try_post(msg, None).await;
+        self.assert_served(status == 200, &answer);
+        let uuid = answer["uuid"].as_str().unwrap().parse().unwrap();
+        let fate = match (status, answer["stored"].as_str()) {
+            (200, _) => Fate::Stored(uuid),
+            (503, Some("no")) => Fate::NotStored,
+            (503, Some("unknown")) => Fate::Unknown,
+            _ => panic!("seed {}: {status} {answer}", self.seed),
+        };
+        self.told(msg, fate);
+        (status == 200).then_some(uuid)
+    }
+
+    /// Posts under a key until it is told for good what became of the message, as a careful caller
+    /// does. Some keys are ahead of their time.
+    async fn post_with_key(&self, msg: &str) {
+        let is_future = self.network.lock().unwrap().random.random_range(0..4) == 0;
+        let key = match is_future {
+            true => self.future_keys.next(),
+            false => self.keys.next(),
+        };
+        let mut fate = Fate::NotStored;
         for attempt in 0..10 {
-            self.told(msg, Fate::Asked);
-            let request = Request::post("/");
-            let request = match key {
-                Some(key) => request.header("idempotency-key", key.to_string()),
-                None => request,
-            };
-            let (status, body) = self
-                .send(request.body(Body::from(msg.to_owned())).unwrap())
-                .await;
-            let answer: Value = serde_json::from_slice(&body.unwrap()).unwrap();
-            assert!(
-                !self.has_survivor || status == 200,
-                "seed {}: {answer}",
-                self.seed
-            );
-            let uuid: Uuid = answer["uuid"].as_str().unwrap().parse().unwrap();
-            if status == 200 {
-                let is_first = attempt == 0;
+            let (status, answer) = self.try_post(msg, Some(key)).await;
+            if attempt == 0 {
+                self.assert_served(status == 200 || is_future, &answer);
+                let is_first = answer.get("duplicate").is_none();
                 assert!(
-                    !is_first || answer.get("duplicate").is_none(),
-                    "seed {}: the facade's own repeat is shown: {answer}",
+                    is_first,
+                    "seed {}: the facade's own repeat is shown",
                     self.seed
                 );
-                self.told(msg, Fate::Stored(uuid));
-                return Some(uuid);
             }
-            assert_eq!(status, 503, "seed {}: {answer}", self.seed);
-            // A first try with this key may have been unknown, so a later "no" says less.
-            match answer["stored"].as_str().unwrap() {
-                "no" if key.is_none() => self.told(msg, Fate::NotStored),
-                _ => self.told(msg, Fate::Unknown),
-            }
-            if key.is_none() {
-                return None;
+            fate = match (status, answer["stored"].as_str()) {
+                (200, _) => Fate::Stored(key),
+                (409, _) if never_will_be(&answer) => Fate::NotStored,
+                // An earlier attempt may still be executed, now or when the key's time comes.
+                (409, _) => fate,
+                (503, Some("no")) => fate,
+                (503, Some("unknown")) => Fate::Unknown,
+                _ => panic!("seed {}: {status} {answer}", self.seed),
+            };
+            self.told(msg, fate);
+            if status != 503 {
+                return;
             }
         }
-        None
+    }
+
+    async fn try_post(&self, msg: &str, key: Option<Uuid>) -> (u16, Value) {
+        self.told(msg, Fate::Asked);
+        let request = Request::post("/");
+        let request = match key {
+            Some(key) => request.header("idempotency-key", key.to_string()),
+            None => request,
+        };
+        let request = request.body(Body::from(msg.to_owned())).unwrap();
+        let (status, body) = self.send(request).await;
+        (status, serde_json::from_slice(&body.unwrap()).unwrap())
+    }
+
+    /// While one instance is well, nothing fails.
+    #[track_caller]
+    fn assert_served(&self, is_served: bool, answer: &Value) {
+        assert!(
+            is_served || !self.has_survivor,
+            "seed {}: {answer}",
+            self.seed
+        );
     }
 
     async fn upload(&self) {

@@ -3,11 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use axum::http::StatusCode;
-use common::entry::{Entry, Outcome, PutEntry, PutResult};
+use common::entry::{self, Entry, Outcome, PutEntry, PutResult, Staleness};
 use common::page::{Bounds, Order, PageEnd};
 use facade::client::{Logging, Page, UpstreamError};
 use rand::rngs::StdRng;
@@ -19,10 +19,39 @@ use uuid::Uuid;
 /// What the facade gives one try, by its own clients' configuration.
 const TRY_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// How far ahead of the map's clock an entry's time may be.
+const MAX_AHEAD: Duration = Duration::from_secs(2);
+
+/// How long after the settle window it is final that an entry is not stored.
+const MAX_SKEW: Duration = Duration::from_secs(1);
+
+/// The time of the facade and the map, which passes with the runtime's.
+#[derive(Clone, Copy)]
+pub(super) struct Clock {
+    base: SystemTime,
+    began: Instant,
+}
+
+impl Clock {
+    fn start() -> Self {
+        Self {
+            base: SystemTime::now(),
+            began: Instant::now(),
+        }
+    }
+
+    pub(super) fn now(self) -> SystemTime {
+        self.base + self.began.elapsed()
+    }
+}
+
 /// What all instances share.
 pub(super) struct Network {
     pub(super) random: StdRng,
     pub(super) map: BTreeMap<Uuid, String>,
+    pub(super) clock: Clock,
+    /// Longer than a POST usually takes, and often shorter than a late request or a repeat.
+    settle: Duration,
     states: [State; 3],
     pub(super) faults: u64,
 }
@@ -57,9 +86,12 @@ const SICKNESSES: [Condition; 5] = [
 
 impl Network {
     pub(super) fn new(seed: u64) -> Self {
+        let mut random = StdRng::seed_from_u64(seed);
         Self {
-            random: StdRng::seed_from_u64(seed),
+            settle: Duration::from_millis(random.random_range(3000..8000)),
+            random,
             map: BTreeMap::new(),
+            clock: Clock::start(),
             states: [State {
                 condition: Condition::Well,
                 until: Instant::now(),
@@ -90,7 +122,10 @@ impl Network {
         let outcome = match self.map.get(&entry.uuid) {
             Some(msg) if *msg == entry.msg => Outcome::Duplicate,
             Some(_) => Outcome::Conflict,
-            None => Outcome::Stored,
+            None => match self.staleness(entry.uuid) {
+                Some(when) => Outcome::Stale { when },
+                None => Outcome::Stored,
+            },
         };
         if outcome == Outcome::Stored {
             self.map.insert(entry.uuid, entry.msg.clone());
@@ -99,6 +134,18 @@ impl Network {
             return Outcome::unknown("executed, but who knows");
         }
         outcome
+    }
+
+    fn staleness(&self, uuid: Uuid) -> Option<Staleness> {
+        let time = SystemTime::UNIX_EPOCH + Duration::from_millis(entry::unix_millis(uuid));
+        let now = self.clock.now();
+        if time > now + MAX_AHEAD {
+            Some(Staleness::Ahead)
+        } else if now > time + self.settle + MAX_SKEW {
+            Some(Staleness::Past)
+        } else {
+            (now > time + self.settle).then_some(Staleness::Leaving)
+        }
     }
 
     fn page(&mut self, bounds: Bounds, limit: Option<u64>) -> Page {
