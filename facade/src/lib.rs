@@ -151,8 +151,20 @@ impl App {
         random: StdRng,
         stop: CancellationToken,
     ) -> reqwest::Result<Self> {
-        let identifiers = Identifiers::new(SystemTime::now);
-        let pool = Arc::new(Pool::new(random, identifiers));
+        let pool = Pool::new(random, Identifiers::new(SystemTime::now));
+        Self::discovering(config, limits, Arc::new(pool), stop)
+    }
+
+    /// The same, with a pool that is filled with the instances at the configured addresses.
+    ///
+    /// # Errors
+    /// When the HTTP client cannot be built.
+    pub fn discovering(
+        config: &Config,
+        limits: Limits,
+        pool: Arc<Pool>,
+        stop: CancellationToken,
+    ) -> reqwest::Result<Self> {
         let http = http_client(config.try_timeout / 2)?;
         discovery::start(&pool, &http, &config.logging, config.try_timeout);
         Self::with_pool(config, limits, pool, stop)

@@ -530,3 +530,114 @@ fn stale_key(uuid: Uuid, when: Staleness, doubt: Doubt) -> NotStored {
         Staleness::Ahead => NotStored::Early,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: Key = Key::Caller(Uuid::nil());
+
+    /// What a try is judged to mean, in a word, and what is certain from then on.
+    fn verdict(
+        answer: Result<Outcome, BatchFailure>,
+        key: Key,
+        certainty: Certainty,
+        others_pending: bool,
+    ) -> (&'static str, Certainty) {
+        let doubt = Doubt {
+            key,
+            certainty,
+            others_pending,
+        };
+        let judged = judge(answer, doubt);
+        let word = match judged.verdict {
+            Verdict::Stored { is_duplicate: true } => "duplicate",
+            Verdict::Stored {
+                is_duplicate: false,
+            } => "stored",
+            Verdict::Final(NotStored::Conflict) => "conflict",
+            Verdict::Final(NotStored::Stale) => "stale",
+            Verdict::Final(NotStored::Early) => "early",
+            Verdict::Final(NotStored::GaveUp { certainty, .. }) => match certainty {
+                Certainty::No => "not stored",
+                Certainty::Unknown => "may be stored",
+            },
+            Verdict::Again(trouble, _) => match trouble {
+                Trouble::InstanceDown => "instance down",
+                Trouble::PartitionDown => "partition down",
+                Trouble::Refused => "refused",
+                Trouble::ClocksDiffer => "clocks differ",
+                Trouble::NotTaken => "not taken",
+            },
+        };
+        (word, judged.certainty)
+    }
+
+    fn stale(when: Staleness) -> Outcome {
+        Outcome::Stale { when }
+    }
+
+    #[test]
+    fn each_outcome_means_one_thing() {
+        use Certainty::{No, Unknown};
+        use Staleness::{Ahead, Leaving, Past};
+        let table = [
+            (Outcome::Stored, Key::Own, No, "stored", No),
+            (Outcome::Stored, KEY, Unknown, "stored", Unknown),
+            (Outcome::Duplicate, Key::Own, No, "stored", No),
+            (Outcome::Duplicate, KEY, No, "duplicate", No),
+            (Outcome::Duplicate, KEY, Unknown, "stored", Unknown),
+            (Outcome::Conflict, KEY, Unknown, "conflict", Unknown),
+            (Outcome::Conflict, Key::Own, Unknown, "not taken", No),
+            (stale(Past), KEY, No, "stale", No),
+            (stale(Past), KEY, Unknown, "stale", Unknown),
+            (stale(Leaving), KEY, No, "not stored", No),
+            (stale(Leaving), KEY, Unknown, "may be stored", Unknown),
+            (stale(Ahead), KEY, No, "early", No),
+            (stale(Ahead), KEY, Unknown, "may be stored", Unknown),
+            (stale(Past), Key::Own, Unknown, "clocks differ", No),
+            (stale(Leaving), Key::Own, Unknown, "clocks differ", Unknown),
+            (stale(Ahead), Key::Own, Unknown, "clocks differ", Unknown),
+            (Outcome::refused("full"), KEY, No, "refused", No),
+            (Outcome::refused("full"), KEY, Unknown, "refused", Unknown),
+            (Outcome::partition_down("x"), KEY, No, "partition down", No),
+            (Outcome::unknown("lost"), KEY, No, "not taken", Unknown),
+        ];
+        for (outcome, key, before, word, after) in table {
+            let judged = verdict(Ok(outcome.clone()), key, before, false);
+            assert_eq!(judged, (word, after), "{outcome:?} {key:?} {before:?}");
+        }
+    }
+
+    /// A try that is still pending may be executed, as one of unknown fate may have been.
+    #[test]
+    fn pending_tries_are_doubts() {
+        use Certainty::No;
+        let judged = |outcome| verdict(Ok(outcome), KEY, No, true).0;
+        assert_eq!(judged(Outcome::Duplicate), "stored");
+        assert_eq!(judged(stale(Staleness::Leaving)), "may be stored");
+        assert_eq!(judged(stale(Staleness::Ahead)), "may be stored");
+        assert_eq!(judged(stale(Staleness::Past)), "stale");
+    }
+
+    #[test]
+    fn failed_batch_leaves_as_much_doubt_as_it_must() {
+        use Certainty::{No, Unknown};
+        let failure = |certainty, is_down| {
+            let detail = String::new();
+            Err(BatchFailure {
+                detail,
+                certainty,
+                is_down,
+            })
+        };
+        for (before, of_batch, after) in
+            [(No, No, No), (No, Unknown, Unknown), (Unknown, No, Unknown)]
+        {
+            let down = verdict(failure(of_batch, true), Key::Own, before, false);
+            assert_eq!(down, ("instance down", after));
+            let refused = verdict(failure(of_batch, false), Key::Own, before, false);
+            assert_eq!(refused, ("refused", after));
+        }
+    }
+}

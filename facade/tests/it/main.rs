@@ -23,6 +23,8 @@ mod system;
 
 /// Uploads of many messages.
 mod bulk;
+/// A clock that is wrong.
+mod clock;
 /// Redis servers that die, hang and return while the system is used.
 mod cluster;
 /// The shipped containers.
@@ -35,9 +37,11 @@ mod get;
 mod http;
 /// A million entries, slow readers, memory.
 mod large;
+/// More messages than the instances can store.
+mod overload;
 /// Instances that are sick but answer, proxies, strangers, bursts behind a paused one.
 mod sick;
-/// Promises 3, 4, 6 and 7 on a simulated network and clock, for many seeds.
+/// Promises 1 to 4 and 6 to 8 on a simulated network and clock, for many seeds.
 mod simulated;
 
 /// POST of one message: every accepted shape, every refusal, keys.

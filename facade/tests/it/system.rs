@@ -5,13 +5,16 @@
 //! server, or `cluster` for a Redis Cluster.
 
 use std::net::TcpListener;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use axum::{Json, Router, routing};
 use clap::Parser;
 use common::api::{MARK, Mark};
 use common::entry::{Entry, Outcome, PutEntry, PutResult};
 use common::server::Limits;
+use facade::identifiers::Identifiers;
+use facade::pool::Pool;
 use facade::{App, Config};
 use logging::map::{Location, Options, open};
 use rand::SeedableRng;
@@ -81,6 +84,12 @@ impl System {
         Self::with_services(logging, messages, Some(map), flags)
     }
 
+    /// A system on an empty map whose facade makes UUIDs like this.
+    pub(crate) async fn start_with_identifiers(identifiers: Identifiers) -> Self {
+        let (logging, map) = instances(3).await;
+        Self::with_parts(logging, nobody(), Some(map), &[], identifiers)
+    }
+
     /// A facade in front of instances of which some may be the test's own.
     pub(crate) fn with_instances(logging: Vec<Server>, map: EmptyMap, flags: &[&str]) -> Self {
         Self::with_services(logging, nobody(), Some(map), flags)
@@ -104,6 +113,17 @@ impl System {
         map: Option<EmptyMap>,
         flags: &[&str],
     ) -> Self {
+        let identifiers = Identifiers::new(SystemTime::now);
+        Self::with_parts(logging, messages, map, flags, identifiers)
+    }
+
+    fn with_parts(
+        logging: Vec<Server>,
+        messages: Server,
+        map: Option<EmptyMap>,
+        flags: &[&str],
+        identifiers: Identifiers,
+    ) -> Self {
         let urls: Vec<String> = logging.iter().map(Server::url).collect();
         let required = [
             "facade",
@@ -114,7 +134,8 @@ impl System {
         ];
         let config = Config::parse_from(required.iter().chain(flags));
         let stop = CancellationToken::new();
-        let app = App::new(&config, LIMITS, StdRng::seed_from_u64(SEED), stop.clone()).unwrap();
+        let pool = Arc::new(Pool::new(StdRng::seed_from_u64(SEED), identifiers));
+        let app = App::discovering(&config, LIMITS, pool, stop.clone()).unwrap();
         let facade = serve(facade::router(app));
         Self {
             http: Client::new(),

@@ -1,0 +1,130 @@
+//! More messages than the instances can store, on tokio's paused clock: what the facade sends them
+//! stays close to what it accepts, and they stay busy with work that counts.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use axum::body::{Body, to_bytes};
+use axum::http::{Request, StatusCode};
+use clap::Parser;
+use common::entry::{Entry, Outcome, PutEntry, PutResult};
+use common::page::Bounds;
+use common::server::Limits;
+use facade::client::{Logging, Page, UpstreamError};
+use facade::identifiers::Identifiers;
+use facade::pool::Pool;
+use facade::{App, Config, router};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use serde_json::Value;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+use tower::ServiceExt;
+use uuid::Uuid;
+
+const INSTANCES: u32 = 3;
+
+/// What one instance needs for an entry.
+const COST: Duration = Duration::from_millis(4);
+
+/// As the facade's clients wait for an instance by default.
+const TRY_TIMEOUT: Duration = Duration::from_secs(1);
+
+const OVERLOAD: u32 = 5;
+
+const LASTS: Duration = Duration::from_secs(30);
+
+/// Five times the capacity for thirty seconds: at most 1.1 entries are sent for each that is
+/// acknowledged, at least 0.8 of what the instances can store is acknowledged, and the rest is turned
+/// away as overload, with certainty.
+#[tokio::test(start_paused = true)]
+async fn overload_is_turned_away_and_not_multiplied() {
+    let sent = Arc::new(AtomicU64::new(0));
+    let identifiers = Identifiers::new(SystemTime::now);
+    let pool = Arc::new(Pool::new(StdRng::seed_from_u64(5), identifiers));
+    for index in 0..INSTANCES {
+        let name = format!("instance-{index}");
+        let slow = Arc::new(Slow { sent: sent.clone() });
+        pool.set_instances(&name, vec![(name.clone(), slow)]);
+    }
+    let config = Config::parse_from(["facade", "--messages", "http://127.0.0.1:9"]);
+    let app = App::with_pool(&config, Limits::default(), pool, Default::default()).unwrap();
+    let facade = router(app);
+
+    let began = Instant::now();
+    let mut posts = JoinSet::new();
+    while began.elapsed() < LASTS {
+        for _ in 0..OVERLOAD * INSTANCES {
+            let request = Request::post("/").header("content-length", 5);
+            let request = request.body(Body::from("hello")).unwrap();
+            posts.spawn(facade.clone().oneshot(request));
+        }
+        sleep(COST).await;
+    }
+    let (mut posted, mut stored, mut unknown) = (0, 0, 0);
+    while let Some(answered) = posts.join_next().await {
+        let response = answered.unwrap().unwrap();
+        posted += 1;
+        match response.status() {
+            StatusCode::OK => stored += 1,
+            StatusCode::SERVICE_UNAVAILABLE => {
+                assert!(response.headers().contains_key("retry-after"));
+                let body = to_bytes(response.into_body(), 10_000).await.unwrap();
+                let answer: Value = serde_json::from_slice(&body).unwrap();
+                unknown += u64::from(answer["stored"] != "no");
+            }
+            other => panic!("{other}"),
+        }
+    }
+    let sent = sent.load(Ordering::Relaxed);
+    let capacity = LASTS.as_millis() as u64 / COST.as_millis() as u64 * u64::from(INSTANCES);
+    println!(
+        "{posted} posted, {stored} stored of a capacity of {capacity}, {sent} entries sent, \
+         {unknown} of unknown fate"
+    );
+    assert!(posted > 4 * capacity, "too little load: {posted}");
+    assert!(sent * 10 <= stored * 11, "{sent} sent for {stored} stored");
+    assert!(stored * 10 >= capacity * 8, "{stored} of {capacity}");
+    assert_eq!(unknown, 0);
+}
+
+/// An instance that needs [`COST`] for each entry.
+#[derive(Debug)]
+struct Slow {
+    sent: Arc<AtomicU64>,
+}
+
+#[async_trait]
+impl Logging for Slow {
+    async fn put(&self, batch: Vec<u8>) -> Result<Vec<PutResult>, UpstreamError> {
+        let entries: Vec<PutEntry> = serde_json::from_slice(&batch).unwrap();
+        let count = u32::try_from(entries.len()).unwrap();
+        self.sent.fetch_add(count.into(), Ordering::Relaxed);
+        let storing = timeout(TRY_TIMEOUT, sleep(COST * count));
+        storing.await.map_err(|_| UpstreamError::TimedOut)?;
+        let results = entries.iter().map(|entry| PutResult {
+            uuid: entry.uuid,
+            outcome: Outcome::Stored,
+        });
+        Ok(results.collect())
+    }
+
+    async fn page(
+        &self,
+        _bounds: Bounds,
+        _limit: Option<u64>,
+        _request_id: Option<&str>,
+    ) -> Result<Page, UpstreamError> {
+        unreachable!("nobody reads")
+    }
+
+    async fn get(&self, _uuid: Uuid) -> Result<Option<Entry>, UpstreamError> {
+        unreachable!("nobody reads")
+    }
+
+    async fn ready(&self) -> Result<(), UpstreamError> {
+        Ok(())
+    }
+}
