@@ -15,14 +15,18 @@ contains it.
 TEST_ENGINE=lmdb, redis or cluster runs those of the whole system on this engine only.
 
 The tests start the services as real processes on free ports of the loopback interface. They need
-Linux, the rights to mount and to make PID namespaces (root, or a container that grants them),
-and these tools, which the script installs on Debian and Ubuntu when it may:
+Linux and these tools, which the script installs on Debian and Ubuntu when it is root:
   strace             makes a disk fail
   python3, requests  the client of the original exercise
   redis-server, redis-cli (7.0 or later), openssl
   docker, docker-compose (1.29, or Compose v2)
-Where no Docker engine answers, the tests of docker-compose.yml say so and are skipped; with
-REQUIRE_DOCKER=1 they fail. The script does not install it.
+The script does not install Docker.
+
+An ordinary user will do. A test that cannot run here says why and is skipped; the last lines count
+and name those tests. Where an ordinary user cannot make user namespaces, these are the tests that
+mount something or need a PID namespace; where no Docker engine answers, those of docker-compose.yml.
+REQUIRE_ALL=1 makes each skipped test fail, except those that need Docker, for which it takes
+REQUIRE_DOCKER=1.
 HELP
     exit 0
 fi
@@ -41,7 +45,8 @@ if missing python3; then packages+=(python3); fi
 if lacks_requests; then packages+=(python3-requests); fi
 if ((${#packages[@]})); then
     if missing apt-get || ((EUID != 0)); then
-        echo "error: please install: ${packages[*]}" >&2
+        echo "error: the tests need: ${packages[*]}; on Debian and Ubuntu:" >&2
+        echo "  sudo apt-get install --no-install-recommends ${packages[*]}" >&2
         exit 1
     fi
     echo "installing ${packages[*]}"
@@ -51,9 +56,29 @@ if ((${#packages[@]})); then
     if lacks_requests; then python3 -m pip install --quiet requests; fi
 fi
 
-run() { cargo test --workspace --release --locked "$@"; }
+# Tests append a line to this file when they cannot run here.
+SKIPPED_TESTS=$(mktemp)
+export SKIPPED_TESTS
+failed=0
 
-run --no-run
+run() { cargo test --release --locked --no-fail-fast "$@" || failed=1; }
+
+report() {
+    local skipped
+    skipped=$(sort --unique "$SKIPPED_TESTS")
+    rm -f "$SKIPPED_TESTS"
+    if [[ -z $skipped ]]; then
+        printf '\nskipped tests: none\n'
+    else
+        printf '\nskipped tests: %d\n' "$(wc -l <<<"$skipped")"
+        sed 's/^/  /' <<<"$skipped"
+    fi
+}
+
+cleanup() { report; }
+trap cleanup EXIT
+
+cargo test --workspace --release --locked --no-run
 if timeout 10 docker info >/dev/null 2>&1; then
     export IMAGE=message-log:test TEST_PROJECT=message-log-test-$$
     SKIP_BUILD=1 scripts/stand-ins.sh run
@@ -64,17 +89,21 @@ if timeout 10 docker info >/dev/null 2>&1; then
         docker volume ls --quiet --filter "$ours" | xargs --no-run-if-empty docker volume rm || true
         docker network ls --quiet --filter "$ours" | xargs --no-run-if-empty docker network rm || true
     }
-    trap remove_containers EXIT
+    cleanup() {
+        remove_containers
+        report
+    }
 fi
 
 if [[ -n ${TEST_ENGINE:-} ]]; then
-    run -- "$@"
-    exit
+    run --workspace -- "$@"
+    exit "$failed"
 fi
-run -- "$@"
+run --workspace -- "$@"
 # The others do not depend on the engine, or choose it themselves.
 (($#)) || set -- post:: get:: bulk:: http:: processes:: failover:: large::million cluster::key
 for engine in redis cluster; do
     printf '\nthe whole system on %s\n' "$engine"
-    TEST_ENGINE=$engine cargo test --package facade --release --locked --test it -- "$@"
+    TEST_ENGINE=$engine run --package facade --test it -- "$@"
 done
+exit "$failed"

@@ -18,6 +18,9 @@ mod processes;
 /// Starts real Redis servers and clusters.
 #[path = "../../../logging/tests/it/redis_servers.rs"]
 mod redis_servers;
+/// What not every machine gives.
+#[path = "../../../logging/tests/it/requirements.rs"]
+mod requirements;
 /// Starts the services in-process, each on a free port.
 mod system;
 

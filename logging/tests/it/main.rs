@@ -20,3 +20,5 @@ mod processes;
 mod redis;
 /// Starting real Redis servers and a cluster; facade's tests use it too.
 mod redis_servers;
+/// What not every machine gives; facade's tests use it too.
+mod requirements;

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::requirements::unshare;
+
 /// Lines of a log that are kept: enough for every assertion, bounded for bulk loads.
 const KEPT_LINES: usize = 100_000;
 
@@ -145,11 +147,14 @@ pub(crate) struct OnSmallDisk {
 }
 
 impl OnSmallDisk {
-    /// Starts it with half of the disk taken. `size` is in bytes.
-    pub(crate) fn start(logging: &Path, folder: &Path, size: usize) -> Self {
-        let mut command = Command::new("unshare");
+    /// Starts it with half of the disk taken. `size` is in bytes. `None` where nobody may mount: the
+    /// test is skipped.
+    pub(crate) fn start(logging: &Path, folder: &Path, size: usize) -> Option<Self> {
+        let mount = ["mount", "-t", "tmpfs", "tmpfs"];
+        let trial = [&mount[..], &[folder.to_str().unwrap()]].concat();
+        let mut command = unshare(&["--mount"], &trial)?;
         command
-            .args(["--mount", "sh", "-c"])
+            .args(["sh", "-c"])
             .arg(format!(
                 "mount -t tmpfs -o size={size} tmpfs \"$0\" && exec \"$@\""
             ))
@@ -162,7 +167,7 @@ impl OnSmallDisk {
             .join("root");
         let filler = root.join(folder.strip_prefix("/").unwrap()).join("filler");
         std::fs::write(&filler, vec![0; size / 2]).unwrap();
-        Self { process, filler }
+        Some(Self { process, filler })
     }
 
     /// Makes room on the disk.

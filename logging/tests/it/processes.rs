@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use crate::command_line::{assert_help, assert_refused, one_line};
 use crate::process::{OnSmallDisk, Process, free_address};
+use crate::requirements::{skip, trial_run, unshare};
 
 const LOGGING: &str = env!("CARGO_BIN_EXE_logging");
 
@@ -63,6 +64,9 @@ pub(crate) async fn all(http: &Client, url: &str) -> Vec<Entry> {
 async fn full_disk_refuses_and_recovers() {
     let folder = tempfile::tempdir().unwrap();
     let disk = OnSmallDisk::start(Path::new(LOGGING), folder.path(), 4 << 20);
+    let Some(disk) = disk else {
+        return;
+    };
     let http = Client::new();
     let url = disk.process.url();
     let mut stored = Vec::new();
@@ -95,7 +99,9 @@ async fn full_disk_refuses_and_recovers() {
 /// certainly did not happen. (The first sync of all is that of the map's id.)
 #[tokio::test]
 async fn failed_sync_is_refused_and_not_stored() {
-    let outcome = outcome_with_fault("fdatasync:error=EIO:when=3").await;
+    let Some(outcome) = outcome_with_fault("fdatasync:error=EIO:when=3").await else {
+        return;
+    };
     assert!(
         matches!(outcome.second, Outcome::Refused { .. }),
         "{outcome:?}"
@@ -106,7 +112,9 @@ async fn failed_sync_is_refused_and_not_stored() {
 /// The disk fails when the second entry's meta page is written: nobody can tell.
 #[tokio::test]
 async fn failed_meta_page_is_unknown_and_the_map_is_opened_again() {
-    let outcome = outcome_with_fault("pwrite64:error=EIO:when=4").await;
+    let Some(outcome) = outcome_with_fault("pwrite64:error=EIO:when=4").await else {
+        return;
+    };
     assert!(
         matches!(outcome.second, Outcome::Unknown { .. }),
         "{outcome:?}"
@@ -120,8 +128,14 @@ struct FaultOutcome {
 }
 
 /// Puts three entries, the second while a system call of the writer thread fails; the first and
-/// the third must be stored, and still be after a restart.
-async fn outcome_with_fault(fault: &str) -> FaultOutcome {
+/// the third must be stored, and still be after a restart. `None` where nobody may trace: the test is
+/// skipped.
+async fn outcome_with_fault(fault: &str) -> Option<FaultOutcome> {
+    let trial = trial_run(Command::new("strace").args(["--output=/dev/null", "true"]));
+    if let Err(why) = trial {
+        skip(&format!("no tracer: {why}"), "REQUIRE_ALL");
+        return None;
+    }
     let folder = tempfile::tempdir().unwrap();
     let mut command = Command::new("strace");
     command
@@ -147,10 +161,10 @@ async fn outcome_with_fault(fault: &str) -> FaultOutcome {
     let stored = all(&http, &process.url()).await;
     assert_eq!(stored, before);
     assert!(stored.contains(&entries[0]) && stored.contains(&entries[2]));
-    FaultOutcome {
+    Some(FaultOutcome {
         second,
         is_second_stored: stored.contains(&entries[1]),
-    }
+    })
 }
 
 /// Each acknowledged entry is one line of the log, whatever the message contains.
@@ -204,10 +218,14 @@ fn entry_of_1970() -> Entry {
 /// A folder that is shared between two containers would be damaged, so the second one is told.
 #[test]
 fn second_pid_namespace_is_refused() {
+    let namespaces = ["--pid", "--fork", "--mount-proc"];
+    let Some(mut unshare) = unshare(&namespaces, &["true"]) else {
+        return;
+    };
     let folder = tempfile::tempdir().unwrap();
     let _first = Process::start(logging(folder.path()), free_address());
-    let output = Command::new("unshare")
-        .args(["--pid", "--fork", "--mount-proc", LOGGING, "--map"])
+    let output = unshare
+        .args([LOGGING, "--map"])
         .arg(location(folder.path()))
         .args(["--listen", "127.0.0.1:0"])
         .output()

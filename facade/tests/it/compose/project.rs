@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::PATIENCE;
 use crate::process::{LOOK_AGAIN, free_address};
+use crate::requirements::skip;
 use crate::system::Merged;
 
 /// Compose v2 and v1.
@@ -38,11 +39,7 @@ impl Compose {
             is_there(version.args(&program[1..]).arg("version"))
         });
         let Some(program) = program.filter(|_| has_engine) else {
-            assert!(
-                std::env::var_os("REQUIRE_DOCKER").is_none(),
-                "REQUIRE_DOCKER is set, and there is no Docker engine with compose"
-            );
-            println!("skipped: there is no Docker engine with compose");
+            skip("no Docker engine with compose answers", "REQUIRE_DOCKER");
             return None;
         };
         let number = NEXT.fetch_add(1, Ordering::Relaxed);

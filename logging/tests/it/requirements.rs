@@ -1,0 +1,60 @@
+//! What some tests need and not every machine gives: namespaces, a tracer, a Docker engine. A test
+//! that lacks it says why, is counted as skipped by `scripts/test.sh`, and ends.
+
+use std::fs::File;
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+/// Says that the running test cannot run here, and why. Panics instead where the environment
+/// variable `required_by` is set.
+#[track_caller]
+pub(crate) fn skip(why: &str, required_by: &str) {
+    let thread = std::thread::current();
+    let test = thread.name().unwrap_or("a test");
+    assert!(
+        std::env::var_os(required_by).is_none(),
+        "{required_by} is set, and {test} cannot run here: {why}"
+    );
+    println!("skipped: {why}");
+    let Some(list) = std::env::var_os("SKIPPED_TESTS") else {
+        return;
+    };
+    let mut list = File::options().append(true).open(list).unwrap();
+    list.write_all(format!("{test}: {why}\n").as_bytes())
+        .unwrap();
+}
+
+/// What runs the command that follows in namespaces of its own, which end with it: `unshare` with
+/// these flags. An ordinary user makes them inside a user namespace, where the kernel allows that.
+/// `trial` is a command that must succeed in there. `None` where nothing helps: the test is skipped.
+#[track_caller]
+pub(crate) fn unshare(namespaces: &[&str], trial: &[&str]) -> Option<Command> {
+    let mut reason = String::new();
+    for user in [&[][..], &["--user", "--map-root-user"]] {
+        let unshare = || {
+            let mut command = Command::new("unshare");
+            command.args(user).args(namespaces);
+            command
+        };
+        match trial_run(unshare().args(trial)) {
+            Ok(()) => return Some(unshare()),
+            Err(why) => reason = why,
+        }
+    }
+    skip(&format!("no namespaces: {reason}"), "REQUIRE_ALL");
+    None
+}
+
+/// Runs a command that shows whether something is possible here.
+///
+/// # Errors
+/// Why not, in the command's own words.
+pub(crate) fn trial_run(command: &mut Command) -> Result<(), String> {
+    let output = command.stdin(Stdio::null()).output();
+    let output = output.map_err(|error| format!("{:?}: {error}", command.get_program()))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    Err(complaint.lines().last().unwrap_or("no reason").to_owned())
+}
