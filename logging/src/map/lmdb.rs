@@ -5,6 +5,7 @@
 //!
 //! It does not work across machines or PID namespaces, because LMDB's locks are by process id.
 
+mod readers;
 mod store;
 mod writer;
 
@@ -112,7 +113,7 @@ impl DistributedMap for LmdbMap {
         };
         Health {
             missing,
-            checks: Vec::new(),
+            checks: self.store.readers.checks(),
         }
     }
 }

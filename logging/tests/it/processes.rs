@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use common::api::{MARK, Mark};
 use common::entry::{Entry, Outcome, PutResult, Staleness};
@@ -10,7 +11,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::command_line::{assert_help, assert_refused, one_line};
-use crate::process::{OnSmallDisk, Process, free_address};
+use crate::process::{LOOK_AGAIN, OnSmallDisk, Process, free_address};
 use crate::requirements::{skip, trial_run, unshare};
 
 const LOGGING: &str = env!("CARGO_BIN_EXE_logging");
@@ -390,6 +391,65 @@ async fn readers_of_killed_processes_are_cleared() {
         reads.join_all().await;
     }
     panic!("no reader was found stale in 100 kills");
+}
+
+/// A process that is paused in the middle of a read keeps LMDB from reusing pages: the others name it,
+/// until it goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn process_paused_inside_a_read_is_named() {
+    /// Long enough for a read to be found to take too long.
+    const SWEEPS: Duration = Duration::from_secs(7);
+    let folder = tempfile::tempdir().unwrap();
+    let http = Client::new();
+    let writing = Process::start(logging(folder.path()), free_address());
+    let reading = Process::start(logging(folder.path()), free_address());
+    let entries: Vec<Entry> = (0..2000).map(|_| entry(&"x".repeat(2000))).collect();
+    put(&http, &writing.url(), &entries).await.unwrap();
+    let mut reads = tokio::task::JoinSet::new();
+    for _ in 0..16 {
+        let (http, url) = (http.clone(), reading.url());
+        reads.spawn(async move {
+            while let Ok(response) = http.get(&url).send().await {
+                let _cut_off_at_the_end = response.bytes().await;
+            }
+        });
+    }
+    let name = format!("\"name\":\"reader {}\"", reading.pid());
+    let is_named_within = async |patience: Duration| {
+        let begin = Instant::now();
+        while begin.elapsed() < patience {
+            put_one(&http, &writing.url(), &entry("grows")).await;
+            if writing.readiness().contains(&name) {
+                return true;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        false
+    };
+    // Not every pause hits a read.
+    let mut pauses = 0;
+    let readiness = loop {
+        reading.signal("STOP");
+        if is_named_within(SWEEPS).await {
+            break writing.readiness();
+        }
+        reading.signal("CONT");
+        pauses += 1;
+        assert!(pauses < 10, "no paused reader was named");
+    };
+    assert!(readiness.starts_with("HTTP/1.1 200"), "{readiness}");
+    assert!(readiness.contains("transactions behind"), "{readiness}");
+    let is_logged = |line: &str| {
+        line.contains("holds an old read transaction") && line.contains(&reading.pid().to_string())
+    };
+    writing.wait_for_line(is_logged);
+    reading.signal("CONT");
+    let begin = Instant::now();
+    while writing.readiness().contains(&name) {
+        assert!(begin.elapsed() < SWEEPS, "{}", writing.readiness());
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+    reads.shutdown().await;
 }
 
 /// An instance that is told to stop ends with code 0 and leaves the map to the others.

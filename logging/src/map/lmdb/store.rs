@@ -15,6 +15,7 @@ use heed::types::Bytes;
 use heed::{AnyTls, Database, Env, EnvOpenOptions, MdbError, RoTxn, RwTxn, WithoutTls};
 use uuid::Uuid;
 
+use super::readers::Readers;
 use crate::map::job::ENTRY_OVERHEAD;
 use crate::map::{MapError, Page, PageLimit};
 
@@ -23,7 +24,7 @@ use crate::map::{MapError, Page, PageLimit};
 const MAP_SIZE: usize = 1 << 40;
 
 /// Slots for read transactions of all processes on the folder; when they are used up, reads fail.
-const MAX_READERS: u32 = 4096;
+pub(super) const MAX_READERS: u32 = 4096;
 
 /// How long reads may keep an environment open that must be opened again.
 const MAX_CLOSING: Duration = Duration::from_secs(5);
@@ -51,6 +52,7 @@ pub(super) struct Store {
     opened: RwLock<Option<Opened>>,
     /// Known once it was found in the map or committed to it.
     id: OnceLock<Uuid>,
+    pub(super) readers: Readers,
     /// Locked by the process that writes: see [`Store::turn_to_write`].
     turns: File,
     /// Held as long as the map is open: see [`claim_namespace`].
@@ -69,6 +71,7 @@ impl Store {
         fs::create_dir_all(folder)
             .with_context(|| format!("cannot create the map's folder {}", folder.display()))?;
         let namespace = claim_namespace(folder)?;
+        let turns = lock_file(folder, "turns")?;
         let opened = Opened::open(folder).with_context(|| {
             format!(
                 "cannot open the map in {}; it must be on a local disk and may be shared only by \
@@ -80,7 +83,8 @@ impl Store {
             folder: folder.to_owned(),
             id: opened.id()?.map(OnceLock::from).unwrap_or_default(),
             opened: RwLock::new(Some(opened)),
-            turns: lock_file(folder, "turns")?,
+            readers: Readers::open(folder)?,
+            turns,
             _namespace: namespace,
         })
     }
@@ -173,6 +177,7 @@ impl Store {
             return self.reopen();
         };
         opened.clear_stale_readers();
+        self.readers.look();
     }
 
     pub(super) fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError> {

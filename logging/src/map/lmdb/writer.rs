@@ -15,8 +15,9 @@ use super::store::{
 use crate::map::job::Job;
 use crate::map::{MapError, staleness};
 
-/// Readers of killed processes keep pages from being reused until they are cleared this often.
-const STALE_READER_SWEEP: Duration = Duration::from_secs(10);
+/// Readers keep pages from being reused: those of killed processes are cleared this often, and those
+/// that take too long are found.
+const SWEEP: Duration = Duration::from_secs(2);
 
 /// A group commit takes no further batch beyond this, so that nobody waits for a giant one.
 const MAX_GROUP_BYTES: usize = 4 * 1024 * 1024;
@@ -34,12 +35,12 @@ impl Writer {
         self.commit(Vec::new());
         let mut swept = Instant::now();
         loop {
-            match self.jobs.recv_timeout(STALE_READER_SWEEP) {
+            match self.jobs.recv_timeout(SWEEP) {
                 Ok(first) => self.commit(vec![first]),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            if swept.elapsed() >= STALE_READER_SWEEP {
+            if swept.elapsed() >= SWEEP {
                 self.store.sweep();
                 swept = Instant::now();
             }
