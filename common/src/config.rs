@@ -14,6 +14,9 @@ use crate::telemetry::LogFormat;
 /// The exit code for wrong configuration, as `clap` itself uses it.
 const EXIT_CONFIGURATION: i32 = 2;
 
+/// No span of time may be longer, so that none added to a point in time overflows.
+const LONGEST_DURATION: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
 /// Options of every service.
 #[derive(Args, Clone, Debug)]
 pub struct ServiceConfig {
@@ -71,7 +74,11 @@ pub fn address(text: &str) -> Result<SocketAddr, String> {
 /// # Errors
 /// What to write instead.
 pub fn duration(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text).map_err(|_| "write a time, for example 800ms or 10s".to_owned())
+    match humantime::parse_duration(text) {
+        Ok(duration) if duration <= LONGEST_DURATION => Ok(duration),
+        Ok(_) => Err("write a time of at most 365days".to_owned()),
+        Err(_) => Err("write a time, for example 800ms or 10s".to_owned()),
+    }
 }
 
 /// Reads a span of time in which something must be possible.

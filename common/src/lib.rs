@@ -6,6 +6,7 @@
 #![warn(missing_docs)]
 
 pub mod api;
+pub mod body;
 pub mod config;
 pub mod entry;
 pub mod healthcheck;

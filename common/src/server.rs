@@ -8,14 +8,12 @@ use std::any::Any;
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
-use axum::body::{Body, Bytes};
 use axum::extract::Request;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
 use axum_server::Handle;
 use axum_server::accept::Accept;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper_util::rt::TokioTimer;
 use serde::Serialize;
 use tokio::net::TcpStream;
@@ -177,45 +175,6 @@ pub fn stop_on_signal() -> std::io::Result<CancellationToken> {
 /// The request id that [`with_middleware`] gave this request, as text.
 pub fn request_id(headers: &HeaderMap) -> Option<&str> {
     headers.get(REQUEST_ID)?.to_str().ok()
-}
-
-/// Why a request body could not be read.
-#[derive(Debug, thiserror::Error)]
-pub enum BodyError {
-    /// It has more bytes than the limit.
-    #[error("the body is larger than {0} bytes")]
-    TooLarge(usize),
-    /// It, or its next piece, did not come in time.
-    #[error("the body stalled; send it without long pauses")]
-    TooSlow,
-    /// The connection broke, or the body is not valid HTTP.
-    #[error("the body ended too early or cannot be read")]
-    Broken,
-}
-
-impl From<BodyError> for Problem {
-    fn from(error: BodyError) -> Self {
-        let status = match error {
-            BodyError::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
-            BodyError::TooSlow => StatusCode::REQUEST_TIMEOUT,
-            BodyError::Broken => StatusCode::BAD_REQUEST,
-        };
-        Self::new(status, error.to_string())
-    }
-}
-
-/// Reads a whole request body of at most `limit` bytes within `patience`.
-///
-/// # Errors
-/// When it is larger, slower, or breaks off.
-pub async fn read_body(body: Body, limit: usize, patience: Duration) -> Result<Bytes, BodyError> {
-    let reading = Limited::new(body, limit).collect();
-    let read = tokio::time::timeout(patience, reading).await;
-    match read.map_err(|_| BodyError::TooSlow)? {
-        Ok(body) => Ok(body.to_bytes()),
-        Err(error) if error.is::<LengthLimitError>() => Err(BodyError::TooLarge(limit)),
-        Err(_) => Err(BodyError::Broken),
-    }
 }
 
 /// Readiness as an answer: what is checked, whether it is so, and in words what is missing.

@@ -3,12 +3,13 @@
 //!
 //! What a failed batch means for its entries is decided here; where they go next is not.
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use common::entry::{MAX_BATCH_BYTES, MAX_JSON_EXPANSION, Outcome, PutEntry, PutResult};
-use tokio::sync::{Notify, OwnedSemaphorePermit, oneshot};
+use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
 use crate::MAX_MAX_MESSAGE;
@@ -44,8 +45,8 @@ const SMALLEST_BATCH: usize = 1024;
 const LONG_WAIT: Duration = Duration::from_millis(250);
 const MAX_WAITING_BATCHES: usize = 4;
 
-/// Memory that a request has reserved, for as long as anything of it is queued.
-pub type Reservation = Arc<OwnedSemaphorePermit>;
+/// What a request has reserved, for as long as anything of it is queued.
+pub type Held = Arc<dyn Any + Send + Sync>;
 
 /// The queue to one instance.
 ///
@@ -78,7 +79,7 @@ struct Queued {
     json: Vec<u8>,
     reply: Reply,
     since: Instant,
-    _reserved: Reservation,
+    _held: Held,
 }
 
 type Reply = oneshot::Sender<Result<Outcome, BatchFailure>>;
@@ -116,7 +117,7 @@ impl Batcher {
     pub fn put(
         &self,
         entry: &PutEntry,
-        reserved: Reservation,
+        held: Held,
     ) -> impl Future<Output = Result<Outcome, BatchFailure>> + Send + use<> {
         let json = serde_json::to_vec(entry).expect("an entry is plain JSON");
         let (reply, outcome) = oneshot::channel();
@@ -126,7 +127,7 @@ impl Batcher {
             json,
             reply,
             since: Instant::now(),
-            _reserved: reserved,
+            _held: held,
         });
         drop(queue);
         self.shared.changed.notify_one();

@@ -11,19 +11,22 @@ use axum::Json;
 use axum::body::{Body, BodyDataStream};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
+use common::body::{BodyError, holding};
 use common::entry;
 use common::problem::{Problem, shortened};
-use common::server::{self, BodyError};
+use common::server;
 use futures_util::{Stream, StreamExt, stream};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::batcher::Reservation;
+use crate::batcher::Held;
 use crate::get::{self, Format};
-use crate::post::{body_limit, check_size};
+use crate::post::{RETRY_AFTER, body_limit, check_size};
 use crate::store::{Certainty, Key, NotStored, Post, WhenOverloaded, store};
 use crate::{App, too_many};
 
@@ -35,6 +38,10 @@ const WINDOW_LINES: usize = 4096;
 
 /// Errors that a summary lists; the rest are only counted.
 const MAX_ERRORS: usize = 100;
+
+/// How long the rest of an upload is read and discarded when the process stops, so that its caller
+/// gets the answer.
+const DISCARD_FOR: Duration = Duration::from_secs(2);
 
 /// Results that go into one piece of a streamed reply.
 const RESULTS_PER_CHUNK: usize = 256;
@@ -49,14 +56,15 @@ pub(crate) async fn upload(app: App, headers: &HeaderMap, body: Body) -> Result<
     }
     let place = app.uploads.clone().try_acquire_owned();
     let place = place.map_err(|_| too_many("uploads").with("stored", "no"))?;
-    let place = Arc::new(place);
+    let place: Held = Arc::new(place);
     let reply = get::negotiate(headers, &[Format::Json, Format::Ndjson])?;
     let request_id = server::request_id(headers).map(str::to_owned);
-    let results = store_lines(app, body, request_id, place);
-    if reply == Format::Ndjson {
-        return Ok(stream_results(results));
-    }
-    Ok(Json(summarize(results).await?).into_response())
+    let results = store_lines(app, body, request_id, place.clone());
+    let answer = match reply {
+        Format::Ndjson => stream_results(results),
+        Format::Json | Format::Text => summarize(results).await?,
+    };
+    Ok(holding(answer, place))
 }
 
 /// What became of one line.
@@ -72,7 +80,7 @@ struct LineResult {
     error: Option<String>,
 }
 
-/// The reply to a whole upload.
+/// The reply to an upload.
 #[derive(Debug, Default, Serialize)]
 struct Summary {
     stored: u64,
@@ -80,17 +88,24 @@ struct Summary {
     errors: Vec<LineResult>,
 }
 
+/// An upload that broke off is a problem that has the summary of the lines before it, so that its
+/// caller can go on behind them.
 async fn summarize(
-    results: impl Stream<Item = Result<LineResult, Problem>>,
-) -> Result<Summary, Problem> {
+    results: impl Stream<Item = Result<LineResult, Broken>>,
+) -> Result<Response, Problem> {
     let mut results = std::pin::pin!(results);
     let mut summary = Summary::default();
     while let Some(result) = results.next().await {
-        let result = result.map_err(|problem| {
-            problem
-                .with("stored_lines", summary.stored)
-                .with("failed_lines", summary.failed)
-        })?;
+        let result = match result {
+            Ok(result) => result,
+            Err(Broken { problem, lines }) => {
+                return Err(problem
+                    .with("stored_lines", summary.stored)
+                    .with("failed_lines", summary.failed)
+                    .with("lines", lines)
+                    .with("summary", summary));
+            }
+        };
         if result.error.is_none() {
             summary.stored += 1;
             continue;
@@ -100,23 +115,25 @@ async fn summarize(
             summary.errors.push(result);
         }
     }
-    Ok(summary)
+    Ok(Json(summary).into_response())
 }
 
 fn stream_results(
-    results: impl Stream<Item = Result<LineResult, Problem>> + Send + 'static,
+    results: impl Stream<Item = Result<LineResult, Broken>> + Send + 'static,
 ) -> Response {
     let chunks = results.ready_chunks(RESULTS_PER_CHUNK).flat_map(|results| {
         let mut chunk = Vec::new();
         let mut end = None;
         for result in results {
             match result {
-                Ok(result) => {
-                    let written = serde_json::to_writer(&mut chunk, &result);
-                    written.expect("writing to a Vec does not fail");
-                    chunk.push(b'\n');
+                Ok(result) => write_line(&mut chunk, &result),
+                Err(Broken { problem, lines }) => {
+                    write_line(
+                        &mut chunk,
+                        &json!({"lines": lines, "error": problem.detail()}),
+                    );
+                    end = Some(Err("the upload broke off"));
                 }
-                Err(_) => end = Some(Err("the upload broke off")),
             }
         }
         stream::iter([Ok(chunk)].into_iter().chain(end))
@@ -132,16 +149,22 @@ fn stream_results(
     (content_type, Body::from_stream(chunks)).into_response()
 }
 
+fn write_line(out: &mut Vec<u8>, value: &impl Serialize) {
+    serde_json::to_writer(&mut *out, value).expect("writing to a Vec does not fail");
+    out.push(b'\n');
+}
+
 /// Stores the lines of a body and yields their results in order. An error is the last item: the
 /// body broke off, and what was read before it has been stored.
 fn store_lines(
     app: App,
     body: Body,
     request_id: Option<String>,
-    place: Reservation,
-) -> impl Stream<Item = Result<LineResult, Problem>> + Send + 'static {
+    place: Held,
+) -> impl Stream<Item = Result<LineResult, Broken>> + Send + 'static {
     let window = Arc::new(Semaphore::new(WINDOW_BYTES));
-    let lines = Lines::new(body, body_limit(app.max_message), app.body_patience);
+    let limit = body_limit(app.max_message);
+    let lines = Lines::new(body, limit, app.body_patience, app.stop.clone());
     let lines = stream::unfold(lines, async |mut lines| Some((lines.next().await?, lines)));
     let admitted = lines
         .filter(|line| future::ready(!line.is_blank()))
@@ -172,15 +195,18 @@ async fn store_line(
     app: &App,
     line: Line,
     request_id: Option<String>,
-    place: Reservation,
-) -> Result<LineResult, Problem> {
+    place: Held,
+) -> Result<LineResult, Broken> {
     let text = match line.content {
         Content::Text(text) => text,
         Content::TooLong => {
             let reason = format!("a message may have {} bytes at most", app.max_message);
             return Ok(LineResult::failed(line.number, None, Certainty::No, reason));
         }
-        Content::Broken(problem) => return Err(problem),
+        Content::Broken(problem) => {
+            let lines = line.number - 1;
+            return Err(Broken { problem, lines });
+        }
     };
     let (msg, key) = match parse_line(&text, app.max_message) {
         Ok(parsed) => parsed,
@@ -190,7 +216,7 @@ async fn store_line(
         msg,
         key,
         request_id,
-        reserved: place,
+        held: place,
         overload: WhenOverloaded::Wait,
     };
     let result = match store(&app.pool, post, app.deadline).await {
@@ -254,6 +280,14 @@ fn parse_line(text: &[u8], max_message: usize) -> Result<(String, Key), String> 
     Ok((msg, key))
 }
 
+/// An upload that ends before its end.
+#[derive(Debug)]
+struct Broken {
+    problem: Problem,
+    /// How many lines were read before.
+    lines: u64,
+}
+
 /// One line of the body, numbered from 1.
 struct Line {
     number: u64,
@@ -261,7 +295,8 @@ struct Line {
 }
 
 enum Content {
-    Text(Bytes),
+    /// A copy, so that it does not keep the buffer in memory that it was read into.
+    Text(Box<[u8]>),
     TooLong,
     Broken(Problem),
 }
@@ -278,17 +313,26 @@ struct Lines {
     buffer: BytesMut,
     limit: usize,
     patience: Duration,
+    stop: CancellationToken,
     number: u64,
     is_finished: bool,
 }
 
+/// What comes next from a body.
+enum Piece {
+    Data(Bytes),
+    End,
+    Broken(Problem),
+}
+
 impl Lines {
-    fn new(body: Body, limit: usize, patience: Duration) -> Self {
+    fn new(body: Body, limit: usize, patience: Duration, stop: CancellationToken) -> Self {
         Self {
             body: body.into_data_stream(),
             buffer: BytesMut::new(),
             limit,
             patience,
+            stop,
             number: 0,
             is_finished: false,
         }
@@ -314,39 +358,68 @@ impl Lines {
                 .iter()
                 .position(|byte| *byte == b'\n');
             if let Some(end) = end {
-                let line = self.buffer.split_to(scanned + end + 1).freeze();
-                let text = line.slice(..line.len() - 1);
-                return Some(self.bounded(text, is_too_long));
+                let line = &self.buffer[..scanned + end];
+                let content = self.bounded(line, is_too_long);
+                self.buffer.advance(scanned + end + 1);
+                return Some(content);
             }
             if self.buffer.len() > self.limit {
                 is_too_long = true;
                 self.buffer.clear();
             }
             scanned = self.buffer.len();
-            let piece = timeout(self.patience, self.body.next()).await;
-            match piece.map_err(|_| BodyError::TooSlow).transpose() {
-                Some(Ok(Ok(piece))) => self.buffer.extend_from_slice(&piece),
-                Some(Ok(Err(_))) => return Some(self.broken(BodyError::Broken)),
-                Some(Err(error)) => return Some(self.broken(error)),
-                None => {
+            match self.next_piece().await {
+                Piece::Data(piece) => self.buffer.extend_from_slice(&piece),
+                Piece::Broken(problem) => {
                     self.is_finished = true;
-                    let text = self.buffer.split().freeze();
-                    let is_nothing = text.is_empty() && !is_too_long;
-                    return (!is_nothing).then(|| self.bounded(text, is_too_long));
+                    return Some(Content::Broken(problem));
+                }
+                Piece::End => {
+                    self.is_finished = true;
+                    let is_nothing = self.buffer.is_empty() && !is_too_long;
+                    return (!is_nothing).then(|| self.bounded(&self.buffer, is_too_long));
                 }
             }
         }
     }
 
-    fn broken(&mut self, error: BodyError) -> Content {
-        self.is_finished = true;
-        Content::Broken(error.into())
+    /// Waits for more of the body, until the process is told to stop.
+    async fn next_piece(&mut self) -> Piece {
+        let piece = tokio::select! {
+            biased;
+            () = self.stop.cancelled() => {
+                self.discard_rest();
+                return Piece::Broken(stopping());
+            }
+            piece = timeout(self.patience, self.body.next()) => piece,
+        };
+        match piece {
+            Ok(Some(Ok(piece))) => Piece::Data(piece),
+            Ok(Some(Err(_))) => Piece::Broken(BodyError::Broken.into()),
+            Ok(None) => Piece::End,
+            Err(_) => Piece::Broken(BodyError::TooSlow.into()),
+        }
     }
 
-    fn bounded(&self, text: Bytes, is_too_long: bool) -> Content {
-        if is_too_long || text.len() > self.limit {
+    /// Reads on for a while and keeps nothing: a caller that is still sending would otherwise find
+    /// its connection reset, and not read the answer.
+    fn discard_rest(&mut self) {
+        let mut body = std::mem::replace(&mut self.body, Body::empty().into_data_stream());
+        tokio::spawn(timeout(DISCARD_FOR, async move {
+            while let Some(Ok(_)) = body.next().await {}
+        }));
+    }
+
+    fn bounded(&self, line: &[u8], is_too_long: bool) -> Content {
+        if is_too_long || line.len() > self.limit {
             return Content::TooLong;
         }
-        Content::Text(text)
+        Content::Text(line.into())
     }
+}
+
+fn stopping() -> Problem {
+    let detail = "this facade is stopping and read no further line than `lines` says: those of them \
+                  that are not among the errors are stored; send the rest again, to another facade";
+    Problem::unavailable(detail, RETRY_AFTER)
 }

@@ -1,11 +1,15 @@
 //! Finds the logging instances behind the configured addresses. A host name that resolves to
 //! several addresses is several instances, so scaling a service behind one name is enough.
 
-use std::net::{IpAddr, SocketAddr};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::sync::{Arc, Weak};
+use std::thread;
 use std::time::Duration;
 
 use reqwest::{Client, Url};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
 
 use crate::client::{Logging, LoggingClient};
 use crate::pool::Pool;
@@ -13,12 +17,20 @@ use crate::pool::Pool;
 /// How often host names are looked up again.
 const LOOK_UP_INTERVAL: Duration = Duration::from_secs(3);
 
-/// A look-up that takes longer has failed; the last good answer stays.
-const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(3);
+/// A look-up that takes longer is logged; the last good answer stays until it ends.
+const LONG_LOOK_UP: Duration = Duration::from_secs(6);
 
 /// Puts the instances at these addresses into the pool, and keeps looking up those that are host
 /// names for as long as the pool is there.
-pub(crate) fn start(pool: &Arc<Pool>, http: &Client, urls: &[Url], try_timeout: Duration) {
+///
+/// # Errors
+/// When the thread of a look-up cannot be started.
+pub(crate) fn start(
+    pool: &Arc<Pool>,
+    http: &Client,
+    urls: &[Url],
+    try_timeout: Duration,
+) -> io::Result<()> {
     for url in urls {
         let origin = Origin {
             http: http.clone(),
@@ -27,10 +39,14 @@ pub(crate) fn start(pool: &Arc<Pool>, http: &Client, urls: &[Url], try_timeout: 
             try_timeout,
         };
         match origin.host.trim_matches(['[', ']']).parse::<IpAddr>() {
-            Ok(address) => origin.publish(pool, &[(address, origin.port).into()]),
-            Err(_) => drop(tokio::spawn(look_up_again(Arc::downgrade(pool), origin))),
+            Ok(address) => origin.publish(pool, vec![(address, origin.port).into()]),
+            Err(_) => {
+                let look_ups = look_up_repeatedly(origin.host.clone(), origin.port)?;
+                tokio::spawn(publish_look_ups(Arc::downgrade(pool), origin, look_ups));
+            }
         }
     }
+    Ok(())
 }
 
 /// One configured address.
@@ -42,10 +58,10 @@ struct Origin {
 }
 
 impl Origin {
-    fn publish(&self, pool: &Pool, addresses: &[SocketAddr]) {
-        let found = addresses.iter().map(|address| {
+    fn publish(&self, pool: &Pool, addresses: Vec<SocketAddr>) {
+        let found = addresses.into_iter().map(|address| {
             let (http, served) = (self.http.clone(), pool.served_map.clone());
-            let client = LoggingClient::new(http, *address, self.try_timeout, served);
+            let client = LoggingClient::new(http, address, self.try_timeout, served);
             (address.to_string(), Arc::new(client) as Arc<dyn Logging>)
         });
         let origin = format!("{}:{}", self.host, self.port);
@@ -53,26 +69,101 @@ impl Origin {
     }
 }
 
-async fn look_up_again(pool: Weak<Pool>, origin: Origin) {
+type LookUp = io::Result<Vec<SocketAddr>>;
+
+/// Looks a name up again and again, on a thread of its own until the receiver is dropped. A resolver
+/// may hang for a minute, and the runtime would wait for its own threads when the process stops.
+fn look_up_repeatedly(host: String, port: u16) -> io::Result<mpsc::Receiver<LookUp>> {
+    let (found, look_ups) = mpsc::channel(1);
+    let name = "look-up".to_owned();
+    thread::Builder::new().name(name).spawn(move || {
+        loop {
+            let addresses = (host.as_str(), port).to_socket_addrs();
+            if found
+                .blocking_send(addresses.map(Iterator::collect))
+                .is_err()
+            {
+                return;
+            }
+            thread::sleep(LOOK_UP_INTERVAL);
+        }
+    })?;
+    Ok(look_ups)
+}
+
+async fn publish_look_ups(pool: Weak<Pool>, origin: Origin, mut look_ups: mpsc::Receiver<LookUp>) {
+    let host = origin.host.as_str();
     loop {
-        let looking_up = tokio::net::lookup_host((origin.host.as_str(), origin.port));
-        let looked_up = tokio::time::timeout(LOOK_UP_TIMEOUT, looking_up).await;
-        let addresses = match looked_up {
-            Ok(Ok(addresses)) => addresses.collect(),
-            Ok(Err(_)) | Err(_) => Vec::new(),
-        };
+        let looked_up = timeout(LONG_LOOK_UP, look_ups.recv()).await;
         let Some(pool) = pool.upgrade() else {
             return;
         };
-        if addresses.is_empty() {
-            tracing::warn!(
-                host = origin.host,
-                "a look-up failed, the last good answer stays"
-            );
-        } else {
-            origin.publish(&pool, &addresses);
+        match looked_up {
+            Ok(Some(Ok(addresses))) => {
+                let instances = instances_of(host, addresses);
+                if instances.is_empty() {
+                    tracing::warn!(
+                        host,
+                        "a look-up found no address, the last good answer stays"
+                    );
+                } else {
+                    origin.publish(&pool, instances);
+                }
+            }
+            Ok(Some(Err(error))) => {
+                tracing::warn!(host, %error, "a look-up failed, the last good answer stays");
+            }
+            Err(_) => {
+                tracing::warn!(host, "a look-up takes long, the last good answer stays");
+            }
+            Ok(None) => return,
         }
-        drop(pool);
-        tokio::time::sleep(LOOK_UP_INTERVAL).await;
+    }
+}
+
+/// The addresses of a name that count as instances. A scoped link-local address cannot be written in
+/// a URL. A machine's two loopback addresses are one instance, and the IPv4 one is what services
+/// listen on by default.
+fn instances_of(host: &str, addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
+    let has_loopback = addresses
+        .iter()
+        .any(|address| address.ip() == Ipv4Addr::LOCALHOST);
+    let is_instance = |address: &SocketAddr| match address {
+        SocketAddr::V6(scoped) if scoped.scope_id() != 0 => {
+            let address = scoped.to_string();
+            tracing::warn!(
+                host,
+                address,
+                "a link-local address with a scope is left out"
+            );
+            false
+        }
+        _ => !(has_loopback && address.ip() == Ipv6Addr::LOCALHOST),
+    };
+    addresses.into_iter().filter(is_instance).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn instances(addresses: &[&str]) -> Vec<String> {
+        let parsed = addresses.iter().map(|address| address.parse());
+        let parsed: Result<Vec<SocketAddr>, _> = parsed.collect();
+        let instances = instances_of("name", parsed.expect("addresses"));
+        instances.iter().map(SocketAddr::to_string).collect()
+    }
+
+    #[test]
+    fn both_loopback_addresses_are_one_instance() {
+        let both = ["[::1]:8082", "127.0.0.1:8082"];
+        assert_eq!(instances(&both), ["127.0.0.1:8082"]);
+        assert_eq!(instances(&both[..1]), ["[::1]:8082"]);
+    }
+
+    #[test]
+    fn link_local_address_with_a_scope_is_left_out() {
+        let both = ["[fe80::1%2]:8082", "10.0.0.1:8082"];
+        assert_eq!(instances(&both), ["10.0.0.1:8082"]);
     }
 }

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::body::HttpBody;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
-use axum::response::Response;
-use common::entry::Entry;
+use axum::response::{IntoResponse, Response};
+use common::body::{NoMemory, Reservation, holding};
 use common::page::{Bounds, Order};
 use common::problem::Problem;
 use common::server;
@@ -19,7 +20,7 @@ use uuid::Uuid;
 use crate::client::{Logging, UpstreamError};
 use crate::merge::{self, Read};
 use crate::pool::is_worth_waiting;
-use crate::post::RETRY_AFTER;
+use crate::post::{RETRY_AFTER, body_limit};
 use crate::{App, too_many};
 
 /// The form of an answer that holds entries.
@@ -125,9 +126,12 @@ pub(crate) async fn list(
 pub(crate) async fn show(
     State(app): State<App>,
     path: Result<Path<String>, PathRejection>,
-) -> Result<Json<Entry>, Problem> {
+) -> Result<Response, Problem> {
     let Path(uuid) = path.map_err(|error| Problem::bad_request(error.body_text()))?;
-    let _place = app.lookups.try_acquire().map_err(|_| too_many("reads"))?;
+    // Until it is known how large the message is, it may be as large as any.
+    let largest = body_limit(app.max_message);
+    let reserved = Reservation::new(&app.lookups, largest);
+    let mut reserved = reserved.map_err(|NoMemory| too_many("reads"))?;
     let uuid = Uuid::try_parse(&uuid)
         .map_err(|error| Problem::bad_request(format!("{uuid:?} is no UUID: {error}")))?;
     let ask = move |logging: Arc<dyn Logging>| async move { logging.get(uuid).await };
@@ -135,10 +139,15 @@ pub(crate) async fn show(
         .pool
         .ask_patiently(app.read_deadline, is_worth_waiting, ask);
     let entry = asked.await.map_err(|error| answer_unreadable(&error))?;
-    entry.map(Json).ok_or_else(|| {
+    let Some(entry) = entry else {
         let detail = format!("there is no message {uuid}");
-        Problem::new(StatusCode::NOT_FOUND, detail)
-    })
+        return Err(Problem::new(StatusCode::NOT_FOUND, detail));
+    };
+    let answer = Json(entry).into_response();
+    let bytes = answer.body().size_hint().lower() as usize;
+    let resized = reserved.resize(bytes);
+    resized.map_err(|NoMemory| too_many("reads"))?;
+    Ok(holding(answer, reserved))
 }
 
 /// The answer when no logging instance could be read from.

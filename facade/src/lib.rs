@@ -17,6 +17,7 @@ mod readiness;
 pub mod served_map;
 pub mod store;
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -31,7 +32,7 @@ use common::problem::Problem;
 use common::server::{self, Limits, RequestLog};
 use rand::rngs::StdRng;
 use reqwest::Url;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::{MessagesClient, http_client};
@@ -46,8 +47,8 @@ const MAX_POSTED_BYTES: usize = 64 * 1024 * 1024;
 /// Uploads of many messages at once; each has a window of its own.
 const MAX_UPLOADS: usize = 16;
 
-/// Reads of single messages at once.
-const MAX_LOOKUPS: usize = 256;
+/// Memory for reads of single messages, in bytes of their answers; more are turned away with a 503.
+const MAX_LOOKUP_BYTES: usize = 64 * 1024 * 1024;
 
 /// The largest `--max-message`: escaped in JSON it still fits into a batch.
 const MAX_MAX_MESSAGE: u64 = 1024 * 1024;
@@ -133,7 +134,7 @@ pub struct App {
     uploads: Arc<Semaphore>,
     /// Places for GETs of the log.
     reads: Arc<Semaphore>,
-    /// Places for GETs of single messages.
+    /// Memory for GETs of single messages, in bytes.
     lookups: Arc<Semaphore>,
     readiness: Arc<Readiness>,
     stop: CancellationToken,
@@ -150,7 +151,7 @@ impl App {
         limits: Limits,
         random: StdRng,
         stop: CancellationToken,
-    ) -> reqwest::Result<Self> {
+    ) -> io::Result<Self> {
         let pool = Pool::new(random, Identifiers::new(SystemTime::now));
         Self::discovering(config, limits, Arc::new(pool), stop)
     }
@@ -158,16 +159,16 @@ impl App {
     /// The same, with a pool that is filled with the instances at the configured addresses.
     ///
     /// # Errors
-    /// When the HTTP client cannot be built.
+    /// When the HTTP client cannot be built, or a thread for look-ups not be started.
     pub fn discovering(
         config: &Config,
         limits: Limits,
         pool: Arc<Pool>,
         stop: CancellationToken,
-    ) -> reqwest::Result<Self> {
-        let http = http_client(config.try_timeout / 2)?;
-        discovery::start(&pool, &http, &config.logging, config.try_timeout);
-        Self::with_pool(config, limits, pool, stop)
+    ) -> io::Result<Self> {
+        let http = http_client(config.try_timeout / 2).map_err(io::Error::other)?;
+        discovery::start(&pool, &http, &config.logging, config.try_timeout)?;
+        Self::with_pool(config, limits, pool, stop).map_err(io::Error::other)
     }
 
     /// The same, with a pool that the caller fills.
@@ -191,18 +192,10 @@ impl App {
             posts: Arc::new(Semaphore::new(MAX_POSTED_BYTES)),
             uploads: Arc::new(Semaphore::new(MAX_UPLOADS)),
             reads: Arc::new(Semaphore::new(config.max_reads.into())),
-            lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
+            lookups: Arc::new(Semaphore::new(MAX_LOOKUP_BYTES)),
             readiness: Arc::default(),
             stop,
         })
-    }
-
-    /// Reserves memory for messages, or turns them away.
-    fn reserve(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Problem> {
-        let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
-        let posts = self.posts.clone();
-        let reserved = posts.try_acquire_many_owned(permits);
-        reserved.map_err(|_| too_many("messages").with("stored", "no"))
     }
 }
 

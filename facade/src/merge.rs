@@ -10,6 +10,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
+use common::body::holding;
 use common::entry::{Entry, is_control};
 use common::page::{Bounds, Order};
 use common::problem::Problem;
@@ -61,7 +62,6 @@ pub(crate) async fn answer(
         reply,
         count: 0,
         next: Next::Nothing,
-        _place: place,
     };
     let mut first = body.render_head();
     body.render_page(&page, &mut first);
@@ -73,7 +73,7 @@ pub(crate) async fn answer(
     });
     let content_type = [(header::CONTENT_TYPE, read.format.content_type())];
     let body = Body::from_stream(stream::iter([Ok(first)]).chain(rest));
-    Ok((content_type, body).into_response())
+    Ok(holding((content_type, body).into_response(), place))
 }
 
 /// Where a read is. Each page comes from whichever instance can give it, so a read goes on from
@@ -138,7 +138,6 @@ struct MergedBody {
     reply: AbortOnDropHandle<Result<String, UpstreamError>>,
     count: u64,
     next: Next,
-    _place: OwnedSemaphorePermit,
 }
 
 /// What comes next in the body.

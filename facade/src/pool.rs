@@ -1,6 +1,7 @@
 //! The logging instances: uniform random choice among those that are up, and what to ask next when
 //! a read fails on one. How a POST is repeated is the subject of `store`.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -70,10 +71,10 @@ pub struct Pool {
     pub identifiers: Identifiers,
 }
 
-/// An instance and the configured address that it was found under.
+/// An instance and the configured addresses that it was found under.
 #[derive(Clone, Debug)]
 struct Member {
-    origin: String,
+    origins: BTreeSet<String>,
     instance: Arc<Instance>,
 }
 
@@ -91,37 +92,40 @@ impl Pool {
         }
     }
 
-    /// Makes these, by name, the instances that were found under `origin`. Those that were there
-    /// already stay as they are; those that are missing get nothing new, and what they have is
-    /// finished.
+    /// Makes these, by name, the instances that were found under `origin`. The pool is the union of
+    /// what was found under each origin. Those that were there already stay as they are; those that
+    /// no origin has any more get nothing new, and what they have is finished.
     pub fn set_instances(&self, origin: &str, found: Vec<(String, Arc<dyn Logging>)>) {
         let mut members = self.members.write().unwrap_or_else(PoisonError::into_inner);
-        members.retain(|member| {
-            let is_found = found.iter().any(|(name, _)| *name == member.instance.name);
-            let stays = is_found || member.origin != origin;
-            if !stays {
-                tracing::info!(
-                    instance = member.instance.name,
-                    "a logging instance has vanished"
-                );
-            }
-            stays
-        });
-        for (name, client) in found {
-            if members.iter().any(|member| member.instance.name == name) {
+        for (name, client) in &found {
+            let mut known = members.iter_mut();
+            if let Some(member) = known.find(|member| member.instance.name == *name) {
+                member.origins.insert(origin.to_owned());
                 continue;
             }
             tracing::info!(instance = name, "a logging instance is known");
             members.push(Member {
-                origin: origin.to_owned(),
+                origins: BTreeSet::from([origin.to_owned()]),
                 instance: Arc::new(Instance::new(
-                    name,
-                    client,
+                    name.clone(),
+                    client.clone(),
                     self.readmitted.clone(),
                     self.served_map.clone(),
                 )),
             });
         }
+        members.retain_mut(|member| {
+            let name = &member.instance.name;
+            if found.iter().all(|(found, _)| found != name) {
+                member.origins.remove(origin);
+            }
+            if !member.origins.is_empty() {
+                return true;
+            }
+            tracing::info!(instance = name, "a logging instance has vanished");
+            self.served_map.forget(name);
+            false
+        });
         self.readmitted.notify_waiters();
     }
 
@@ -287,5 +291,40 @@ fn hope(error: &UpstreamError) -> u8 {
         UpstreamError::Status(..) if error.is_map_unavailable() => 3,
         UpstreamError::Status(..) | UpstreamError::OtherMap(_) => 1,
         UpstreamError::TimedOut => 2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use rand::SeedableRng;
+
+    use super::*;
+    use crate::client::{LoggingClient, http_client};
+
+    fn names(pool: &Pool) -> Vec<String> {
+        let instances = pool.instances();
+        instances.iter().map(|one| one.name.clone()).collect()
+    }
+
+    /// An address that two names share stays when one of them moves away.
+    #[tokio::test]
+    async fn pool_is_the_union_of_what_each_name_has() {
+        let identifiers = Identifiers::new(SystemTime::now);
+        let pool = Pool::new(StdRng::seed_from_u64(1), identifiers);
+        let http = http_client(Duration::from_secs(1)).expect("a client");
+        let found = |name: &str| {
+            let address = "127.0.0.1:9".parse().expect("an address");
+            let served = pool.served_map.clone();
+            let client = LoggingClient::new(http.clone(), address, Duration::ZERO, served);
+            (name.to_owned(), Arc::new(client) as Arc<dyn Logging>)
+        };
+        pool.set_instances("first", vec![found("shared"), found("own")]);
+        pool.set_instances("second", vec![found("shared")]);
+        pool.set_instances("first", vec![found("other")]);
+        assert_eq!(names(&pool), ["shared", "other"]);
+        pool.set_instances("second", vec![found("other")]);
+        assert_eq!(names(&pool), ["other"]);
     }
 }

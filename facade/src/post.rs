@@ -10,17 +10,17 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use common::body::{BodyError, NoMemory, Reservation, holding, read_body};
 use common::entry::{self, MAX_JSON_EXPANSION};
 use common::problem::Problem;
-use common::server::{self, BodyError};
+use common::server;
 use mediatype::{MediaType, ReadParams, names};
 use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Serialize};
-use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
 
 use crate::store::{Key, NotStored, Post, Stored, WhenOverloaded, store};
-use crate::{App, bulk};
+use crate::{App, bulk, too_many};
 
 /// Names the logging instance whose answer counted, as `HOST:PORT`.
 const LOGGING_INSTANCE: HeaderName = HeaderName::from_static("x-logging-instance");
@@ -41,23 +41,35 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
         ContentType::Ndjson => return bulk::upload(app, &parts.headers, body).await,
     };
     let key = idempotency_key(&parts.headers)?;
-    let reserved = reserve_body(&app, &parts.headers)?;
-    let body = server::read_body(body, body_limit(app.max_message), app.body_patience);
+    let limit = body_limit(app.max_message);
+    if announced_length(&parts.headers).is_some_and(|length| length > limit) {
+        return Err(too_large(app.max_message));
+    }
+    let no_memory = || too_many("messages").with("stored", "no");
+    let reserved = Reservation::new(&app.posts, 0);
+    let mut reserved = reserved.map_err(|NoMemory| no_memory())?;
+    let body = read_body(body, limit, app.body_patience, &mut reserved);
     let body = body.await.map_err(|error| match error {
         BodyError::TooLarge(_) => too_large(app.max_message),
+        BodyError::NoMemory => no_memory(),
         BodyError::TooSlow | BodyError::Broken => error.into(),
     })?;
+    let body_length = body.len();
     let msg = message(format, body, app.max_message)?;
+    // The answer repeats the message, and holds the memory until its caller has read it.
+    let bytes = body_length.max(json_length(&msg));
+    reserved.resize(bytes).map_err(|NoMemory| no_memory())?;
+    let reserved = Arc::new(reserved);
     let post = Post {
         msg: msg.clone(),
         key,
         request_id: server::request_id(&parts.headers).map(str::to_owned),
-        reserved: Arc::new(reserved),
+        held: reserved.clone(),
         overload: WhenOverloaded::GiveUp,
     };
     let stored = store(&app.pool, post, app.deadline).await;
     let stored = stored.map_err(|error| answer_not_stored(&error))?;
-    Ok(answer_stored(&stored, &msg))
+    Ok(holding(answer_stored(&stored, &msg), reserved))
 }
 
 /// How a body holds its message.
@@ -152,19 +164,16 @@ pub(crate) fn body_limit(max_message: usize) -> usize {
     max_message * MAX_JSON_EXPANSION + BODY_OVERHEAD
 }
 
-/// Reserves memory for a body before it is read, so that posts at once are bounded in bytes; a body
-/// that announces too many is a 413.
-fn reserve_body(app: &App, headers: &HeaderMap) -> Result<OwnedSemaphorePermit, Problem> {
-    let limit = body_limit(app.max_message);
-    let announced = headers
-        .get(header::CONTENT_LENGTH)
-        .and_then(|length| length.to_str().ok()?.parse().ok());
-    let bytes = match announced {
-        Some(bytes) if bytes > limit => return Err(too_large(app.max_message)),
-        Some(bytes) => bytes,
-        None => limit,
-    };
-    app.reserve(bytes)
+fn announced_length(headers: &HeaderMap) -> Option<usize> {
+    let length = headers.get(header::CONTENT_LENGTH)?;
+    length.to_str().ok()?.parse().ok()
+}
+
+/// At most how many bytes a message has as a JSON string without its quotes.
+fn json_length(msg: &str) -> usize {
+    let is_escaped = |byte: &u8| *byte < b' ' || matches!(byte, b'"' | b'\\');
+    let escaped = msg.bytes().filter(is_escaped).count();
+    msg.len() + escaped * (MAX_JSON_EXPANSION - 1)
 }
 
 fn too_large(max_message: usize) -> Problem {

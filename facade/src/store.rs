@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tower::retry::budget::Budget;
 use uuid::Uuid;
 
-use crate::batcher::{BatchFailure, Reservation};
+use crate::batcher::{BatchFailure, Held};
 use crate::pool::{Instance, Pool};
 
 /// Pause after every instance has failed once, doubled each time up to [`MAX_PAUSE`].
@@ -48,7 +48,8 @@ pub struct Post {
     pub key: Key,
     /// For the logs.
     pub request_id: Option<String>,
-    pub reserved: Reservation,
+    /// What the request has reserved.
+    pub held: Held,
     pub overload: WhenOverloaded,
 }
 
@@ -166,7 +167,7 @@ struct Delivery<'pool> {
     pool: &'pool Pool,
     entry: PutEntry,
     key: Key,
-    reserved: Reservation,
+    held: Held,
     overload: WhenOverloaded,
     /// What is known from the tries that have ended.
     certainty: Certainty,
@@ -207,7 +208,7 @@ impl<'pool> Delivery<'pool> {
             pool,
             entry,
             key: post.key,
-            reserved: post.reserved,
+            held: post.held,
             overload: post.overload,
             certainty: Certainty::No,
             pending: Vec::new(),
@@ -362,7 +363,7 @@ impl<'pool> Delivery<'pool> {
         }
         self.pending.push(instance.clone());
         self.tried.push(instance.clone());
-        let answer = instance.batcher.put(&self.entry, self.reserved.clone());
+        let answer = instance.batcher.put(&self.entry, self.held.clone());
         async { (instance, answer.await) }
     }
 

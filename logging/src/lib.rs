@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use axum::Json;
 use axum::Router;
-use axum::body::{Body, HttpBody};
+use axum::body::Body;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, RawQuery, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
@@ -21,6 +21,7 @@ use axum::routing::get;
 use bytes::Bytes;
 use clap::Parser;
 use common::api::{MARK, Mark};
+use common::body::{BodyError, NoMemory, Reservation, holding, read_body};
 use common::config::{self, ServiceConfig};
 use common::entry::{self, Entry, MAX_BATCH_BYTES, Outcome, PutEntry, PutResult};
 use common::page::{Bounds, Order, PageEnd};
@@ -28,7 +29,7 @@ use common::problem::Problem;
 use common::server::{self, Check, Limits, RequestLog};
 use futures_util::{StreamExt, stream};
 use serde::Deserialize;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -134,11 +135,13 @@ async fn mark(State(app): State<App>, mut response: Response) -> Response {
 }
 
 async fn put(State(app): State<App>, request: Request) -> Result<Response, Problem> {
-    let announced = request.body().size_hint().exact();
-    let bytes = announced.map_or(MAX_BATCH_BYTES, |bytes| bytes as usize);
-    let permits = u32::try_from(bytes.min(MAX_BATCH_BYTES)).unwrap_or(u32::MAX);
-    let _reserved = app.posts.try_acquire_many(permits).map_err(|_| busy())?;
-    let body = server::read_body(request.into_body(), MAX_BATCH_BYTES, app.body_patience).await?;
+    let mut reserved = Reservation::new(&app.posts, 0).map_err(|NoMemory| busy())?;
+    let body = request.into_body();
+    let body = read_body(body, MAX_BATCH_BYTES, app.body_patience, &mut reserved).await;
+    let body = body.map_err(|error| match error {
+        BodyError::NoMemory => busy(),
+        BodyError::TooLarge(_) | BodyError::TooSlow | BodyError::Broken => error.into(),
+    })?;
     let batch = Batch::parse(&body)?;
     drop(body);
     let outcomes = app.map.put(batch.entries.clone()).await;
@@ -148,10 +151,11 @@ async fn put(State(app): State<App>, request: Request) -> Result<Response, Probl
         PutResult { uuid, outcome }
     });
     let mut results: Vec<PutResult> = results.collect();
-    match batch.shape {
-        Shape::Many => Ok(Json(results).into_response()),
-        Shape::One => Ok(Json(results.remove(0)).into_response()),
-    }
+    let answer = match batch.shape {
+        Shape::Many => Json(results).into_response(),
+        Shape::One => Json(results.remove(0)).into_response(),
+    };
+    Ok(holding(answer, reserved))
 }
 
 /// The entries of a POST, and whether it was one or an array: the answer has the same shape.
@@ -231,13 +235,14 @@ fn log_acknowledged(batch: &Batch, outcomes: &[Outcome]) {
 async fn show(
     State(app): State<App>,
     path: Result<Path<String>, PathRejection>,
-) -> Result<Json<Entry>, Problem> {
+) -> Result<Response, Problem> {
     let Path(uuid) = path.map_err(|error| Problem::bad_request(error.body_text()))?;
-    let _place = app.reads.try_acquire().map_err(|_| busy())?;
+    let place = app.reads.clone().try_acquire_owned();
+    let place = place.map_err(|_| busy())?;
     let uuid = Uuid::try_parse(&uuid)
         .map_err(|error| Problem::bad_request(format!("{uuid:?} is no UUID: {error}")))?;
     match app.map.get(uuid).await.map_err(answer_map_error)? {
-        Some(msg) => Ok(Json(Entry { uuid, msg })),
+        Some(msg) => Ok(holding(Json(Entry { uuid, msg }).into_response(), place)),
         None => Err(Problem::new(
             StatusCode::NOT_FOUND,
             format!("there is no entry {uuid}"),
@@ -266,7 +271,7 @@ async fn list(
     let Query(query) = query.map_err(|error| Problem::bad_request(error.body_text()))?;
     let place = app.reads.clone().try_acquire_owned();
     let place = place.map_err(|_| busy())?;
-    let mut listing = Listing::begin(app.map, query, place)
+    let mut listing = Listing::begin(app.map, query)
         .await
         .map_err(answer_map_error)?;
     let first = listing.next_chunk().await.map_err(answer_map_error)?;
@@ -280,7 +285,8 @@ async fn list(
         Ok::<_, MapError>(Some((chunk, listing)))
     });
     let body = Body::from_stream(stream::iter([Ok(first)]).chain(rest));
-    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response())
+    let content_type = [(header::CONTENT_TYPE, "application/x-ndjson")];
+    Ok(holding((content_type, body).into_response(), place))
 }
 
 /// A read under way.
@@ -295,17 +301,12 @@ struct Listing {
     first: Option<Page>,
     count: u64,
     is_finished: bool,
-    _place: OwnedSemaphorePermit,
 }
 
 impl Listing {
     /// Reads the first page. What an ascending read needs to know besides, where it is to end, is
     /// asked at the same time, so that both together take no longer than one.
-    async fn begin(
-        map: Arc<dyn DistributedMap>,
-        query: ListQuery,
-        place: OwnedSemaphorePermit,
-    ) -> Result<Self, MapError> {
+    async fn begin(map: Arc<dyn DistributedMap>, query: ListQuery) -> Result<Self, MapError> {
         let mut listing = Self {
             map,
             bounds: Bounds {
@@ -319,7 +320,6 @@ impl Listing {
             first: None,
             count: 0,
             is_finished: false,
-            _place: place,
         };
         // A bound whose time has passed is an end already.
         let has_end = query.before.is_some_and(has_passed);

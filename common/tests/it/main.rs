@@ -4,17 +4,19 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::routing::{get, post};
+use common::body::{Reservation, read_body};
 use common::problem::Problem;
-use common::server::{Limits, RequestLog, read_body, serve, with_middleware};
+use common::server::{Limits, RequestLog, serve, with_middleware};
 use futures_util::stream;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -103,7 +105,9 @@ async fn slow_head_and_idle_connection_are_cut() {
 #[tokio::test]
 async fn slow_body_is_cut_and_large_one_refused() {
     async fn read(body: Body) -> Result<Bytes, Problem> {
-        Ok(read_body(body, 100, SHORT).await?)
+        let budget = Arc::new(Semaphore::new(1000));
+        let mut reserved = Reservation::new(&budget, 0).unwrap();
+        Ok(read_body(body, 100, SHORT, &mut reserved).await?)
     }
     let server = Server::start(Router::new().route("/", post(read)), PATIENT, NEVER);
     let request = "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 90000\r\n\r\n";

@@ -24,6 +24,8 @@ mod requirements;
 /// Starts the services in-process, each on a free port.
 mod system;
 
+/// What requests and answers may keep in memory, and uploads when the process stops.
+mod bounds;
 /// Uploads of many messages.
 mod bulk;
 /// A clock that is wrong.

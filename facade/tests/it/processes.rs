@@ -346,6 +346,8 @@ fn wrong_configuration_is_one_line_and_exit_code_2() {
     assert_refused(&binary, &["--max-reads", "0"], "--max-reads");
     assert_refused(&binary, &["--deadline", "5"], "10s");
     assert_refused(&binary, &["--deadline", "0s"], "above zero");
+    let endless = "18446744073709551615s";
+    assert_refused(&binary, &["--deadline", endless], "365days");
     assert_refused(&binary, &["--logging", "http://:p@a:1"], "http://HOST:PORT");
     assert_refused(&binary, &["--try-timeout"], "--try-timeout");
 }

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use uuid::Uuid;
 
-use crate::process::{Process, free_address};
+use crate::process::{Process, free_address, peak_memory_kib};
 use crate::processes::{Processes, binary, start_logging};
 use crate::system::{
     Server, System, at, instances, logging_stub, nobody, problem, serve, serve_instance,
@@ -401,12 +401,4 @@ async fn endless_answer_does_not_fill_the_memory() {
     assert_eq!(answer["stored"], "unknown");
     let grown = peak_memory_kib(facade.pid()) - before;
     assert!(grown < GROWTH_KIB, "{grown} KiB");
-}
-
-/// The most memory that the process ever had, in KiB.
-fn peak_memory_kib(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
-    let size = line.unwrap().split_whitespace().nth(1);
-    size.unwrap().parse().unwrap()
 }

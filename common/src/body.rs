@@ -1,0 +1,226 @@
+//! Bodies that are bounded in memory: requests are read into a reservation that grows with them, and
+//! answers hold what they reserved until they are written.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::body::{Body, HttpBody};
+use axum::http::StatusCode;
+use axum::response::Response;
+use bytes::{Bytes, BytesMut};
+use http_body::{Frame, SizeHint};
+use http_body_util::BodyExt;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::problem::Problem;
+
+/// An answer is given to its connection in pieces of this many bytes, so that its reservation ends
+/// when nearly all of it was taken, and not when the connection has put it into a buffer.
+const PIECE: usize = 16 * 1024;
+
+/// Memory that is reserved from a budget in bytes. It is given back when this is dropped.
+#[derive(Debug)]
+pub struct Reservation {
+    budget: Arc<Semaphore>,
+    held: OwnedSemaphorePermit,
+}
+
+/// The budget has not so much left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoMemory;
+
+impl Reservation {
+    /// Reserves memory from a budget whose permits are bytes.
+    ///
+    /// # Errors
+    /// When the budget has not so much left.
+    pub fn new(budget: &Arc<Semaphore>, bytes: usize) -> Result<Self, NoMemory> {
+        Ok(Self {
+            held: acquire(budget, bytes)?,
+            budget: budget.clone(),
+        })
+    }
+
+    /// Grows or shrinks to so many bytes.
+    ///
+    /// # Errors
+    /// When the budget has not so much left; then the reservation stays as it is.
+    pub fn resize(&mut self, bytes: usize) -> Result<(), NoMemory> {
+        let held = self.held.num_permits();
+        if bytes > held {
+            self.held.merge(acquire(&self.budget, bytes - held)?);
+        } else {
+            drop(self.held.split(held - bytes));
+        }
+        Ok(())
+    }
+}
+
+fn acquire(budget: &Arc<Semaphore>, bytes: usize) -> Result<OwnedSemaphorePermit, NoMemory> {
+    let permits = u32::try_from(bytes).map_err(|_| NoMemory)?;
+    let acquired = budget.clone().try_acquire_many_owned(permits);
+    acquired.map_err(|_| NoMemory)
+}
+
+/// Why a request body could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum BodyError {
+    /// It has more bytes than the limit.
+    #[error("the body is larger than {0} bytes")]
+    TooLarge(usize),
+    /// It, or its next piece, did not come in time.
+    #[error("the body stalled; send it without long pauses")]
+    TooSlow,
+    /// The connection broke, or the body is not valid HTTP.
+    #[error("the body ended too early or cannot be read")]
+    Broken,
+    /// All memory for bodies is in use.
+    #[error("too many bodies at once, nothing was done; come back in a moment")]
+    NoMemory,
+}
+
+impl From<BodyError> for Problem {
+    fn from(error: BodyError) -> Self {
+        let status = match error {
+            BodyError::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            BodyError::TooSlow => StatusCode::REQUEST_TIMEOUT,
+            BodyError::Broken => StatusCode::BAD_REQUEST,
+            BodyError::NoMemory => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        Self::new(status, error.to_string())
+    }
+}
+
+/// Reads a whole request body of at most `limit` bytes within `timeout`. Memory is reserved as it
+/// comes, so a body that was announced and not sent costs nothing.
+///
+/// # Errors
+/// When it is larger or slower, breaks off, or there is no memory for it.
+pub async fn read_body(
+    mut body: Body,
+    limit: usize,
+    timeout: Duration,
+    reserved: &mut Reservation,
+) -> Result<Bytes, BodyError> {
+    let reading = async {
+        let mut read = BytesMut::new();
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|_| BodyError::Broken)?;
+            let Ok(piece) = frame.into_data() else {
+                continue;
+            };
+            let bytes = read.len() + piece.len();
+            if bytes > limit {
+                return Err(BodyError::TooLarge(limit));
+            }
+            reserved.resize(bytes).map_err(|_| BodyError::NoMemory)?;
+            read.extend_from_slice(&piece);
+        }
+        Ok(read.freeze())
+    };
+    let read = tokio::time::timeout(timeout, reading).await;
+    read.map_err(|_| BodyError::TooSlow)?
+}
+
+/// Has an answer hold a permit until its body is written, or its connection is gone.
+pub fn holding<P: Send + 'static>(response: Response, permit: P) -> Response {
+    response.map(|body| {
+        Body::new(HoldingBody {
+            body,
+            piece: Bytes::new(),
+            _permit: permit,
+        })
+    })
+}
+
+/// A body that holds a permit for as long as anything of it is left.
+struct HoldingBody<P> {
+    body: Body,
+    /// What has come from `body` and was not passed on.
+    piece: Bytes,
+    _permit: P,
+}
+
+// Nothing in it is pinned: the inner body is boxed.
+impl<P> Unpin for HoldingBody<P> {}
+
+impl<P> HttpBody for HoldingBody<P> {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        while self.piece.is_empty() {
+            let next = ready!(Pin::new(&mut self.body).poll_frame(context));
+            match next.map(|frame| frame.map(Frame::into_data)) {
+                Some(Ok(Ok(data))) => self.piece = data,
+                Some(Ok(Err(trailers))) => return Poll::Ready(Some(Ok(trailers))),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => return Poll::Ready(None),
+            }
+        }
+        let length = self.piece.len().min(PIECE);
+        let piece = self.piece.split_to(length);
+        Poll::Ready(Some(Ok(Frame::data(piece))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.piece.is_empty() && self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let rest = self.body.size_hint();
+        let here = self.piece.len() as u64;
+        let mut hint = SizeHint::new();
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper + here);
+        }
+        hint.set_lower(rest.lower() + here);
+        hint
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::response::IntoResponse;
+
+    use super::*;
+
+    fn budget(bytes: usize) -> Arc<Semaphore> {
+        Arc::new(Semaphore::new(bytes))
+    }
+
+    #[test]
+    fn reservation_grows_and_shrinks_within_its_budget() {
+        let budget = budget(100);
+        let mut reserved = Reservation::new(&budget, 10).expect("10 of 100");
+        assert_eq!(reserved.resize(101), Err(NoMemory));
+        assert_eq!(budget.available_permits(), 90);
+        assert_eq!(reserved.resize(100), Ok(()));
+        assert_eq!(reserved.resize(30), Ok(()));
+        assert_eq!(budget.available_permits(), 70);
+        drop(reserved);
+        assert_eq!(budget.available_permits(), 100);
+    }
+
+    #[tokio::test]
+    async fn permit_is_held_until_the_last_piece_is_taken() {
+        let budget = budget(1);
+        let text = "x".repeat(PIECE + 1);
+        let permit = Reservation::new(&budget, 1).expect("1 of 1");
+        let mut body = holding(text.clone().into_response(), permit).into_body();
+        assert_eq!(body.size_hint().exact(), Some(text.len() as u64));
+        let first = body.frame().await.expect("a frame").expect("no error");
+        assert_eq!(first.into_data().expect("data").len(), PIECE);
+        assert_eq!(budget.available_permits(), 0);
+        let second = body.frame().await.expect("a frame").expect("no error");
+        assert_eq!(second.into_data().expect("data").len(), 1);
+        assert!(body.is_end_stream());
+        drop(body);
+        assert_eq!(budget.available_permits(), 1);
+    }
+}

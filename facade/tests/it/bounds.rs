@@ -1,0 +1,229 @@
+//! What requests and answers may keep in memory, and what becomes of an upload when the process is
+//! told to stop.
+
+use std::net::UdpSocket;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::routing::post;
+use common::entry::Entry;
+use futures_util::{StreamExt, stream};
+use reqwest::{Body, Client, RequestBuilder};
+use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::process::{LOOK_AGAIN, PATIENCE, Process, free_address, peak_memory_kib};
+use crate::processes::{Processes, binary};
+use crate::requirements::{skip, unshare};
+use crate::system::{Server, System, problem, serve_instance};
+
+/// A body without a length reserves what has come of it, and not the most that may come.
+#[tokio::test(flavor = "multi_thread")]
+async fn small_bodies_without_a_length_reserve_little() {
+    const POSTS: usize = 256;
+    let system = System::start().await;
+    let (go, wait) = watch::channel(false);
+    let sent = Arc::new(AtomicUsize::new(0));
+    let mut posts = JoinSet::new();
+    for _ in 0..POSTS {
+        let (mut wait, sent) = (wait.clone(), sent.clone());
+        let end = async move {
+            sent.fetch_add(1, Ordering::Relaxed);
+            wait.wait_for(|go| *go).await.unwrap();
+            Ok::<_, std::io::Error>("")
+        };
+        let pieces = stream::iter([Ok("hello")]).chain(stream::once(end));
+        let request = system.post().body(Body::wrap_stream(pieces));
+        posts.spawn(async { request.send().await.unwrap().status() });
+    }
+    while sent.load(Ordering::Relaxed) < POSTS {
+        tokio::time::sleep(LOOK_AGAIN).await;
+        if let Some(early) = posts.try_join_next() {
+            panic!("answered before its end: {}", early.unwrap());
+        }
+    }
+    go.send(true).unwrap();
+    let statuses = posts.join_all().await;
+    assert!(statuses.iter().all(|status| *status == 200), "{statuses:?}");
+}
+
+/// Short lines between long blank ones wait for an instance that hangs: each keeps its own bytes in
+/// memory, and not the buffer that it was read into.
+#[tokio::test(flavor = "multi_thread")]
+async fn waiting_lines_do_not_keep_their_buffers() {
+    const LINES: usize = 500;
+    const GROWTH_KIB: u64 = 64 * 1024;
+    let hanging = hanging();
+    let facade = facade(&hanging, &["--try-timeout", "1h", "--deadline", "1h"]);
+    let before = peak_memory_kib(facade.pid());
+    let (all_sent, mut wait) = watch::channel(false);
+    let blank = " ".repeat(390_000);
+    let lines = (0..LINES).map(move |_| Ok::<_, std::io::Error>(format!("\"a\"\n{blank}\n")));
+    // A piece is asked for when the one before was taken: the last one when all were read.
+    let end = async move {
+        all_sent.send(true).unwrap();
+        std::future::pending::<Result<String, std::io::Error>>().await
+    };
+    let body = Body::wrap_stream(stream::iter(lines).chain(stream::once(end)));
+    let upload = tokio::spawn(upload(&facade.url(), body).send());
+    wait.wait_for(|sent| *sent).await.unwrap();
+    let grown = peak_memory_kib(facade.pid()) - before;
+    assert!(grown < GROWTH_KIB, "{grown} KiB");
+    upload.abort();
+}
+
+/// Callers that ask for a large message and do not read it: what they hold is bounded, and the rest
+/// is turned away.
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_that_are_not_read_are_bounded() {
+    const CALLERS: usize = 300;
+    const GROWTH_KIB: u64 = 256 * 1024;
+    let system = Processes::start_with(&["--max-message", "1MiB"]);
+    let message = "\u{1}".repeat(1 << 20);
+    let stored: Entry = system.post(&message).await.json().await.unwrap();
+    let before = peak_memory_kib(system.facade.pid());
+    let request = format!("GET /{} HTTP/1.1\r\nhost: test\r\n\r\n", stored.uuid);
+    let mut callers = Vec::new();
+    let mut turned_away = 0;
+    for _ in 0..CALLERS {
+        let mut caller = TcpStream::connect(system.facade.address).await.unwrap();
+        caller.write_all(request.as_bytes()).await.unwrap();
+        let mut status = [0; 12];
+        caller.read_exact(&mut status).await.unwrap();
+        match &status {
+            b"HTTP/1.1 200" => {}
+            b"HTTP/1.1 503" => turned_away += 1,
+            other => panic!("{}", String::from_utf8_lossy(other)),
+        }
+        callers.push(caller);
+    }
+    let grown = peak_memory_kib(system.facade.pid()) - before;
+    println!("{turned_away} of {CALLERS} turned away, {grown} KiB");
+    assert!(grown < GROWTH_KIB, "{grown} KiB");
+    assert!(turned_away > 0);
+}
+
+/// A facade that is told to stop reads no further line, finishes those that it has read, and tells
+/// how many they are, also to a caller that goes on sending.
+#[tokio::test(flavor = "multi_thread")]
+async fn upload_is_answered_when_the_facade_stops() {
+    const LINES: usize = 100;
+    for goes_on in [false, true] {
+        let mut system = Processes::start();
+        let (stopped, wait) = watch::channel(false);
+        let first = (0..LINES).map(|n| Ok::<_, std::io::Error>(format!("\"{n}\"\n")));
+        let rest = stream::unfold(wait, move |mut wait| async move {
+            wait.wait_for(|stopped| *stopped).await.unwrap();
+            if !goes_on {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            Some((Ok("\"late\"\n".to_owned()), wait))
+        });
+        let body = Body::wrap_stream(stream::iter(first).chain(rest));
+        let upload = tokio::spawn(upload(&system.facade.url(), body).send());
+        while system.read_all().await.len() < LINES {
+            assert!(!upload.is_finished());
+        }
+        system.facade.signal("TERM");
+        system
+            .facade
+            .wait_for_line(|line| line.contains("stopping"));
+        stopped.send(true).unwrap();
+        let answer = problem(upload.await.unwrap().unwrap(), 503).await;
+        let lines = answer["lines"].as_u64().unwrap() as usize;
+        assert!(lines >= LINES, "{answer}");
+        assert_eq!(answer["stored_lines"], lines, "{answer}");
+        assert_eq!(answer["summary"]["stored"], lines, "{answer}");
+        drop(stopped);
+        assert!(system.facade.wait().success());
+        system.restart_facade(&[]);
+        assert_eq!(system.read_all().await.len(), lines);
+    }
+}
+
+/// The same where results are streamed: the last line tells, and the body breaks off.
+#[tokio::test(flavor = "multi_thread")]
+async fn streamed_upload_ends_with_the_number_of_lines_when_the_facade_stops() {
+    let mut system = Processes::start();
+    let lines = stream::iter([Ok::<_, std::io::Error>("\"a\"\n\"b\"\n")]);
+    let body = Body::wrap_stream(lines.chain(stream::pending()));
+    let upload = upload(&system.facade.url(), body).header("accept", "application/x-ndjson");
+    let mut results = upload.send().await.unwrap().bytes_stream();
+    let mut read = Vec::new();
+    while read.iter().filter(|byte| **byte == b'\n').count() < 2 {
+        read.extend_from_slice(&results.next().await.unwrap().unwrap());
+    }
+    system.facade.signal("TERM");
+    let mut is_cut = false;
+    while let Some(piece) = results.next().await {
+        match piece {
+            Ok(piece) => read.extend_from_slice(&piece),
+            Err(_) => is_cut = true,
+        }
+    }
+    assert!(is_cut, "the body ended as if the upload were complete");
+    let read = String::from_utf8(read).unwrap();
+    let last: Value = serde_json::from_str(read.lines().last().unwrap()).unwrap();
+    assert_eq!(last["lines"], 2, "{read}");
+    assert!(system.facade.wait().success());
+}
+
+/// A resolver that does not answer does not keep the process from ending in its grace time.
+#[tokio::test(flavor = "multi_thread")]
+async fn hanging_resolver_does_not_delay_the_end() {
+    let trial = ["mount", "--bind", "/etc/resolv.conf", "/etc/resolv.conf"];
+    let Some(mut command) = unshare(&["--mount"], &trial) else {
+        return;
+    };
+    // A nameserver that takes questions and does not answer.
+    let silent = match UdpSocket::bind("127.0.53.53:53") {
+        Ok(silent) => silent,
+        Err(error) => return skip(&format!("no nameserver's port: {error}"), "REQUIRE_ALL"),
+    };
+    let nameserver = silent.local_addr().unwrap().ip();
+    let folder = tempfile::tempdir().unwrap();
+    let resolv_conf = folder.path().join("resolv.conf");
+    let text = format!("nameserver {nameserver}\noptions timeout:20 attempts:2\n");
+    std::fs::write(&resolv_conf, text).unwrap();
+    command
+        .args(["sh", "-c"])
+        .arg("mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"")
+        .arg(&resolv_conf)
+        .arg(binary("facade"))
+        .args(["--logging", "http://logging.example:8082", "--grace", "2s"]);
+    let mut facade = Process::start(command, free_address());
+    facade.wait_for_line(|line| line.contains("a look-up takes long"));
+    let told = Instant::now();
+    facade.signal("TERM");
+    assert!(facade.wait().success());
+    assert!(told.elapsed() < Duration::from_secs(2) + PATIENCE / 3);
+}
+
+/// An instance that answers trials and hangs on messages.
+fn hanging() -> Server {
+    let answer = async |batch: String| {
+        if batch != "[]" {
+            std::future::pending::<()>().await;
+        }
+        batch
+    };
+    serve_instance(Router::new().route("/", post(answer)))
+}
+
+fn facade(logging: &Server, flags: &[&str]) -> Process {
+    let mut command = Command::new(binary("facade"));
+    command.args(["--logging", &logging.url()]).args(flags);
+    Process::start(command, free_address())
+}
+
+fn upload(url: &str, body: Body) -> RequestBuilder {
+    let request = Client::new().post(url).body(body);
+    request.header("content-type", "application/x-ndjson")
+}
