@@ -66,6 +66,7 @@ pub enum Outcome {
     /// It is not in the map, and its UUID's time lies outside the settle window.
     Stale {
         /// On which side of the window that time lies.
+        #[serde(default, skip_serializing_if = "Staleness::is_past")]
         when: Staleness,
     },
     /// It was certainly not executed; the same or another instance may be asked again.
@@ -85,7 +86,7 @@ pub enum Outcome {
 }
 
 /// Where the time of an entry lies that is not in the map and was not added.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Staleness {
     /// In the future: the entry may be added later.
@@ -94,7 +95,18 @@ pub enum Staleness {
     /// nothing is final.
     Leaving,
     /// In the past: the entry is not in the map and never will be.
+    #[default]
     Past,
+}
+
+impl Staleness {
+    #[expect(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde passes a reference"
+    )]
+    fn is_past(&self) -> bool {
+        *self == Self::Past
+    }
 }
 
 impl Outcome {
