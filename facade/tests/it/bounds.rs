@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::process::{LOOK_AGAIN, PATIENCE, Process, free_address, peak_memory_kib};
+use crate::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
 use crate::processes::{Processes, binary};
 use crate::requirements::{skip, unshare};
 use crate::system::{Server, System, problem, serve_instance};
@@ -226,4 +226,12 @@ fn facade(logging: &Server, flags: &[&str]) -> Process {
 fn upload(url: &str, body: Body) -> RequestBuilder {
     let request = Client::new().post(url).body(body);
     request.header("content-type", "application/x-ndjson")
+}
+
+/// The most memory that the process ever had, in KiB.
+pub(crate) fn peak_memory_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    let size = line.unwrap().split_whitespace().nth(1);
+    size.unwrap().parse().unwrap()
 }

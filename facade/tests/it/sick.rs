@@ -17,7 +17,8 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use uuid::Uuid;
 
-use crate::process::{Process, free_address, peak_memory_kib};
+use crate::bounds::peak_memory_kib;
+use crate::process::{Process, free_address};
 use crate::processes::{Processes, binary, start_logging};
 use crate::system::{
     Server, System, at, instances, logging_stub, nobody, problem, serve, serve_instance,

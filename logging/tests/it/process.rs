@@ -197,11 +197,3 @@ pub(crate) fn free_address() -> SocketAddr {
         }
     }
 }
-
-/// The most memory that the process ever had, in KiB.
-pub(crate) fn peak_memory_kib(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
-    let size = line.unwrap().split_whitespace().nth(1);
-    size.unwrap().parse().unwrap()
-}
