@@ -42,7 +42,7 @@ const SMALLEST_BATCH: usize = 1024;
 /// A queue has no room for new messages when the first entry has waited for so long and it would
 /// take more than [`MAX_WAITING_BATCHES`] to send all of it. Both together, so that neither a burst
 /// nor a slow disk alone turns messages away.
-const LONG_WAIT: Duration = Duration::from_millis(250);
+const LONG_WAIT: Duration = Duration::from_millis(500);
 const MAX_WAITING_BATCHES: usize = 4;
 
 /// What a request has reserved, for as long as anything of it is queued.

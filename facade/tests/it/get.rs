@@ -345,7 +345,7 @@ async fn get_waits_while_the_map_cannot_be_read() {
         count.fetch_add(1, Relaxed);
         StatusCode::TOO_MANY_REQUESTS
     };
-    let busy = serve_instance(Router::new().fallback(busy));
+    let busy = serve_instance(Router::new().route("/", get(busy)));
     let system = System::with_stubs(vec![busy], nobody(), &[]);
     problem(system.get("/").await, 503).await;
     assert_eq!(reads.load(Relaxed), 1);
