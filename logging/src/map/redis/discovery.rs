@@ -18,7 +18,7 @@ use super::lane::{Lane, Settings};
 use super::link::Link;
 use super::map_id;
 use super::members::{Known, Members, Shard, Topology};
-use super::nodes::{Node, ServerInfo};
+use super::nodes::{Direction, Node, ServerInfo};
 use super::partition::{self, PARTITIONS};
 use super::servers::Address;
 use super::{answer_timeout, wait_timeout};
@@ -156,7 +156,15 @@ impl Discovery {
             self.learn(members, &fitting);
             let owners = self.owners.iter().map(Option::as_ref);
             let owners = owners.map(|owner| Some(owner?.address.clone()));
-            (owners.collect(), CLUSTER_BACKUPS)
+            let mut owners: Vec<Option<Address>> = owners.collect();
+            for (partition, owner) in partition::all().zip(&mut owners) {
+                if let Some(address) = &*owner
+                    && is_split(partition::slot(partition), address, answers)
+                {
+                    *owner = None;
+                }
+            }
+            (owners, CLUSTER_BACKUPS)
         } else {
             (vec![Some(first.address.clone()); self.owners.len()], 0)
         };
@@ -247,6 +255,7 @@ impl Discovery {
         let mut topology = Topology {
             shards: Vec::new(),
             owners: vec![None; owners.len()],
+            links: self.links.clone(),
         };
         for (place, (address, partitions)) in partitions.into_iter().enumerate() {
             for partition in &partitions {
@@ -316,6 +325,21 @@ impl Discovery {
     }
 }
 
+/// Whether a slot comes to one member while the one that has it does not know so. That is what a
+/// failover in the middle of a move leaves: some of the slot's keys may be at the other end, and an
+/// empty partition here may be a full one there.
+fn is_split(slot: u16, owner: &Address, answers: &[Answer]) -> bool {
+    let says = |answer: &Answer, direction| {
+        let mut moving = answer.info.moving.iter();
+        moving.any(|moving| moving.slot == slot && moving.direction == direction)
+    };
+    let mut others = answers.iter().filter(|answer| answer.address != *owner);
+    let comes_elsewhere = others.any(|answer| says(answer, Direction::In));
+    let mut answers = answers.iter();
+    let knows_it = |answer: &Answer| answer.address == *owner && says(answer, Direction::Out);
+    comes_elsewhere && !answers.any(knows_it)
+}
+
 /// What a member said.
 struct Answer {
     address: Address,
@@ -358,12 +382,16 @@ impl Answer {
         let [info, nodes, id] = replies else {
             return Err(partition::strange(replies).to_string());
         };
-        let info = ServerInfo::parse(&text(info)?);
+        let mut info = ServerInfo::parse(&text(info)?);
         let nodes = if info.is_cluster_enabled {
             Node::parse_all(&text(nodes)?, address, is_tls)
         } else {
             Vec::new()
         };
+        if let Some(myself) = nodes.iter().find(|node| node.is_myself) {
+            info.id.clone_from(&myself.id);
+            info.moving.clone_from(&myself.moving);
+        }
         Ok(Self {
             address: address.clone(),
             info,

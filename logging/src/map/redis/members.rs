@@ -1,7 +1,7 @@
 //! Which primary has which partition, as far as it is known, and how the members fare. What is
 //! known comes from `discovery`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::discovery;
 use super::lane::Lane;
 use super::link::Link;
-use super::nodes::ServerInfo;
+use super::nodes::{Direction, MovingSlot, ServerInfo};
 use super::servers::{Address, Servers};
 use crate::map::{Health, Options};
 
@@ -50,6 +50,8 @@ pub(super) struct Topology {
     pub(super) shards: Vec<Arc<Shard>>,
     /// For each partition, its primary's place in `shards`.
     pub(super) owners: Vec<Option<usize>>,
+    /// The connections for reads of all members, also of those without partitions.
+    pub(super) links: HashMap<Address, Arc<Link>>,
 }
 
 /// A primary: one connection for reads, one for writes.
@@ -122,7 +124,7 @@ impl Members {
         });
         Health {
             missing: self.missing(&known),
-            checks: shards.chain(warnings).collect(),
+            checks: shards.chain(known.moves()).chain(warnings).collect(),
         }
     }
 
@@ -199,6 +201,44 @@ impl Known {
              maxmemory-policy {max_memory_policy}, {evicted_keys} keys evicted so far): set \
              maxmemory-policy noeviction"
         ))
+    }
+
+    /// Slots that are moving from one member to another, or were when somebody stopped moving them.
+    pub(super) fn moves(&self) -> Vec<Check> {
+        let named = |id: &str| {
+            let mut infos = self.infos.iter();
+            let found = infos.find(|(_, info)| info.id == id);
+            found.map_or_else(|| format!("member {id}"), |(at, _)| format!("redis {at}"))
+        };
+        let knows_it = |coming: &MovingSlot| {
+            let mut peers = self.infos.values().filter(|info| info.id == coming.peer);
+            peers.any(|peer| peer.moving.iter().any(|moving| moving.slot == coming.slot))
+        };
+        let mut checks = Vec::new();
+        for (address, info) in &self.infos {
+            for moving in &info.moving {
+                let MovingSlot { slot, peer, .. } = moving;
+                let detail = match moving.direction {
+                    Direction::Out => format!(
+                        "it is moving from redis {address} to {}; if nobody is moving it now, \
+                         finish that with scripts/move-slots.sh",
+                        named(peer)
+                    ),
+                    Direction::In if knows_it(moving) => continue,
+                    Direction::In => format!(
+                        "redis {address} is taking it from {}, which does not know so: its \
+                         partitions are neither read nor written; see docs/redis.md, Moving slots",
+                        named(peer)
+                    ),
+                };
+                checks.push(Check {
+                    name: format!("slot {slot}"),
+                    ok: false,
+                    detail,
+                });
+            }
+        }
+        checks
     }
 
     /// What should be changed about servers though they serve.

@@ -19,6 +19,10 @@ pub(super) struct ServerInfo {
     pub(super) max_memory_policy: String,
     /// Keys it has thrown away to make room since it started.
     pub(super) evicted_keys: u64,
+    /// Its id in the cluster, from `CLUSTER NODES`.
+    pub(super) id: String,
+    /// Slots that it says are moving, from `CLUSTER NODES`.
+    pub(super) moving: Vec<MovingSlot>,
 }
 
 impl ServerInfo {
@@ -56,6 +60,42 @@ impl ServerInfo {
     }
 }
 
+/// A slot that one end of a move says is moving.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct MovingSlot {
+    pub(super) slot: u16,
+    pub(super) direction: Direction,
+    /// The id of the other end.
+    pub(super) peer: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Direction {
+    /// It is here and goes to the peer.
+    Out,
+    /// It comes from the peer.
+    In,
+}
+
+impl MovingSlot {
+    /// Reads `[77->-ID]` or `[77-<-ID]`.
+    fn parse(text: &str) -> Option<Self> {
+        let inner = text.strip_prefix('[')?.strip_suffix(']')?;
+        let (slot, direction, peer) = match inner.split_once("->-") {
+            Some((slot, peer)) => (slot, Direction::Out, peer),
+            None => {
+                let (slot, peer) = inner.split_once("-<-")?;
+                (slot, Direction::In, peer)
+            }
+        };
+        Some(Self {
+            slot: slot.parse().ok()?,
+            direction,
+            peer: peer.to_owned(),
+        })
+    }
+}
+
 /// A line of `CLUSTER NODES`: what one member knows of one member.
 /// Format: <https://redis.io/docs/latest/commands/cluster-nodes/>
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +108,8 @@ pub(super) struct Node {
     pub(super) epoch: u64,
     /// What it is primary of.
     pub(super) slots: Vec<RangeInclusive<u16>>,
+    /// Only a member itself tells.
+    pub(super) moving: Vec<MovingSlot>,
 }
 
 impl Node {
@@ -99,6 +141,8 @@ impl Node {
         };
         let has_flag = |name| flags.split(',').any(|flag| flag == name);
         // A slot on its way to another member is in brackets; it has its line without them too.
+        let moving = slots.iter().filter_map(|slot| MovingSlot::parse(slot));
+        let moving = moving.collect();
         let slots = slots.iter().filter(|slots| !slots.starts_with('['));
         Some(Self {
             id: (*id).to_owned(),
@@ -108,6 +152,7 @@ impl Node {
             },
             epoch: epoch.parse().ok()?,
             is_myself: has_flag("myself"),
+            moving,
             slots: if has_flag("master") {
                 slots.filter_map(|slots| slot_range(slots)).collect()
             } else {
@@ -161,6 +206,14 @@ eee 10.0.0.5:7005@17005 handshake - 0 0 0 disconnected
             ]
         );
         assert!(nodes[0].is_myself && !nodes[1].is_myself);
+        let leaving = MovingSlot {
+            slot: 77,
+            direction: Direction::Out,
+            peer: "bbb".to_owned(),
+        };
+        assert_eq!(nodes[0].moving, [leaving]);
+        let coming = MovingSlot::parse("[78-<-aaa]").map(|slot| slot.direction);
+        assert_eq!(coming, Some(Direction::In));
         let nodes = Node::parse_all(text, &asked, true);
         assert_eq!(nodes[1].address.host, "two.example");
     }

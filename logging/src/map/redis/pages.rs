@@ -11,12 +11,14 @@ use std::sync::Arc;
 use common::entry::Entry;
 use common::page::{Bounds, Order};
 use futures_util::future::try_join_all;
-use redis::Value;
+use redis::{Pipeline, ServerError, Value};
 use uuid::Uuid;
 
+use super::link::Link;
 use super::members::{Members, Shard, Topology};
 use super::partition::{self, PARTITIONS, UUID_BYTES, entries_key, strange};
 use super::range::{Range, successor};
+use super::servers::Address;
 use crate::map::job::ENTRY_OVERHEAD;
 use crate::map::{MapError, Page, PageLimit};
 
@@ -393,7 +395,10 @@ impl<'a> Reader<'a> {
         let mut places: Vec<Vec<usize>> = vec![Vec::new(); self.topology.shards.len()];
         for (place, part) in parts.iter().enumerate() {
             let owner = self.topology.owner(part.partition);
-            let owner = owner.ok_or_else(|| MapError::Unavailable(self.members.trouble()))?;
+            let owner = owner.ok_or_else(|| {
+                self.members.refresh_soon();
+                MapError::Unavailable(self.members.trouble())
+            })?;
             places[owner].push(place);
         }
         let calls = self.topology.shards.iter().zip(&places);
@@ -411,20 +416,7 @@ impl<'a> Reader<'a> {
 
     async fn read_shard(&self, shard: &Shard, parts: Vec<&Part>) -> Result<Vec<Found>, MapError> {
         let mut commands = redis::pipe();
-        // As in a lane, the keys are not given as keys.
-        let read = commands.cmd("EVAL").arg(READ_SCRIPT).arg(0);
-        read.arg(match self.order {
-            Order::Asc => "ZRANGEBYLEX",
-            Order::Desc => "ZREVRANGEBYLEX",
-        });
-        for part in &parts {
-            let (from, to) = part.range.ends(self.order);
-            read.arg(entries_key(part.partition))
-                .arg(from)
-                .arg(to)
-                .arg(part.count)
-                .arg(part.bytes.min(u32::MAX as usize));
-        }
+        self.add_script(&mut commands, &parts, Keys::Undeclared);
         let link = &shard.link;
         let replies = link.ask(&commands).await.map_err(MapError::Unavailable)?;
         match replies.into_iter().next() {
@@ -433,18 +425,129 @@ impl<'a> Reader<'a> {
             }
             Some(Value::ServerError(error)) => {
                 self.members.refresh_soon();
-                let address = &link.address;
-                Err(MapError::Unavailable(format!(
-                    "redis {address} refuses: {error}"
-                )))
+                if is_elsewhere(&error) {
+                    return self.read_while_moving(link, parts).await;
+                }
+                Err(refused(link, &error))
             }
             Some(other) => Err(strange(&[other])),
             None => Err(strange(&[])),
         }
     }
+
+    /// Reads each part by itself and declares its key, so that the server tells where a partition is
+    /// that has left it while the slot is still open.
+    async fn read_while_moving(
+        &self,
+        link: &Arc<Link>,
+        parts: Vec<&Part>,
+    ) -> Result<Vec<Found>, MapError> {
+        let mut commands = redis::pipe();
+        for part in &parts {
+            self.add_script(&mut commands, &[*part], Keys::Declared);
+        }
+        let replies = link.ask(&commands).await.map_err(MapError::Unavailable)?;
+        let mut found = Vec::with_capacity(parts.len());
+        for (part, reply) in parts.into_iter().zip(replies) {
+            found.push(match reply {
+                Value::ServerError(error) if error.code() == "ASK" => {
+                    self.follow(link, part, &error).await?
+                }
+                reply => Found::only(link, reply)?,
+            });
+        }
+        Ok(found)
+    }
+
+    /// Reads a part where `ASK` says that its partition is.
+    async fn follow(
+        &self,
+        link: &Arc<Link>,
+        part: &Part,
+        ask: &ServerError,
+    ) -> Result<Found, MapError> {
+        let address = ask.details().and_then(|details| details.split_once(' '));
+        let target = address.and_then(|(_, address)| {
+            let address: Address = address.parse().ok()?;
+            self.topology.links.get(&address)
+        });
+        let target = target.ok_or_else(|| refused(link, ask))?;
+        let mut commands = redis::pipe();
+        commands.cmd("ASKING");
+        self.add_script(&mut commands, &[part], Keys::Declared);
+        let replies = target.ask(&commands).await.map_err(MapError::Unavailable)?;
+        let [_, reply] = <[Value; 2]>::try_from(replies).map_err(|replies| strange(&replies))?;
+        let found = Found::only(target, reply)?;
+        if found.entries.is_empty() && found.heads.is_empty() {
+            // It may have gone back meanwhile.
+            let mut commands = redis::pipe();
+            self.add_script(&mut commands, &[part], Keys::Declared);
+            let replies = link.ask(&commands).await.map_err(MapError::Unavailable)?;
+            let is_still_there = matches!(
+                &replies[..],
+                [Value::ServerError(error)] if error.code() == "ASK"
+            );
+            if !is_still_there {
+                return Err(refused(link, ask));
+            }
+        }
+        Ok(found)
+    }
+
+    fn add_script(&self, commands: &mut Pipeline, parts: &[&Part], keys: Keys) {
+        let read = commands.cmd("EVAL").arg(READ_SCRIPT);
+        match keys {
+            Keys::Undeclared => read.arg(0),
+            Keys::Declared => {
+                let declared = parts.iter().map(|part| entries_key(part.partition));
+                read.arg(parts.len()).arg(declared.collect::<Vec<_>>())
+            }
+        };
+        read.arg(match self.order {
+            Order::Asc => "ZRANGEBYLEX",
+            Order::Desc => "ZREVRANGEBYLEX",
+        });
+        for part in parts {
+            let (from, to) = part.range.ends(self.order);
+            read.arg(entries_key(part.partition))
+                .arg(from)
+                .arg(to)
+                .arg(part.count)
+                .arg(part.bytes.min(u32::MAX as usize));
+        }
+    }
+}
+
+/// Whether the keys of a script are given as such.
+#[derive(Clone, Copy)]
+enum Keys {
+    /// They may be in several slots, as in a lane. A key that is not there fails inside the script.
+    Undeclared,
+    /// They are in one slot. A key that is not there is answered with where it is.
+    Declared,
+}
+
+/// Whether a script failed because a key is not on its server. The error has no code of its own.
+fn is_elsewhere(error: &ServerError) -> bool {
+    let mut details = error.details().into_iter();
+    details.any(|details| details.contains("non local key"))
+}
+
+fn refused(link: &Link, error: &ServerError) -> MapError {
+    let address = &link.address;
+    MapError::Unavailable(format!("redis {address} refuses: {error}"))
 }
 
 impl Found {
+    /// Reads the reply to a script that read one part.
+    fn only(link: &Link, reply: Value) -> Result<Self, MapError> {
+        match reply {
+            Value::Array(mut found) if found.len() == 1 => Self::read(found.remove(0)),
+            Value::ServerError(error) => Err(refused(link, &error)),
+            other => Err(strange(&[other])),
+        }
+    }
+
     /// Reads one part of the reply of `read.lua`.
     fn read(reply: Value) -> Result<Self, MapError> {
         let Value::Array(mut items) = reply else {
