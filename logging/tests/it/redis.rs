@@ -11,8 +11,9 @@ use common::page::Bounds;
 use logging::map::{DistributedMap, Health, MapError, Options, PageLimit, open};
 use uuid::{NoContext, Timestamp, Uuid};
 
+use crate::clock_ahead::ClockAhead;
 use crate::process::{LOOK_AGAIN, Process, free_address};
-use crate::redis_servers::{ClockAhead, RedisCluster, RedisServer};
+use crate::redis_servers::{RedisCluster, RedisServer};
 
 const SETTLE: Duration = Duration::from_secs(60);
 
