@@ -1,7 +1,7 @@
 //! The UUIDs of messages that come without a key: version 7 (RFC 9562, section 5.7), strictly
 //! increasing within the process.
 //!
-//! The clock may be set back. By less than [`SMALL_STEP`], UUIDs go on from the time that they had
+//! The clock may be set back. By less than two seconds, UUIDs go on from the time that they had
 //! reached, which the map still accepts. After a larger step they go on from the corrected time,
 //! because the map refuses times in the future: order is kept on each side of the step, not across it.
 
@@ -84,7 +84,7 @@ impl Identifiers {
     }
 
     /// The next UUID: greater than the one before, unless the clock was set back by
-    /// [`SMALL_STEP`] or more.
+    /// two seconds or more.
     pub fn next(&self) -> Uuid {
         let mut last = self.last();
         let now = self.millis();

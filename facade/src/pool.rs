@@ -195,7 +195,7 @@ impl Pool {
     /// Asks instances in random order until one answers, each at most once.
     ///
     /// # Errors
-    /// When none answered: the error that gives the most hope, see [`hope`].
+    /// When none answered: the error that gives the most hope, see `hope`.
     pub async fn ask<T, F>(
         &self,
         question: impl Fn(Arc<dyn Logging>) -> F,

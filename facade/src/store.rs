@@ -146,7 +146,7 @@ impl Certainty {
 ///
 /// - A repeat after a try that may have been executed keeps its UUID, so the map sees that it is the
 ///   same entry. A UUID of ours is made anew only while every try with it was certainly not executed.
-/// - A try that is not answered after [`HEDGE_AFTER`] gets a second one beside it (a hedge), on
+/// - A try that is not answered after 200 ms gets a second one beside it (a hedge), on
 ///   another instance and under the same UUID.
 /// - An instance that fails with its whole batch is down; what it held goes to others at once, and
 ///   its death costs nothing of the pool's budget for repeats. It costs an instance, and there are few.
