@@ -101,7 +101,7 @@ if [[ -n ${TEST_ENGINE:-} ]]; then
 fi
 run --workspace -- "$@"
 # The others do not depend on the engine, or choose it themselves.
-(($#)) || set -- post:: get:: bulk:: http:: processes:: failover:: large::million cluster::key
+(($#)) || set -- post:: get:: bulk:: http:: processes:: failover:: sick:: large::million cluster::key
 for engine in redis cluster; do
     printf '\nthe whole system on %s\n' "$engine"
     TEST_ENGINE=$engine run --package facade --test it -- "$@"
