@@ -1,11 +1,13 @@
 //! Configuration that all services share, and how wrong configuration is reported.
 
+use std::error::Error as _;
 use std::fmt::Display;
+use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Command, Parser};
 
 use crate::healthcheck::Task;
@@ -41,7 +43,7 @@ pub fn parse<C: Parser>() -> C {
         .and_then(|matches| C::from_arg_matches(&matches));
     parsed.unwrap_or_else(|error| match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => error.exit(),
-        _ => fail(&in_one_line(&error.to_string())),
+        _ => fail(&in_one_line(&error, C::command().get_name())),
     })
 }
 
@@ -49,9 +51,16 @@ pub fn parse<C: Parser>() -> C {
 pub fn with_environment(command: Command) -> Command {
     let service = command.get_name().to_owned();
     command.mut_args(|arg| {
-        let variable = format!("{service}_{}", arg.get_id()).to_uppercase();
+        let variable = twin(&service, arg.get_id().as_str());
         arg.env(variable)
     })
+}
+
+/// The variable that an option of a service may be set by.
+fn twin(service: &str, option: &str) -> String {
+    format!("{service}_{option}")
+        .replace('-', "_")
+        .to_uppercase()
 }
 
 /// Ends the process because its configuration is wrong: one line on stderr, code 2.
@@ -97,11 +106,25 @@ pub fn timeout(text: &str) -> Result<Duration, String> {
 /// # Errors
 /// A line for the person who started the service.
 pub fn bind(listen: SocketAddr) -> Result<TcpListener, String> {
-    TcpListener::bind(listen).map_err(|error| {
-        format!(
-            "cannot listen on {listen}: {error}; stop what uses it or choose another with --listen"
-        )
-    })
+    TcpListener::bind(listen)
+        .map_err(|error| format!("cannot listen on {listen}: {}", explain_unbound(&error)))
+}
+
+fn explain_unbound(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            "another process listens there; stop it, or choose another port with --listen"
+                .to_owned()
+        }
+        io::ErrorKind::PermissionDenied => {
+            "an ordinary user may not listen on ports below 1024; choose a higher one with --listen"
+                .to_owned()
+        }
+        io::ErrorKind::AddrNotAvailable => {
+            "this machine does not have that address; choose another with --listen".to_owned()
+        }
+        _ => format!("{error}; choose another address with --listen"),
+    }
 }
 
 /// Turns what a service's `main` did into its exit code: an error is one line on stderr, code 1.
@@ -115,26 +138,109 @@ pub fn report<E: Display>(result: Result<(), E>) -> ExitCode {
     }
 }
 
-/// The first line of `clap`'s message, and the one that lists what may be written instead.
-fn in_one_line(message: &str) -> String {
-    let mut lines = message.lines().map(str::trim);
-    let first = lines.next().unwrap_or_default();
-    let first = without_login(first.strip_prefix("error: ").unwrap_or(first));
-    match lines.find(|line| line.starts_with("[possible values")) {
-        Some(values) => format!("{first} {values}"),
-        None => first,
+/// What is wrong, and with which option or variable, without the login of a URL: error lines end up in
+/// logs.
+fn in_one_line(error: &clap::Error, service: &str) -> String {
+    let context = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.as_str()),
+        _ => None,
+    };
+    let (Some(option), Some(value)) = (
+        context(ContextKind::InvalidArg),
+        context(ContextKind::InvalidValue),
+    ) else {
+        let message = error.to_string();
+        let first = message.lines().next().unwrap_or_default();
+        return quoted_without_login(first.strip_prefix("error: ").unwrap_or(first));
+    };
+    let option = option.split(' ').next().unwrap_or_default();
+    let what = match is_on_command_line(option) {
+        true => option.to_owned(),
+        false => twin(service, option.trim_start_matches('-')),
+    };
+    if value.is_empty() {
+        return format!("{what} needs a value");
     }
+    let reason = match (error.source(), error.get(ContextKind::ValidValue)) {
+        (Some(reason), _) => reason.to_string(),
+        (None, Some(ContextValue::Strings(values))) => {
+            format!("write one of {}", values.join(", "))
+        }
+        (None, _) => "it cannot be read".to_owned(),
+    };
+    let value = without_login(value);
+    format!("invalid value {value:?} for {what}: {reason}")
 }
 
-/// A message of `clap` without the login of the URL that it quotes: error lines end up in logs.
-fn without_login(message: &str) -> String {
-    let end = message.find("' for '").unwrap_or(message.len());
-    let (quoted, rest) = message.split_at(end);
-    let url = quoted.split_once("://");
-    let Some((scheme, (_, host))) =
-        url.and_then(|(scheme, url)| Some((scheme, url.rsplit_once('@')?)))
-    else {
+/// Whether an option was given as an argument; otherwise its value came from the environment.
+fn is_on_command_line(option: &str) -> bool {
+    std::env::args_os().any(|argument| {
+        let argument = argument.to_string_lossy();
+        let rest = argument.strip_prefix(option);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('='))
+    })
+}
+
+/// A text that could not be read, without anything between its scheme and the last `@`.
+fn without_login(text: &str) -> String {
+    const SCHEMES: [&str; 5] = ["http:", "https:", "lmdb:", "redis:", "rediss:"];
+    let Some((login, host)) = text.rsplit_once('@') else {
+        return text.to_owned();
+    };
+    let scheme = SCHEMES.iter().find(|scheme| login.starts_with(**scheme));
+    let scheme = scheme.copied().unwrap_or_default();
+    let slashes = match login[scheme.len()..].starts_with("//") {
+        true => "//",
+        false => "",
+    };
+    format!("{scheme}{slashes}…@{host}")
+}
+
+/// A message of `clap` that quotes an argument as it was typed.
+fn quoted_without_login(message: &str) -> String {
+    let quoted = message.find('\'').zip(message.rfind('\''));
+    let Some((begin, end)) = quoted.filter(|(begin, end)| begin < end) else {
         return message.to_owned();
     };
-    format!("{scheme}://…@{host}{rest}")
+    let (before, after) = (&message[..=begin], &message[end..]);
+    let argument = &message[begin + 1..end];
+    // `--map=redis:…` is an option that is misspelt, with its value.
+    let (option, value) = match argument.split_once('=') {
+        Some((option, value)) if option.starts_with("--") => (format!("{option}="), value),
+        _ => (String::new(), argument),
+    };
+    format!("{before}{option}{}{after}", without_login(value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_before_the_last_at_sign_is_shown_but_the_scheme() {
+        for (text, shown) in [
+            ("redis:user:secret@host", "redis:…@host"),
+            ("redis://user:secret@host:port", "redis://…@host:port"),
+            ("rediss://:sec@ret@host/1", "rediss://…@host/1"),
+            ("redis:/user:secret@host", "redis:…@host"),
+            ("redis//user:secret@host", "…@host"),
+            ("user:secret@host", "…@host"),
+            ("http://user:secret@host/'x", "http://…@host/'x"),
+            ("REDIS://user:secret@host", "…@host"),
+            ("lmdb:", "lmdb:"),
+        ] {
+            assert_eq!(without_login(text), shown);
+        }
+        let message = "unexpected argument '--mpa=redis:user:secret@host' found";
+        let shown = "unexpected argument '--mpa=redis:…@host' found";
+        assert_eq!(quoted_without_login(message), shown);
+    }
+
+    #[test]
+    fn ports_of_root_and_taken_ones_are_told_apart() {
+        let explain = |kind: io::ErrorKind| explain_unbound(&kind.into());
+        assert!(explain(io::ErrorKind::PermissionDenied).contains("below 1024"));
+        assert!(explain(io::ErrorKind::AddrInUse).contains("another process"));
+        assert!(explain(io::ErrorKind::AddrNotAvailable).contains("does not have that address"));
+    }
 }

@@ -65,7 +65,7 @@ pub enum Outcome {
     Conflict,
     /// It is not in the map, and its UUID's time lies outside the settle window.
     Stale {
-        /// On which side of the window that time lies.
+        /// On which side of the window that time lies; without a word it is [`Staleness::Past`].
         #[serde(default, skip_serializing_if = "Staleness::is_past")]
         when: Staleness,
     },
@@ -100,10 +100,6 @@ pub enum Staleness {
 }
 
 impl Staleness {
-    #[expect(
-        clippy::trivially_copy_pass_by_ref,
-        reason = "serde passes a reference"
-    )]
     fn is_past(&self) -> bool {
         *self == Self::Past
     }

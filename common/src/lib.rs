@@ -10,6 +10,7 @@ pub mod body;
 pub mod config;
 pub mod entry;
 pub mod healthcheck;
+pub mod json;
 pub mod page;
 pub mod problem;
 pub mod server;

@@ -9,6 +9,8 @@ use problem_details::ProblemDetails;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use crate::json;
+
 /// A detail that quotes what the caller sent is cut here, in bytes.
 const MAX_DETAIL: usize = 500;
 
@@ -69,7 +71,13 @@ impl Problem {
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let mut response = self.details.into_response();
+        let status = self
+            .details
+            .status
+            .expect("each problem is made with a status");
+        let content_type = [(header::CONTENT_TYPE, "application/problem+json")];
+        let body = json::line(&self.details);
+        let mut response = (status, content_type, body).into_response();
         if let Some(wait) = self.retry_after {
             let seconds = wait.as_secs().max(1);
             response

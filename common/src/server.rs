@@ -6,12 +6,13 @@
 
 use std::any::Any;
 use std::net::{SocketAddr, TcpListener};
+use std::pin::Pin;
 use std::time::Duration;
 
+use axum::Router;
 use axum::extract::Request;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
-use axum::{Json, Router};
 use axum_server::Handle;
 use axum_server::accept::Accept;
 use hyper_util::rt::TokioTimer;
@@ -29,6 +30,7 @@ use tower_http::request_id::{
 use tower_http::trace::TraceLayer;
 use tracing::Span;
 
+use crate::json::JsonLine;
 use crate::problem::Problem;
 
 /// The name of the header that carries a request's id through the services.
@@ -105,31 +107,34 @@ pub fn with_middleware(routes: Router, log: RequestLog) -> Router {
         .layer(stack)
 }
 
-/// Serves until `stop` is cancelled, then lets requests in flight finish for at most `grace`.
+/// Serves until `stop` is cancelled, then lets requests in flight finish for at most `grace`. Boxed so
+/// that the HTTP server is compiled here, and not again in each binary and test.
 ///
 /// # Errors
 /// When the socket cannot be used.
-pub async fn serve(
+pub fn serve(
     listener: TcpListener,
     router: Router,
     limits: Limits,
     stop: CancellationToken,
     grace: Duration,
-) -> std::io::Result<()> {
-    listener.set_nonblocking(true)?;
-    let handle = Handle::<SocketAddr>::new();
-    tokio::spawn(stop_gracefully(handle.clone(), stop, grace));
-    let mut server = axum_server::from_tcp(listener)?
-        .handle(handle)
-        .acceptor(WriteIdleAcceptor(limits.write_idle))
-        .http1_only();
-    server
-        .http_builder()
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.head)
-        .max_buf_size(CONNECTION_BUFFER);
-    server.serve(router.into_make_service()).await
+) -> Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>> {
+    Box::pin(async move {
+        listener.set_nonblocking(true)?;
+        let handle = Handle::<SocketAddr>::new();
+        tokio::spawn(stop_gracefully(handle.clone(), stop, grace));
+        let mut server = axum_server::from_tcp(listener)?
+            .handle(handle)
+            .acceptor(WriteIdleAcceptor(limits.write_idle))
+            .http1_only();
+        server
+            .http_builder()
+            .http1()
+            .timer(TokioTimer::new())
+            .header_read_timeout(limits.head)
+            .max_buf_size(CONNECTION_BUFFER);
+        server.serve(router.into_make_service()).await
+    })
 }
 
 async fn stop_gracefully(handle: Handle<SocketAddr>, stop: CancellationToken, grace: Duration) {
@@ -200,7 +205,7 @@ pub fn readiness(ready: Result<(), String>, checks: &[Check]) -> Response {
     let Err(detail) = ready else {
         let is_degraded = checks.iter().any(|check| !check.ok);
         let status = if is_degraded { "degraded" } else { "ready" };
-        return Json(Ready { status, checks }).into_response();
+        return JsonLine(Ready { status, checks }).into_response();
     };
     let problem = Problem::unavailable(detail, Duration::from_secs(1));
     match checks.is_empty() {
@@ -275,14 +280,16 @@ fn answer_panic(panic: Box<dyn Any + Send>) -> Response {
     .into_response()
 }
 
-async fn answer_not_found() -> Problem {
+/// The answer at a path that is not served.
+pub async fn answer_not_found() -> Problem {
     Problem::new(
         StatusCode::NOT_FOUND,
-        "there is nothing at this path; messages are posted to / and read from /",
+        "there is nothing at this path; messages are posted to / and read from / or, each, from /UUID",
     )
 }
 
-async fn answer_method_not_allowed() -> Problem {
+/// The answer to a method that a path does not take.
+pub async fn answer_method_not_allowed() -> Problem {
     Problem::new(
         StatusCode::METHOD_NOT_ALLOWED,
         "this path does not take this method; the allow header names those it takes",
@@ -294,7 +301,7 @@ async fn answer_method_not_allowed() -> Problem {
 struct WriteIdleAcceptor(Duration);
 
 impl<S> Accept<TcpStream, S> for WriteIdleAcceptor {
-    type Stream = std::pin::Pin<Box<TimeoutStream<TcpStream>>>;
+    type Stream = Pin<Box<TimeoutStream<TcpStream>>>;
     type Service = S;
     type Future = std::future::Ready<std::io::Result<(Self::Stream, S)>>;
 

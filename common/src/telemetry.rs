@@ -7,8 +7,9 @@ use std::io::{self, BufWriter, IsTerminal, Write};
 
 use clap::ValueEnum;
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::entry::is_control;
 
@@ -31,21 +32,23 @@ pub enum LogFormat {
 /// # Errors
 /// A line for the person who started the service, when `RUST_LOG` cannot be read.
 pub fn init(format: LogFormat) -> Result<WorkerGuard, String> {
-    let filter = EnvFilter::builder()
-        .with_default_directive(LevelFilter::INFO.into())
-        .from_env()
-        .map_err(|error| format!("RUST_LOG cannot be read: {error}; write for example info"))?;
+    let filter = match std::env::var("RUST_LOG") {
+        Ok(text) if !text.is_empty() => text
+            .parse()
+            .map_err(|error| format!("RUST_LOG cannot be read: {error}; write for example info"))?,
+        Ok(_) | Err(_) => Targets::new().with_default(LevelFilter::INFO),
+    };
     let (writer, guard) = NonBlockingBuilder::default()
         .lossy(false)
         .buffered_lines_limit(QUEUED_LINES)
         .finish(Escaped(BufWriter::new(io::stdout())));
-    let lines = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(writer)
         .with_ansi(io::stdout().is_terminal());
+    let filtered = tracing_subscriber::registry().with(filter);
     match format {
-        LogFormat::Text => lines.init(),
-        LogFormat::Json => lines.json().flatten_event(true).init(),
+        LogFormat::Text => filtered.with(lines).init(),
+        LogFormat::Json => filtered.with(lines.json().flatten_event(true)).init(),
     }
     Ok(guard)
 }

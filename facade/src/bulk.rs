@@ -7,13 +7,13 @@ use std::future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Json;
 use axum::body::{Body, BodyDataStream};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use bytes::{Buf, Bytes, BytesMut};
 use common::body::{BodyError, holding};
 use common::entry;
+use common::json::JsonLine;
 use common::problem::{Problem, shortened};
 use common::server;
 use futures_util::{Stream, StreamExt, stream};
@@ -115,7 +115,7 @@ async fn summarize(
             summary.errors.push(result);
         }
     }
-    Ok(Json(summary).into_response())
+    Ok(JsonLine(summary).into_response())
 }
 
 fn stream_results(

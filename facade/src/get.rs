@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::body::HttpBody;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use common::body::{NoMemory, Reservation, holding};
+use common::json::JsonLine;
 use common::page::{Bounds, Order};
 use common::problem::Problem;
 use common::server;
@@ -125,15 +125,15 @@ pub(crate) async fn list(
 /// `GET /{uuid}`: one entry.
 pub(crate) async fn show(
     State(app): State<App>,
-    path: Result<Path<String>, PathRejection>,
+    path: Result<Path<Uuid>, PathRejection>,
 ) -> Result<Response, Problem> {
-    let Path(uuid) = path.map_err(|error| Problem::bad_request(error.body_text()))?;
+    let Ok(Path(uuid)) = path else {
+        return Err(server::answer_not_found().await);
+    };
     // Until it is known how large the message is, it may be as large as any.
     let largest = body_limit(app.max_message);
     let reserved = Reservation::new(&app.lookups, largest);
     let mut reserved = reserved.map_err(|NoMemory| too_many("reads"))?;
-    let uuid = Uuid::try_parse(&uuid)
-        .map_err(|error| Problem::bad_request(format!("{uuid:?} is no UUID: {error}")))?;
     let ask = move |logging: Arc<dyn Logging>| async move { logging.get(uuid).await };
     let asked = app
         .pool
@@ -143,11 +143,19 @@ pub(crate) async fn show(
         let detail = format!("there is no message {uuid}");
         return Err(Problem::new(StatusCode::NOT_FOUND, detail));
     };
-    let answer = Json(entry).into_response();
+    let answer = JsonLine(entry).into_response();
     let bytes = answer.body().size_hint().lower() as usize;
     let resized = reserved.resize(bytes);
     resized.map_err(|NoMemory| too_many("reads"))?;
     Ok(holding(answer, reserved))
+}
+
+/// What is not GET on `/{uuid}`: a path that is no message's is unknown, whatever the method.
+pub(crate) async fn refuse_method(path: Result<Path<Uuid>, PathRejection>) -> Problem {
+    match path {
+        Ok(_) => server::answer_method_not_allowed().await,
+        Err(_) => server::answer_not_found().await,
+    }
 }
 
 /// The answer when no logging instance could be read from.

@@ -59,7 +59,7 @@ const _: () = assert!((MAX_MAX_MESSAGE as usize) * MAX_JSON_EXPANSION < MAX_BATC
 #[command(name = "facade", version)]
 pub struct Config {
     /// Address to serve on; loopback unless you say otherwise
-    #[arg(long, default_value = "127.0.0.1:8086", value_parser = config::address)]
+    #[arg(long, global = true, default_value = "127.0.0.1:8086", value_parser = config::address)]
     pub listen: SocketAddr,
 
     /// Logging instances, separated by commas
@@ -104,13 +104,21 @@ pub struct Config {
 }
 
 fn service_url(text: &str) -> Result<Url, String> {
-    let url = Url::parse(text).ok();
-    let url = url.filter(|url| {
-        let is_bare = url.path() == "/" && url.query().is_none() && url.username().is_empty();
-        let is_bare = is_bare && url.password().is_none();
-        url.scheme() == "http" && url.has_host() && is_bare
-    });
-    url.ok_or_else(|| "write http://HOST:PORT".to_owned())
+    const WRITE_INSTEAD: &str = "write http://HOST:PORT";
+    if !text.contains("://") && !text.is_empty() && !text.contains('@') {
+        return Err(format!(
+            "the http:// is missing; {WRITE_INSTEAD}, here http://{text}"
+        ));
+    }
+    let url = Url::parse(text).map_err(|error| format!("{error}; {WRITE_INSTEAD}"))?;
+    let has_login = !url.username().is_empty() || url.password().is_some();
+    let fault = match url.scheme() {
+        "http" if has_login => "a login is not supported",
+        "http" if url.path() != "/" || url.query().is_some() => "it has a path",
+        "http" => return Ok(url),
+        _ => "only http is supported",
+    };
+    Err(format!("{fault}; {WRITE_INSTEAD}"))
 }
 
 fn message_size(text: &str) -> Result<ByteSize, String> {
@@ -209,7 +217,7 @@ fn too_many(what: &str) -> Problem {
 pub fn router(app: App) -> Router {
     let routes = Router::new()
         .route("/", get(get::list).post(post::create))
-        .route("/{uuid}", get(get::show))
+        .route("/{uuid}", get(get::show).fallback(get::refuse_method))
         .route("/livez", get(server::livez))
         .route("/readyz", get(readiness::readyz))
         .with_state(app);

@@ -2,19 +2,22 @@
 //!
 //! What nobody asked for is refused, never dropped: a silently cut message is a lost message.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Json;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use common::body::{BodyError, NoMemory, Reservation, holding, read_body};
 use common::entry::{self, MAX_JSON_EXPANSION};
+use common::json::JsonLine;
 use common::problem::Problem;
 use common::server;
+use futures_util::stream;
 use mediatype::{MediaType, ReadParams, names};
+use multer::Multipart;
 use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -29,6 +32,10 @@ const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
 /// Room in a body for what surrounds the message: `{"msg":"…"}` and white space.
 const BODY_OVERHEAD: usize = 1024;
+
+/// The commands that work, for those who typed another one.
+const COMMANDS: &str = "with curl: --data-urlencode 'msg=TEXT', or --json '{\"msg\":\"TEXT\"}', or \
+                        -H 'content-type: text/plain' --data-binary 'TEXT'";
 
 /// When a caller that got a 503 should come back.
 pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -55,7 +62,12 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
         BodyError::TooSlow | BodyError::Broken => error.into(),
     })?;
     let body_length = body.len();
-    let msg = message(format, body, app.max_message)?;
+    let msg = match format {
+        MessageFormat::Body(format) => message(format, body, app.max_message)?,
+        MessageFormat::Multipart { boundary } => {
+            multipart_message(body, boundary, app.max_message).await?
+        }
+    };
     // The answer repeats the message, and holds the memory until its caller has read it.
     let bytes = body_length.max(json_length(&msg));
     reserved.resize(bytes).map_err(|NoMemory| no_memory())?;
@@ -83,9 +95,18 @@ pub enum BodyFormat {
     Text,
 }
 
+/// How a request carries one message.
+enum MessageFormat {
+    Body(BodyFormat),
+    /// A form with the one field `msg`, as `curl -F` sends it.
+    Multipart {
+        boundary: String,
+    },
+}
+
 /// What a request says it carries.
 enum ContentType {
-    OneMessage(BodyFormat),
+    OneMessage(MessageFormat),
     /// One message a line.
     Ndjson,
 }
@@ -103,31 +124,45 @@ impl ContentType {
         }
         let mut content_types = headers.get_all(header::CONTENT_TYPE).iter();
         let content_type = match (content_types.next(), content_types.next()) {
-            (None, _) => return Ok(Self::OneMessage(BodyFormat::Text)),
+            (None, _) => return Ok(Self::body(BodyFormat::Text)),
             (Some(content_type), None) => content_type.to_str().ok(),
             (Some(_), Some(_)) => None,
         };
         let media_type = content_type
             .and_then(|text| MediaType::parse(text).ok())
             .ok_or_else(|| unsupported("the content-type header cannot be read"))?;
-        let is_utf8 = media_type
-            .get_param(names::CHARSET)
-            .map(|charset| charset.unquoted_str().to_ascii_lowercase())
-            .is_none_or(|charset| charset == "utf-8" || charset == "us-ascii");
-        if !is_utf8 {
-            return Err(unsupported("send the message as UTF-8"));
-        }
+        require_utf8(&media_type)?;
         let essence = media_type.essence().to_string().to_ascii_lowercase();
         match essence.as_str() {
-            "application/x-www-form-urlencoded" => Ok(Self::OneMessage(BodyFormat::Form)),
-            "application/json" => Ok(Self::OneMessage(BodyFormat::Json)),
-            "text/plain" => Ok(Self::OneMessage(BodyFormat::Text)),
+            "application/x-www-form-urlencoded" => Ok(Self::body(BodyFormat::Form)),
+            "application/json" => Ok(Self::body(BodyFormat::Json)),
+            "text/plain" => Ok(Self::body(BodyFormat::Text)),
             "application/x-ndjson" => Ok(Self::Ndjson),
+            "multipart/form-data" => match media_type.get_param(names::BOUNDARY) {
+                Some(boundary) => Ok(Self::OneMessage(MessageFormat::Multipart {
+                    boundary: boundary.unquoted_str().into_owned(),
+                })),
+                None => Err(unsupported("the content-type header names no boundary")),
+            },
             _ => Err(unsupported(
                 "send a form with the field msg, application/json, text/plain, or \
                  application/x-ndjson for many messages",
             )),
         }
+    }
+
+    fn body(format: BodyFormat) -> Self {
+        Self::OneMessage(MessageFormat::Body(format))
+    }
+}
+
+fn require_utf8(media_type: &MediaType<'_>) -> Result<(), Problem> {
+    let Some(charset) = media_type.get_param(names::CHARSET) else {
+        return Ok(());
+    };
+    match charset.unquoted_str().to_ascii_lowercase().as_str() {
+        "utf-8" | "utf8" | "us-ascii" => Ok(()),
+        _ => Err(unsupported("send the message as UTF-8")),
     }
 }
 
@@ -215,13 +250,46 @@ fn form_message(body: Bytes) -> Result<String, Problem> {
     let field = match body.split_once('=') {
         Some((name, value)) if !body.contains('&') && decode_form(name)? == "msg" => value,
         _ => {
-            return Err(Problem::bad_request(
-                "a form needs exactly one field, msg; encode & and = inside it \
-                 (curl --data-urlencode msg=…), or send the text as text/plain",
-            ));
+            return Err(Problem::bad_request(format!(
+                "a form needs exactly one field, msg, with & and = encoded inside it; {COMMANDS}"
+            )));
         }
     };
     decode_form(field)
+}
+
+/// A multipart body must be one field `msg` with text: a second one, or a file, would be lost.
+async fn multipart_message(
+    body: Bytes,
+    boundary: String,
+    max_message: usize,
+) -> Result<String, Problem> {
+    let broken = |error| Problem::bad_request(format!("the form cannot be read: {error}"));
+    let more = || {
+        Problem::bad_request(
+            "a form needs exactly one field, msg, and no file; with curl: -F 'msg=TEXT'",
+        )
+    };
+    let whole = stream::iter([Ok::<_, Infallible>(body)]);
+    let mut form = Multipart::new(whole, boundary);
+    let field = form.next_field().await.map_err(broken)?.ok_or_else(more)?;
+    if field.name() != Some("msg") || field.file_name().is_some() {
+        return Err(more());
+    }
+    if let Some(content_type) = field.headers().get(header::CONTENT_TYPE) {
+        let text = content_type.to_str().unwrap_or_default();
+        let media_type = MediaType::parse(text).map_err(|_| more())?;
+        if media_type.essence() != MediaType::new(names::TEXT, names::PLAIN) {
+            return Err(unsupported("the field msg must be text/plain"));
+        }
+        require_utf8(&media_type)?;
+    }
+    let msg = utf8(field.bytes().await.map_err(broken)?.into())?;
+    if form.next_field().await.map_err(broken)?.is_some() {
+        return Err(more());
+    }
+    check_size(&msg, max_message)?;
+    Ok(msg)
 }
 
 fn decode_form(text: &str) -> Result<String, Problem> {
@@ -242,7 +310,7 @@ fn json_message(body: &[u8]) -> Result<String, Problem> {
     };
     msg.map_err(|error| {
         Problem::bad_request(format!(
-            "send {{\"msg\":\"…\"}} or a JSON string, and nothing else: {error}"
+            "send {{\"msg\":\"…\"}} or a JSON string, and nothing else: {error}; {COMMANDS}"
         ))
     })
 }
@@ -268,7 +336,7 @@ fn answer_stored(stored: &Stored, msg: &str) -> Response {
         duplicate: stored.is_duplicate,
     };
     let instance = [(LOGGING_INSTANCE, stored.instance.clone())];
-    (instance, Json(answer)).into_response()
+    (instance, JsonLine(answer)).into_response()
 }
 
 fn answer_not_stored(error: &NotStored) -> Problem {

@@ -157,7 +157,7 @@ impl Certainty {
 ///   capacity, so it costs nothing of the budget.
 pub async fn store(pool: &Pool, post: Post, patience: Duration) -> Result<Stored, NotStored> {
     let deadline = Instant::now() + patience;
-    let mut delivery = Delivery::new(pool, post);
+    let mut delivery = Delivery::new(pool, post, deadline);
     let delivered = timeout_at(deadline, delivery.run()).await;
     delivered.unwrap_or_else(|_| Err(delivery.give_up()))
 }
@@ -165,6 +165,7 @@ pub async fn store(pool: &Pool, post: Post, patience: Duration) -> Result<Stored
 /// A message on its way into the map.
 struct Delivery<'pool> {
     pool: &'pool Pool,
+    deadline: Instant,
     entry: PutEntry,
     key: Key,
     held: Held,
@@ -195,7 +196,7 @@ enum Pace {
 }
 
 impl<'pool> Delivery<'pool> {
-    fn new(pool: &'pool Pool, post: Post) -> Self {
+    fn new(pool: &'pool Pool, post: Post, deadline: Instant) -> Self {
         let entry = PutEntry {
             uuid: match post.key {
                 Key::Own => pool.identifiers.next(),
@@ -206,6 +207,7 @@ impl<'pool> Delivery<'pool> {
         };
         Self {
             pool,
+            deadline,
             entry,
             key: post.key,
             held: post.held,
@@ -307,6 +309,10 @@ impl<'pool> Delivery<'pool> {
                 return Ok(Some(instance));
             }
             self.pool.any_up().await;
+            if Instant::now() + self.pause >= self.deadline {
+                // A try that the deadline cuts off would only make its fate unknown.
+                return Err(self.give_up());
+            }
             self.wait().await;
             self.tried.clear();
             if pace != Pace::OnBudget || self.pool.repeats.withdraw() {

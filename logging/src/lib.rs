@@ -9,7 +9,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use axum::Json;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::rejection::{PathRejection, QueryRejection};
@@ -24,6 +23,7 @@ use common::api::{MARK, Mark};
 use common::body::{BodyError, NoMemory, Reservation, holding, read_body};
 use common::config::{self, ServiceConfig};
 use common::entry::{self, Entry, MAX_BATCH_BYTES, Outcome, PutEntry, PutResult};
+use common::json::JsonLine;
 use common::page::{Bounds, Order, PageEnd};
 use common::problem::Problem;
 use common::server::{self, Check, Limits, RequestLog};
@@ -49,7 +49,7 @@ const PAGE_BYTES: usize = 128 * 1024;
 #[command(name = "logging", version)]
 pub struct Config {
     /// Address to serve on; an inner door, so keep it away from the public
-    #[arg(long, default_value = "127.0.0.1:8082", value_parser = config::address)]
+    #[arg(long, global = true, default_value = "127.0.0.1:8082", value_parser = config::address)]
     pub listen: SocketAddr,
 
     /// The shared map, the same for all instances: lmdb:FOLDER, a folder of this machine;
@@ -152,8 +152,8 @@ async fn put(State(app): State<App>, request: Request) -> Result<Response, Probl
     });
     let mut results: Vec<PutResult> = results.collect();
     let answer = match batch.shape {
-        Shape::Many => Json(results).into_response(),
-        Shape::One => Json(results.remove(0)).into_response(),
+        Shape::Many => JsonLine(results).into_response(),
+        Shape::One => JsonLine(results.remove(0)).into_response(),
     };
     Ok(holding(answer, reserved))
 }
@@ -181,7 +181,9 @@ impl Batch {
         };
         let posted: Vec<PutEntry> = posted.map_err(|error| {
             Problem::bad_request(format!(
-                "post one entry {{\"uuid\":…,\"msg\":…}} or an array of them: {error}"
+                "this is a logging instance; post messages to the facade, by default \
+                 http://localhost:8086. What a facade sends here is an entry \
+                 {{\"uuid\":…,\"msg\":…}} or an array of them: {error}"
             ))
         })?;
         let mut entries = Vec::with_capacity(posted.len());
@@ -234,15 +236,18 @@ fn log_acknowledged(batch: &Batch, outcomes: &[Outcome]) {
 
 async fn show(
     State(app): State<App>,
-    path: Result<Path<String>, PathRejection>,
+    path: Result<Path<Uuid>, PathRejection>,
 ) -> Result<Response, Problem> {
-    let Path(uuid) = path.map_err(|error| Problem::bad_request(error.body_text()))?;
+    let Ok(Path(uuid)) = path else {
+        return Err(server::answer_not_found().await);
+    };
     let place = app.reads.clone().try_acquire_owned();
     let place = place.map_err(|_| busy())?;
-    let uuid = Uuid::try_parse(&uuid)
-        .map_err(|error| Problem::bad_request(format!("{uuid:?} is no UUID: {error}")))?;
     match app.map.get(uuid).await.map_err(answer_map_error)? {
-        Some(msg) => Ok(holding(Json(Entry { uuid, msg }).into_response(), place)),
+        Some(msg) => Ok(holding(
+            JsonLine(Entry { uuid, msg }).into_response(),
+            place,
+        )),
         None => Err(Problem::new(
             StatusCode::NOT_FOUND,
             format!("there is no entry {uuid}"),

@@ -20,7 +20,7 @@ pub const REPLY: &str = "Messages Service not Implemented";
 #[command(name = "messages", version)]
 pub struct Config {
     /// Address to serve on; loopback unless you say otherwise
-    #[arg(long, default_value = "127.0.0.1:8081", value_parser = config::address)]
+    #[arg(long, global = true, default_value = "127.0.0.1:8081", value_parser = config::address)]
     pub listen: SocketAddr,
 
     #[command(flatten)]
