@@ -27,7 +27,8 @@ fail() {
 }
 
 action=${1:-}
-folder=${2:-$root/data/cluster}
+# The servers write their files from folders of their own, so a relative path would mean another one.
+folder=$(realpath --canonicalize-missing "${2:-$root/data/cluster}")
 case $action in
     start | stop | status | wipe) ;;
     --help | -h)

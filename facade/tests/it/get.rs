@@ -209,8 +209,8 @@ async fn single_messages_are_found_by_uuid() {
     let found: Value = system.get(&format!("/{uuid}")).await.json().await.unwrap();
     assert_eq!(found, json!({"uuid": uuid, "msg": "hello"}));
     problem(system.get(&format!("/{}", Uuid::now_v7())).await, 404).await;
-    problem(system.get("/hello").await, 400).await;
-    problem(system.get("/%FF").await, 400).await;
+    problem(system.get("/hello").await, 404).await;
+    problem(system.get("/%FF").await, 404).await;
 }
 
 /// An upper bound stands before the first page, so a read ends though writers go on.

@@ -7,11 +7,25 @@ use crate::system::{System, nobody, problem};
 #[tokio::test]
 async fn wrong_paths_and_methods_are_problems() {
     let system = System::start().await;
-    problem(system.get("/a/b").await, 404).await;
+    for (method, path) in [
+        ("GET", "/a/b"),
+        ("GET", "/hello"),
+        ("GET", "/livez/"),
+        ("GET", "/index.html"),
+        ("POST", "/hello"),
+        ("PATCH", "/x"),
+    ] {
+        let url = format!("{}{path}", system.url);
+        let request = system.http.request(method.parse().unwrap(), url);
+        let answer = problem(request.send().await.unwrap(), 404).await;
+        let detail = answer["detail"].as_str().unwrap();
+        assert!(detail.contains("/UUID"), "{method} {path}: {detail}");
+    }
+    let message = format!("/{}", uuid::Uuid::now_v7());
     for (method, path) in [
         ("PUT", "/"),
         ("DELETE", "/"),
-        ("PATCH", "/x"),
+        ("PATCH", &message),
         ("POST", "/livez"),
     ] {
         let url = format!("{}{path}", system.url);
@@ -74,4 +88,37 @@ async fn facade_alone_is_alive_but_not_ready() {
         checks.iter().all(|check| check["ok"] == false),
         "{checks:?}"
     );
+}
+
+/// A terminal shows its prompt on a line of its own, whatever was asked.
+#[tokio::test]
+async fn every_answer_ends_with_a_newline() {
+    let system = System::start().await;
+    let uuid = system.store("hello").await;
+    let alone = System::with_stubs(vec![nobody()], nobody(), &[]);
+    let upload = system.post().header("content-type", "application/x-ndjson");
+    let answers = [
+        system.post().body("hello").send().await.unwrap(),
+        system.post().body("").send().await.unwrap(),
+        upload.body("\"a\"\n\"\"").send().await.unwrap(),
+        system.get("/").await,
+        system.get("/?limit=0").await,
+        system.get("/?limit=x").await,
+        system.get(&format!("/{uuid}")).await,
+        system.get("/hello").await,
+        system.get("/a/b").await,
+        system.get("/livez").await,
+        system.get("/readyz").await,
+        system.get("/readyz?verbose").await,
+        alone.get("/readyz?verbose").await,
+        alone.get("/").await,
+    ];
+    for answer in answers {
+        let url = answer.url().clone();
+        let text = answer.text().await.unwrap();
+        assert!(
+            text.ends_with('\n') && !text.ends_with("\n\n"),
+            "{url}: {text:?}"
+        );
+    }
 }

@@ -44,6 +44,8 @@ mod http;
 mod large;
 /// More messages than the instances can store.
 mod overload;
+/// The scripts that a newcomer runs first.
+mod scripts;
 /// Instances that are sick but answer, proxies, strangers, bursts behind a paused one.
 mod sick;
 /// Promises 1 to 4 and 6 to 8 on a simulated network and clock, for many seeds.

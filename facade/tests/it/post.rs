@@ -21,7 +21,7 @@ const TEXT: &str = "text/plain";
 #[tokio::test]
 async fn every_accepted_shape_is_stored_as_posted() {
     let system = System::start().await;
-    let cases: [(Option<&str>, &[u8], &str); 22] = [
+    let cases: [(Option<&str>, &[u8], &str); 23] = [
         (Some(FORM), b"msg=hello", "hello"),
         (Some(FORM), b"Hello", "Hello"),
         (Some(FORM), b"Hello+World %26", "Hello+World %26"),
@@ -49,6 +49,7 @@ async fn every_accepted_shape_is_stored_as_posted() {
         ),
         (Some("text/plain; charset=\"utf-8\""), b"x", "x"),
         (Some("text/plain;charset=us-ascii"), b"x", "x"),
+        (Some("text/plain; charset=UTF8"), b"x", "x"),
         (None, b"no content type", "no content type"),
         (None, b"msg=a&b=c", "msg=a&b=c"),
         (None, "\u{feff}bom".as_bytes(), "\u{feff}bom"),
@@ -79,7 +80,7 @@ async fn every_accepted_shape_is_stored_as_posted() {
 #[tokio::test]
 async fn what_nobody_asked_for_is_refused_and_changes_nothing() {
     let system = System::start().await;
-    let cases: [(&str, &[u8], u16); 33] = [
+    let cases: [(&str, &[u8], u16); 34] = [
         (FORM, b"", 400),
         (FORM, b"msg=", 400),
         (FORM, b"msg=a&b=c", 400),
@@ -108,7 +109,8 @@ async fn what_nobody_asked_for_is_refused_and_changes_nothing() {
         (TEXT, b"\xf0\x9f", 400),
         ("text/plain; charset=latin1", b"a", 415),
         ("text/html", b"a", 415),
-        ("multipart/form-data; boundary=x", b"--x--", 415),
+        ("multipart/form-data; boundary=x", b"--x--", 400),
+        ("multipart/form-data", b"--x--", 415),
         ("application/octet-stream", b"a", 415),
         ("application/xml", b"<a/>", 415),
         ("nonsense", b"a", 415),
@@ -129,6 +131,84 @@ async fn what_nobody_asked_for_is_refused_and_changes_nothing() {
     let packed = system.post().header("content-encoding", "gzip").body("a");
     problem(packed.send().await.unwrap(), 415).await;
     assert_eq!(system.read("").await.count, 0);
+}
+
+/// A part of a multipart body: its header lines, and its content.
+fn multipart(parts: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut body = Vec::new();
+    for (headers, content) in parts {
+        body.extend_from_slice(format!("--x\r\n{headers}\r\n\r\n").as_bytes());
+        body.extend_from_slice(content);
+        body.extend_from_slice(b"\r\n");
+    }
+    body.extend_from_slice(b"--x--\r\n");
+    body
+}
+
+/// What `curl -F msg=…` sends: one field, no file.
+#[tokio::test]
+async fn multipart_form_with_the_one_field_is_taken_and_no_other() {
+    const MSG: &str = "content-disposition: form-data; name=\"msg\"";
+    let system = System::start().await;
+    let post = |body: Vec<u8>| {
+        let request = system.post();
+        request
+            .header("content-type", "multipart/form-data; boundary=x")
+            .body(body)
+            .send()
+    };
+    let utf8 = format!("{MSG}\r\ncontent-type: text/plain; charset=utf-8");
+    let messages = ["hello", "a=b&c\r\n--y+%20\n", "🦀", &"x".repeat(64 << 10)];
+    for msg in messages {
+        for headers in [MSG, &utf8] {
+            let response = post(multipart(&[(headers, msg.as_bytes())])).await.unwrap();
+            assert_eq!(response.status(), 200, "{msg}");
+            assert_eq!(response.json::<Entry>().await.unwrap().msg, msg);
+        }
+    }
+    assert_eq!(system.messages().await.len(), 2 * messages.len());
+
+    let other = MSG.replace("msg", "text");
+    let file = format!("{MSG}; filename=\"a.txt\"");
+    let latin1 = format!("{MSG}\r\ncontent-type: text/plain; charset=latin1");
+    let html = format!("{MSG}\r\ncontent-type: text/html");
+    let whole = multipart(&[(MSG, b"a")]);
+    let too_large = "x".repeat((64 << 10) + 1);
+    let refused: [(Vec<u8>, u16); 12] = [
+        (multipart(&[]), 400),
+        (multipart(&[(MSG, b"")]), 400),
+        (multipart(&[(MSG, b"a"), (MSG, b"b")]), 400),
+        (multipart(&[(MSG, b"a"), (&other, b"b")]), 400),
+        (multipart(&[(&other, b"a")]), 400),
+        (multipart(&[(&file, b"a")]), 400),
+        (multipart(&[(MSG, b"\xff")]), 400),
+        (multipart(&[(&latin1, b"a")]), 415),
+        (multipart(&[(&html, b"a")]), 415),
+        (multipart(&[(MSG, too_large.as_bytes())]), 413),
+        (whole[..whole.len() - 6].to_vec(), 400),
+        (b"msg=a".to_vec(), 400),
+    ];
+    for (body, status) in refused {
+        let what = String::from_utf8_lossy(&body[..body.len().min(200)]).into_owned();
+        let response = post(body).await.unwrap();
+        assert_eq!(response.status(), status, "{what}");
+        problem(response, status).await;
+    }
+    assert_eq!(system.messages().await.len(), 2 * messages.len());
+}
+
+/// The answer to a form or JSON that cannot be taken shows the commands that work.
+#[tokio::test]
+async fn refused_form_is_answered_with_the_command_that_works() {
+    let system = System::start().await;
+    for (content_type, body) in [(FORM, "1+1=2"), (FORM, "msg=a&b=c"), (JSON, "{msg: a}")] {
+        let request = system.post().header("content-type", content_type);
+        let answer = problem(request.body(body).send().await.unwrap(), 400).await;
+        let detail = answer["detail"].as_str().unwrap();
+        for command in ["--data-urlencode 'msg=", "--json '{\"msg\":", "text/plain"] {
+            assert!(detail.contains(command), "{body}: {detail}");
+        }
+    }
 }
 
 #[tokio::test]

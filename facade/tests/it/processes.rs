@@ -153,7 +153,9 @@ print(response.status_code, response.text)
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    let lines: Vec<&str> = printed.lines().collect();
+    // Answers end with a newline, and so does what the client prints.
+    let lines = printed.lines().filter(|line| !line.is_empty());
+    let lines: Vec<&str> = lines.collect();
     for (n, line) in (1..=10).zip(&lines) {
         assert!(line.starts_with("200 {\"uuid\":\""), "{line}");
         assert!(line.ends_with(&format!("\"msg\":\"msg{n}\"}}")), "{line}");
@@ -298,9 +300,17 @@ async fn stopping_facade_finishes_bodies_in_flight() {
 #[test]
 fn healthcheck_asks_the_running_service() {
     let healthcheck = |address: SocketAddr| {
-        let mut command = Command::new(binary("facade"));
-        command.args(["--listen", &address.to_string(), "healthcheck"]);
-        command.output().unwrap()
+        let listen = ["--listen", &address.to_string()];
+        let run = |arguments: &[&str]| {
+            Command::new(binary("facade"))
+                .args(arguments)
+                .output()
+                .unwrap()
+        };
+        let before = run(&[&listen[..], &["healthcheck"]].concat());
+        let after = run(&[&["healthcheck"], &listen[..]].concat());
+        assert_eq!(before.status, after.status);
+        after
     };
     let everywhere = SocketAddr::from(([0, 0, 0, 0], free_address().port()));
     let nobody = one_line(&healthcheck(everywhere));
@@ -350,6 +360,31 @@ fn wrong_configuration_is_one_line_and_exit_code_2() {
     assert_refused(&binary, &["--deadline", endless], "365days");
     assert_refused(&binary, &["--logging", "http://:p@a:1"], "http://HOST:PORT");
     assert_refused(&binary, &["--try-timeout"], "--try-timeout");
+    assert_refused(
+        &binary,
+        &["--logging", "localhost:9000"],
+        "http://localhost:9000",
+    );
+    assert_refused(&binary, &["--messages", "https://a:1"], "only http");
+}
+
+/// What was set is named: the variable if the value came from it, otherwise the flag.
+#[test]
+fn wrong_value_is_blamed_on_what_was_set() {
+    let mut by_variable = Command::new(binary("facade"));
+    let output = by_variable.env("FACADE_DEADLINE", "soon").output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let line = one_line(&output);
+    assert!(
+        line.contains("FACADE_DEADLINE") && !line.contains("--deadline"),
+        "{line}"
+    );
+    for arguments in [&["--deadline", "late"][..], &["--deadline=late"]] {
+        let mut by_both = Command::new(binary("facade"));
+        let by_both = by_both.env("FACADE_DEADLINE", "soon").args(arguments);
+        let line = one_line(&by_both.output().unwrap());
+        assert!(line.contains("\"late\" for --deadline"), "{line}");
+    }
 }
 
 #[test]

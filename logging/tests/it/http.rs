@@ -76,7 +76,7 @@ async fn one_entry_gets_one_result() {
     for outcome in ["stored", "duplicate"] {
         let response = instance.post(json(uuid, "hello")).await;
         assert_eq!(response.status(), StatusCode::OK);
-        let expected = format!(r#"{{"uuid":"{uuid}","outcome":"{outcome}"}}"#);
+        let expected = format!(r#"{{"uuid":"{uuid}","outcome":"{outcome}"}}"#) + "\n";
         assert_eq!(response.text().await.unwrap(), expected);
     }
 }
@@ -95,7 +95,7 @@ async fn batch_gets_a_result_for_each_entry_in_order() {
     let response = instance.post(format!("[{}]", batch.join(","))).await;
     let expected = format!(
         r#"[{{"uuid":"{second}","outcome":"stored"}},{{"uuid":"{first}","outcome":"stored"}},{{"uuid":"{second}","outcome":"conflict"}},{{"uuid":"{old}","outcome":"stale"}}]"#
-    );
+    ) + "\n";
     assert_eq!(response.text().await.unwrap(), expected);
 }
 
@@ -203,23 +203,38 @@ async fn single_entries_are_found_by_uuid() {
     instance.post(json(uuid, "hello")).await;
     assert_eq!(
         instance.text(&format!("/{uuid}")).await,
-        json(uuid, "hello")
+        json(uuid, "hello") + "\n"
     );
     let unknown = format!("/{}", Uuid::now_v7());
     assert_eq!(instance.get(&unknown).await.status(), StatusCode::NOT_FOUND);
-    assert_eq!(
-        instance.get("/hello").await.status(),
-        StatusCode::BAD_REQUEST
-    );
+    assert_eq!(instance.get("/hello").await.status(), StatusCode::NOT_FOUND);
+}
+
+/// Who posts a message to a logging instance by hand is sent to the facade.
+#[tokio::test]
+async fn message_that_was_meant_for_the_facade_is_answered_with_a_hint() {
+    let instance = Instance::start();
+    for body in ["msg=hello", r#"{"msg":"hello"}"#] {
+        let response = instance.post(body).await;
+        assert_eq!(response.status(), StatusCode::BAD_REQUEST);
+        let hint = response.text().await.unwrap();
+        assert!(
+            hint.contains("to the facade, by default http://localhost:8086"),
+            "{hint}"
+        );
+    }
 }
 
 #[tokio::test]
 async fn readiness_ends_when_the_process_is_told_to_stop() {
     let instance = Instance::start();
     assert_eq!(instance.text("/livez").await, "alive\n");
-    assert_eq!(instance.text("/readyz").await, r#"{"status":"ready"}"#);
+    assert_eq!(instance.text("/readyz").await, "{\"status\":\"ready\"}\n");
     let checks = r#"{"status":"ready","checks":[{"name":"map","ok":true,"detail":"answers"}]}"#;
-    assert_eq!(instance.text("/readyz?verbose").await, checks);
+    assert_eq!(
+        instance.text("/readyz?verbose").await,
+        checks.to_owned() + "\n"
+    );
     instance.stop.cancel();
     let response = instance.get("/readyz").await;
     assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);

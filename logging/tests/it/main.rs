@@ -2,8 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-/// Redis servers whose clock is ahead.
-mod clock_ahead;
 /// What every command line must do; the other services' tests use it too.
 mod command_line;
 /// An empty map of each engine; facade's tests use it too.

@@ -310,7 +310,26 @@ fn taken_port_is_named() {
     assert_eq!(output.status.code(), Some(1));
     let line = one_line(&output);
     assert!(
-        line.contains(&address) && line.contains("--listen"),
+        line.contains(&address) && line.contains("another process") && line.contains("--listen"),
+        "{line}"
+    );
+}
+
+/// An ordinary user may not listen on a low port: here the root of a user namespace, who has no rights
+/// outside.
+#[test]
+fn port_of_root_is_refused_with_the_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let namespaces = ["--user", "--map-root-user"];
+    let Some(mut unshare) = unshare(&namespaces, &["true"]) else {
+        return;
+    };
+    let command = unshare.args([LOGGING, "--listen", "127.0.0.1:80", "--map"]);
+    let output = command.arg(location(folder.path())).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let line = one_line(&output);
+    assert!(
+        line.contains("ports below 1024") && !line.contains("stop it"),
         "{line}"
     );
 }
@@ -339,8 +358,47 @@ fn wrong_configuration_is_one_line_and_exit_code_2() {
     for (variable, value) in [("LOGGING_SETTLE", "never"), ("RUST_LOG", "a=b=c")] {
         let output = Command::new(binary).env(variable, value).output().unwrap();
         assert_eq!(output.status.code(), Some(2));
-        one_line(&output);
+        let line = one_line(&output);
+        assert!(
+            line.contains(variable) && !line.contains("--settle"),
+            "{line}"
+        );
     }
+}
+
+/// Whatever of the map's location cannot be read, and however it was given: no password is shown.
+#[test]
+fn wrong_configuration_shows_no_password() {
+    let locations = [
+        "redis:user:secret@host",
+        "redis:/user:secret@host",
+        "redis//user:secret@host",
+        "redis://user:secret@host:port",
+        "redis://user:sec\nsecret@host:port",
+        "redis://user:s' for 'secret@host:port",
+        "user:secret@host",
+    ];
+    for location in locations {
+        let by_variable = Command::new(LOGGING).env("LOGGING_MAP", location).output();
+        let by_flag = Command::new(LOGGING).args(["--map", location]).output();
+        let misspelt = format!("--mpa={location}");
+        let misspelt = Command::new(LOGGING).arg(misspelt).output();
+        let alone = Command::new(LOGGING).arg(location).output();
+        for output in [by_variable, by_flag, misspelt, alone] {
+            let output = output.unwrap();
+            assert_eq!(output.status.code(), Some(2));
+            let line = one_line(&output);
+            assert!(!line.contains("secret"), "{line}");
+        }
+    }
+    let by_variable = Command::new(LOGGING)
+        .env("LOGGING_MAP", locations[0])
+        .output();
+    let line = one_line(&by_variable.unwrap());
+    assert!(
+        line.contains("\"redis:…@host\" for LOGGING_MAP: "),
+        "{line}"
+    );
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! What only a map on Redis can do wrong: servers that are away or not as they should be, logins,
 //! TLS, replicas that come and go, slots that move.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -11,7 +11,6 @@ use common::page::Bounds;
 use logging::map::{DistributedMap, Health, MapError, Options, PageLimit, open};
 use uuid::{NoContext, Timestamp, Uuid};
 
-use crate::clock_ahead::ClockAhead;
 use crate::process::{LOOK_AGAIN, Process, free_address};
 use crate::redis_servers::{RedisCluster, RedisServer};
 
@@ -360,6 +359,42 @@ async fn stale_is_final_on_a_server_whose_clock_is_behind() {
     let both = first.iter().zip(&second);
     let broken = both.filter(|(first, second)| is_final(first) && **second == Outcome::Stored);
     assert_eq!(broken.count(), 0, "never to be stored, and then stored");
+}
+
+/// A library that puts the clock of a server ahead.
+#[derive(Debug)]
+struct ClockAhead(PathBuf);
+
+impl ClockAhead {
+    /// Compiles it; a C compiler is needed to build LMDB anyway.
+    fn compile(library: &Path) -> Self {
+        const SOURCE: &str = "\
+            #include <stdlib.h>\n\
+            #include <sys/time.h>\n\
+            #include <time.h>\n\
+            int gettimeofday(struct timeval *restrict now, void *restrict zone) {\n\
+                struct timespec real;\n\
+                clock_gettime(CLOCK_REALTIME, &real);\n\
+                long micros = real.tv_nsec / 1000 + 1000 * atol(getenv(\"AHEAD_MILLIS\"));\n\
+                now->tv_sec = real.tv_sec + micros / 1000000;\n\
+                now->tv_usec = micros % 1000000;\n\
+                return 0;\n\
+            }\n";
+        let source = library.with_extension("c");
+        std::fs::write(&source, SOURCE).unwrap();
+        let mut compiler = Command::new("cc");
+        compiler.args(["-shared", "-fPIC", "-o"]).arg(library);
+        assert!(compiler.arg(&source).status().unwrap().success());
+        Self(library.to_owned())
+    }
+
+    /// Starts a server whose clock is ahead by this much.
+    fn start(&self, folder: &Path, flags: &[&str], ahead: Duration) -> RedisServer {
+        let library = self.0.to_str().expect("the path is UTF-8");
+        let millis = ahead.as_millis().to_string();
+        let environment = [("LD_PRELOAD", library), ("AHEAD_MILLIS", &millis)];
+        RedisServer::start_with(folder, flags, &environment)
+    }
 }
 
 /// `--backups` on one server with a replica: an entry is acknowledged when both have it.

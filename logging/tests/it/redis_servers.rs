@@ -40,6 +40,7 @@ impl RedisServer {
         Self::start_with(folder, flags, &[])
     }
 
+    /// The same with variables in its environment.
     pub(crate) fn start_with(folder: &Path, flags: &[&str], environment: &[(&str, &str)]) -> Self {
         let (port, bus_port) = (free_address().port(), free_address().port());
         let ports = [

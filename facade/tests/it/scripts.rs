@@ -1,0 +1,99 @@
+//! `scripts/run.sh` as a newcomer uses it, on a network of its own, where its fixed ports are free.
+
+use std::path::Path;
+
+use crate::processes::binary;
+use crate::requirements::unshare;
+
+/// What the tests' scripts use; each step must succeed. With job control `run.sh` is a process group of
+/// its own, as in a terminal, and takes Ctrl-C.
+const PROLOGUE: &str = r#"
+set -euo pipefail -o monitor
+ip link set lo up
+run() { "$root/scripts/run.sh" "$@" >"$folder/output" 2>&1 & run=$!; }
+wait_for() { for ((look = 0; look < 600; look++)); do if "$@"; then return; fi; sleep 0.1; done; return 1; }
+get() { curl --silent --fail "localhost:8086/$1"; }
+ready() { get readyz >/dev/null; }
+ctrl_c() { kill -INT -- "-$run"; wait_for ended; wait "$run"; }
+ended() { ! kill -0 "$run" 2>/dev/null; }
+says() { grep --quiet --extended-regexp "$1" "$folder/output"; }
+listens() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+quiet() { for port in 8081 8082 8083 8084 8086 7001 7006; do if listens "$port"; then return 1; fi; done; }
+cd "$folder"
+"#;
+
+/// Runs a script in a network namespace and shows all that was printed when it fails. It is the first
+/// process of a PID namespace, so nothing that it started outlives it.
+#[track_caller]
+fn run_on_own_network(script: &str) {
+    let namespaces = ["--net", "--pid", "--fork", "--kill-child", "--mount-proc"];
+    let Some(mut bash) = unshare(&namespaces, &["ip", "link", "set", "lo", "up"]) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let _they_are_built = ["logging", "messages"].map(binary);
+    // A file, so that the command lines of the services are in no other command line.
+    let file = folder.path().join("script");
+    std::fs::write(&file, format!("{PROLOGUE}{script}")).unwrap();
+    let output = bash
+        .arg("bash")
+        .arg(&file)
+        .env("root", root)
+        .env("folder", folder.path())
+        .env("SKIP_BUILD", "1")
+        .output()
+        .unwrap();
+    let printed = std::fs::read_to_string(folder.path().join("output"));
+    assert!(
+        output.status.success(),
+        "{}\n{}\n{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+        printed.unwrap_or_default(),
+    );
+}
+
+/// A service that is killed is named with the command that starts it again, which works; all the others
+/// go on. Ctrl-C ends all.
+#[test]
+fn run_script_goes_on_when_a_service_is_killed() {
+    run_on_own_network(
+        r#"
+run "map of mine"
+wait_for ready
+curl --silent --fail -d msg=hello localhost:8086
+kill -KILL "$(pgrep --full -- '--listen 127.0.0.1:8083')"
+wait_for says 'logging-2 has ended'
+kill -0 "$run"
+get '' | grep '"msg":"hello"'
+command=$(sed -n 's/^run.sh |   //p' "$folder/output")
+! listens 8083
+bash -c "$command" >"$folder/by-hand" 2>&1 &
+wait_for listens 8083
+test -d "$folder/map of mine"
+ctrl_c
+kill "$(pgrep --full -- '--listen 127.0.0.1:8083')"
+wait_for quiet
+"#,
+    );
+}
+
+/// With a relative folder too, Ctrl-C stops the six servers, and a second start finds the messages.
+#[test]
+fn run_script_stops_the_cluster_that_it_started() {
+    run_on_own_network(
+        r#"
+run --cluster data
+wait_for ready
+curl --silent --fail -d msg=hello localhost:8086
+ctrl_c
+quiet
+run --cluster data
+wait_for ready
+get '' | grep '"msg":"hello"'
+ctrl_c
+quiet
+"#,
+    );
+}
