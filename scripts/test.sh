@@ -16,9 +16,9 @@ TEST_ENGINE=lmdb, redis or cluster runs those of the whole system on this engine
 
 The tests start the services as real processes on free ports of the loopback interface. They need
 Linux and these tools, which the script installs on Debian and Ubuntu when it is root:
-  strace             makes a disk fail
-  unshare, ip, curl  try the scripts on a network of their own
-  python3, requests  the client of the original exercise
+  strace                    makes a disk fail
+  unshare, ip, curl, pgrep  try the scripts on a network of their own
+  python3, requests         the client of the original exercise
   redis-server, redis-cli (7.0 or later), openssl
   docker, docker-compose (1.29, or Compose v2)
 The script does not install Docker.
@@ -38,6 +38,7 @@ lacks_requests() { ! python3 -c 'import requests' 2>/dev/null; }
 packages=()
 if missing strace; then packages+=(strace); fi
 if missing unshare; then packages+=(util-linux); fi
+if missing pgrep; then packages+=(procps); fi
 if missing ip; then packages+=(iproute2); fi
 if missing curl; then packages+=(curl); fi
 if missing redis-server; then packages+=(redis-server); fi
