@@ -272,14 +272,17 @@ impl<'pool> Delivery<'pool> {
             if let Some(instance) = self.pool.choose_with_room() {
                 return Ok(instance);
             }
-            if self.pool.is_any_up() && self.overload == WhenOverloaded::GiveUp {
+            if !self.pool.is_any_up() {
+                self.pool.any_up().await;
+                continue;
+            }
+            if self.overload == WhenOverloaded::GiveUp {
                 return Err(NotStored::GaveUp {
                     uuid: self.entry.uuid,
                     certainty: Certainty::No,
                     detail: "more messages come than the logging instances store".to_owned(),
                 });
             }
-            self.pool.any_up().await;
             self.wait().await;
         }
     }
