@@ -235,6 +235,8 @@ fn second_pid_namespace_is_refused() {
     assert!(one_line(&output).contains("in another container or PID namespace"));
 }
 
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
 /// Every machine's first PID namespace has the same number, so a folder that two machines share is
 /// told by the boot.
 #[test]
@@ -242,10 +244,14 @@ fn second_machine_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let boot_id = folder.path().join("boot_id");
     std::fs::write(&boot_id, "0b007000-0000-4000-8000-000000000000\n").unwrap();
+    let trial = ["mount", "--bind", "/etc/hosts", BOOT_ID];
+    let Some(mut command) = unshare(&["--mount"], &trial) else {
+        return;
+    };
     let _first = Process::start(logging(folder.path()), free_address());
-    let output = Command::new("unshare")
-        .args(["--mount", "sh", "-c"])
-        .arg("mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"")
+    let output = command
+        .args(["sh", "-c"])
+        .arg(format!("mount --bind \"$0\" {BOOT_ID} && exec \"$@\""))
         .arg(&boot_id)
         .args([LOGGING, "--map"])
         .arg(location(folder.path()))
