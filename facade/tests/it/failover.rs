@@ -275,7 +275,7 @@ async fn stopping_instances_hand_their_readers_over() {
 /// works again, by itself, when an instance returns.
 #[tokio::test(flavor = "multi_thread")]
 async fn total_loss_is_visible_and_heals_alone() {
-    let mut system = Processes::start_with(&["--deadline", "500ms", "--read-deadline", "500ms"]);
+    let mut system = Processes::start_with(&["--deadline", "2s", "--read-deadline", "500ms"]);
     load(&system, 200_000).await;
     let request = system.http.get(system.facade.url()).send();
     let mut body = request.await.unwrap().bytes_stream();
