@@ -8,25 +8,16 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use common::entry::{MAX_BATCH_BYTES, MAX_JSON_EXPANSION, Outcome, PutEntry, PutResult};
+use common::entry::{Outcome, PutEntry, PutResult};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
-use crate::MAX_MAX_MESSAGE;
-use crate::client::{Logging, UpstreamError};
+use crate::client::{Certainty, Logging, UpstreamError};
 use crate::health::Health;
-use crate::store::Certainty;
 
 /// A batch takes no further entry once it has this many bytes: one group commit's worth, which an
 /// instance stores well within its store timeout.
-const MAX_BATCH: usize = 1024 * 1024;
-const _: () = assert!(
-    MAX_BATCH + MAX_MAX_MESSAGE as usize * MAX_JSON_EXPANSION + ENTRY_OVERHEAD < MAX_BATCH_BYTES,
-    "a batch one entry short of its limit and then the largest entry must be accepted"
-);
-
-/// What an entry has in JSON besides its message: its UUID, its request id, and the names.
-const ENTRY_OVERHEAD: usize = 1024;
+pub(crate) const MAX_BATCH: usize = 1024 * 1024;
 
 /// Batches begin with this limit in bytes, and double it while they are answered in less than half
 /// of [`LONG_BATCH`], like TCP's slow start: an instance that stores a few hundred entries a second
@@ -286,24 +277,11 @@ fn refuse_queued(shared: &Shared, failure: &BatchFailure) {
 }
 
 impl BatchFailure {
-    /// Only a connection that was refused and the instance's own word, with its mark, prove that
-    /// nothing was executed.
     fn of(error: &UpstreamError) -> Self {
-        let is_refused = error.is_refusal();
-        let certainty = match error {
-            UpstreamError::Unreachable(_) => Certainty::No,
-            UpstreamError::Status(..) if is_refused => Certainty::No,
-            UpstreamError::Status(..)
-            | UpstreamError::Unmarked(..)
-            | UpstreamError::OtherMap(_)
-            | UpstreamError::TimedOut
-            | UpstreamError::Lost(_)
-            | UpstreamError::Garbled(_) => Certainty::Unknown,
-        };
         Self {
             detail: error.to_string(),
-            certainty,
-            is_down: !is_refused,
+            certainty: error.certainty(),
+            is_down: !error.is_refusal(),
         }
     }
 }

@@ -25,9 +25,11 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::batcher::Held;
+use crate::client::Certainty;
 use crate::get::{self, Format};
+use crate::judge::{Key, NotStored};
 use crate::post::{RETRY_AFTER, body_limit, check_size};
-use crate::store::{Certainty, Key, NotStored, Post, WhenOverloaded, store};
+use crate::store::{Post, WhenOverloaded, store};
 use crate::{App, too_many};
 
 /// Lines of one upload that are being stored, in bytes: enough for batches of full size.

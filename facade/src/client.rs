@@ -70,7 +70,41 @@ pub enum UpstreamError {
     Garbled(String),
 }
 
+/// What is known about a request that failed, or a message after several, from less doubt to more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Certainty {
+    /// It was certainly not executed.
+    No,
+    /// It may have been executed.
+    Unknown,
+}
+
+impl Certainty {
+    /// The word for it in answers.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::No => "no",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
 impl UpstreamError {
+    /// Whether the request may have been executed. Only a connection that was refused and the
+    /// instance's own word, with its mark, prove that it was not.
+    pub fn certainty(&self) -> Certainty {
+        match self {
+            Self::Unreachable(_) => Certainty::No,
+            Self::Status(..) if self.is_refusal() => Certainty::No,
+            Self::Status(..)
+            | Self::Unmarked(..)
+            | Self::OtherMap(_)
+            | Self::TimedOut
+            | Self::Lost(_)
+            | Self::Garbled(_) => Certainty::Unknown,
+        }
+    }
+
     /// Whether a logging instance itself says that it executed nothing: it is busy, or it does not
     /// take such a request. Such an instance is well.
     pub fn is_refusal(&self) -> bool {

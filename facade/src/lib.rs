@@ -10,6 +10,7 @@ mod discovery;
 pub mod get;
 pub mod health;
 pub mod identifiers;
+mod judge;
 mod merge;
 pub mod pool;
 pub mod post;
@@ -35,6 +36,7 @@ use reqwest::Url;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use crate::batcher::MAX_BATCH;
 use crate::client::{MessagesClient, http_client};
 use crate::identifiers::Identifiers;
 use crate::pool::Pool;
@@ -52,7 +54,13 @@ const MAX_LOOKUP_BYTES: usize = 64 * 1024 * 1024;
 
 /// The largest `--max-message`: escaped in JSON it still fits into a batch.
 const MAX_MAX_MESSAGE: u64 = 1024 * 1024;
-const _: () = assert!((MAX_MAX_MESSAGE as usize) * MAX_JSON_EXPANSION < MAX_BATCH_BYTES);
+const _: () = assert!(
+    MAX_BATCH + MAX_MAX_MESSAGE as usize * MAX_JSON_EXPANSION + ENTRY_OVERHEAD < MAX_BATCH_BYTES,
+    "an instance must accept a batch just below its limit and the largest entry behind it"
+);
+
+/// What an entry has in JSON besides its message, at most: its UUID, its request id, and the names.
+const ENTRY_OVERHEAD: usize = 1024;
 
 /// The public door: takes messages, hands each to a random logging instance, and reads them back
 #[derive(Clone, Debug, Parser)]

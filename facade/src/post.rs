@@ -22,7 +22,8 @@ use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::store::{Key, NotStored, Post, Stored, WhenOverloaded, store};
+use crate::judge::{Key, NotStored};
+use crate::store::{Post, Stored, WhenOverloaded, store};
 use crate::{App, bulk, too_many};
 
 /// Names the logging instance whose answer counted, as `HOST:PORT`.
