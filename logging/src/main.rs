@@ -15,7 +15,7 @@ async fn main() -> ExitCode {
 async fn run() -> anyhow::Result<()> {
     let config: Config = config::parse();
     if let Some(Task::Healthcheck) = config.service.task {
-        return healthcheck(config.listen).map_err(anyhow::Error::msg);
+        return healthcheck(config.listen).await.map_err(anyhow::Error::msg);
     }
     let _log =
         telemetry::init(config.service.log_format).unwrap_or_else(|line| config::fail(&line));
