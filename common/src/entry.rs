@@ -4,6 +4,8 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::json;
+
 /// The largest body that a logging instance accepts for one batch, in bytes.
 ///
 /// The facade keeps its batches below it, and refuses a `--max-message` that could not fit.
@@ -25,8 +27,7 @@ pub struct Entry {
 impl Entry {
     /// Appends the entry as one line of NDJSON, with its newline.
     pub fn write_line(&self, out: &mut Vec<u8>) {
-        serde_json::to_writer(&mut *out, self).expect("writing to a Vec does not fail");
-        out.push(b'\n');
+        json::write_line(out, self);
     }
 }
 

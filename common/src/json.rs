@@ -1,4 +1,4 @@
-//! JSON answers.
+//! JSON as lines: answers, and the entries of a stream.
 
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
@@ -11,13 +11,14 @@ pub struct JsonLine<T>(pub T);
 impl<T: Serialize> IntoResponse for JsonLine<T> {
     fn into_response(self) -> Response {
         let content_type = [(header::CONTENT_TYPE, "application/json")];
-        (content_type, line(&self.0)).into_response()
+        let mut line = Vec::new();
+        write_line(&mut line, &self.0);
+        (content_type, line).into_response()
     }
 }
 
-/// A value as one line of JSON.
-pub(crate) fn line(value: &impl Serialize) -> Vec<u8> {
-    let mut line = serde_json::to_vec(value).expect("answers have plain keys and values");
-    line.push(b'\n');
-    line
+/// Appends a value as one line of JSON.
+pub fn write_line(out: &mut Vec<u8>, value: &impl Serialize) {
+    serde_json::to_writer(&mut *out, value).expect("the value is plain JSON");
+    out.push(b'\n');
 }

@@ -76,7 +76,8 @@ impl IntoResponse for Problem {
             .status
             .expect("each problem is made with a status");
         let content_type = [(header::CONTENT_TYPE, "application/problem+json")];
-        let body = json::line(&self.details);
+        let mut body = Vec::new();
+        json::write_line(&mut body, &self.details);
         let mut response = (status, content_type, body).into_response();
         if let Some(wait) = self.retry_after {
             let seconds = wait.as_secs().max(1);

@@ -13,12 +13,11 @@ use axum::response::{IntoResponse, Response};
 use bytes::{Buf, Bytes, BytesMut};
 use common::body::{BodyError, holding};
 use common::entry;
-use common::json::JsonLine;
+use common::json::{self, JsonLine};
 use common::problem::{Problem, shortened};
 use common::server;
 use futures_util::{Stream, StreamExt, stream};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -128,11 +127,11 @@ fn stream_results(
         let mut end = None;
         for result in results {
             match result {
-                Ok(result) => write_line(&mut chunk, &result),
+                Ok(result) => json::write_line(&mut chunk, &result),
                 Err(Broken { problem, lines }) => {
-                    write_line(
+                    json::write_line(
                         &mut chunk,
-                        &json!({"lines": lines, "error": problem.detail()}),
+                        &serde_json::json!({"lines": lines, "error": problem.detail()}),
                     );
                     end = Some(Err("the upload broke off"));
                 }
@@ -149,11 +148,6 @@ fn stream_results(
     });
     let content_type = [(header::CONTENT_TYPE, "application/x-ndjson")];
     (content_type, Body::from_stream(chunks)).into_response()
-}
-
-fn write_line(out: &mut Vec<u8>, value: &impl Serialize) {
-    serde_json::to_writer(&mut *out, value).expect("writing to a Vec does not fail");
-    out.push(b'\n');
 }
 
 /// Stores the lines of a body and yields their results in order. An error is the last item: the

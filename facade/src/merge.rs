@@ -12,6 +12,7 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use common::body::holding;
 use common::entry::{Entry, is_control};
+use common::json;
 use common::page::{Bounds, Order};
 use common::problem::Problem;
 use futures_util::{StreamExt, stream};
@@ -185,7 +186,7 @@ impl MergedBody {
                     if self.count > 0 {
                         out.extend_from_slice(b",\n");
                     }
-                    write_json(out, entry);
+                    serde_json::to_writer(&mut *out, entry).expect("an entry is plain JSON");
                 }
                 Format::Ndjson => entry.write_line(out),
                 Format::Text => write_text_line(out, entry),
@@ -223,14 +224,10 @@ impl MergedBody {
                 out.extend_from_slice(end_of_last_entry);
                 out.extend_from_slice(b"],");
                 let mut members = Vec::new();
-                write_json(&mut members, &tail);
+                json::write_line(&mut members, &tail);
                 out.extend_from_slice(&members[1..]);
-                out.push(b'\n');
             }
-            Format::Ndjson => {
-                write_json(out, &tail);
-                out.push(b'\n');
-            }
+            Format::Ndjson => json::write_line(out, &tail),
             Format::Text => tail.write_text(out),
         }
     }
@@ -267,10 +264,6 @@ impl Tail {
         write_escaped(out, line.map_or("", String::as_str));
         out.push(b'\n');
     }
-}
-
-fn write_json(out: &mut Vec<u8>, value: &impl Serialize) {
-    serde_json::to_writer(out, value).expect("writing to a Vec does not fail");
 }
 
 /// `UUID msg`, where nothing in the message can pass for another line or change how one looks.

@@ -23,7 +23,7 @@ use common::api::{MARK, Mark};
 use common::body::{BodyError, NoMemory, Reservation, holding, read_body};
 use common::config::{self, ServiceConfig};
 use common::entry::{self, Entry, MAX_BATCH_BYTES, Outcome, PutEntry, PutResult};
-use common::json::JsonLine;
+use common::json::{self, JsonLine};
 use common::page::{Bounds, Order, PageEnd};
 use common::problem::Problem;
 use common::server::{self, Check, Limits, RequestLog};
@@ -380,8 +380,7 @@ impl Listing {
                     Order::Desc => None,
                 },
             };
-            serde_json::to_writer(&mut lines, &end).expect("writing to a Vec does not fail");
-            lines.push(b'\n');
+            json::write_line(&mut lines, &end);
         }
         Ok(lines.into())
     }
