@@ -17,6 +17,7 @@ mod members;
 mod nodes;
 mod pages;
 mod partition;
+mod primary;
 mod range;
 mod servers;
 

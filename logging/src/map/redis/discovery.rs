@@ -14,12 +14,13 @@ use redis::Value;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
-use super::lane::{Lane, Settings};
+use super::lane::Lane;
 use super::link::Link;
 use super::map_id;
 use super::members::{Known, Members, Shard, Topology};
 use super::nodes::{Direction, Node, ServerInfo};
 use super::partition::{self, PARTITIONS};
+use super::primary::Settings;
 use super::servers::Address;
 use super::{answer_timeout, wait_timeout};
 

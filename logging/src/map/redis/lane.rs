@@ -1,43 +1,25 @@
-//! The one connection on which entries are written to a primary. While a group is being committed
-//! the next one gathers. A commit is one call of `put.lua`, which first changes a counter (the
-//! fence), so that `WAIT` has something to wait for even when no entry is new; then `WAIT` for the
-//! replicas.
+//! The queue to a primary. While a group of batches is being committed the next one gathers.
 //!
 //! A lane whose primary does not answer, or has too few replicas, is closed: it refuses at once
 //! what comes, and tries until a commit of nothing but the fence works again.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use common::entry::{Entry, Outcome, Staleness};
+use common::entry::{Entry, Outcome};
+use redis::Client;
 use redis::aio::MultiplexedConnection;
-use redis::{Client, Pipeline, ServerError, Value};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::sleep;
 
-use super::link::{self, Link, PROBE_INTERVAL};
-use super::partition::{self, entries_key, fence_key};
-use super::wait_timeout;
+use super::link::{Link, PROBE_INTERVAL};
+use super::primary::{Primary, Settings, Shared};
 use crate::map::job::{Job, Room};
-use crate::map::{MAX_AHEAD, MAX_SKEW};
-
-const PUT_SCRIPT: &str = include_str!("put.lua");
 
 /// A group commit takes no further batch beyond this, in bytes: a primary serves nobody else while
 /// it runs the script.
 const MAX_GROUP_BYTES: usize = 512 * 1024;
-
-/// What a lane needs to know.
-#[derive(Clone, Debug)]
-pub(super) struct Settings {
-    pub(super) store_timeout: Duration,
-    /// How long one call may take, see [`super::answer_timeout`].
-    pub(super) answer_timeout: Duration,
-    pub(super) settle: Duration,
-    /// Replicas that must hold an entry before it is acknowledged.
-    pub(super) backups: u16,
-}
 
 /// The way into a primary.
 #[derive(Debug)]
@@ -45,17 +27,6 @@ pub(super) struct Lane {
     jobs: mpsc::UnboundedSender<Job>,
     shared: Arc<Shared>,
     store_timeout: Duration,
-}
-
-/// What a lane and its writer both know.
-#[derive(Debug)]
-struct Shared {
-    /// Why the lane is closed; at first, because nothing was tried yet.
-    trouble: Mutex<Option<String>>,
-    /// The primary's partitions: the fence goes to the slot of one of them.
-    partitions: Mutex<Vec<u16>>,
-    /// Counts on when the fence's partition turns out to have moved away.
-    fence: AtomicUsize,
 }
 
 impl Lane {
@@ -114,31 +85,6 @@ impl Lane {
         // Should the writer have panicked, the ticket says so.
         let _ = self.jobs.send(job);
         ticket.outcomes(self.store_timeout).await
-    }
-}
-
-impl Shared {
-    fn trouble(&self) -> Option<String> {
-        let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
-        trouble.clone()
-    }
-
-    fn fence(&self) -> u16 {
-        let partitions = self
-            .partitions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let turn = self.fence.load(Ordering::Relaxed);
-        partitions
-            .get(turn % partitions.len().max(1))
-            .copied()
-            .unwrap_or(0)
-    }
-
-    /// Gives what was known before.
-    fn set_trouble(&self, reason: Option<String>) -> Option<String> {
-        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
-        std::mem::replace(&mut *trouble, reason)
     }
 }
 
@@ -252,253 +198,5 @@ impl Writer {
             };
         }
         group
-    }
-}
-
-/// The server that is written to.
-struct Primary {
-    /// Its other connection, which may find out first that it is down.
-    link: Arc<Link>,
-    client: Client,
-    settings: Settings,
-    shared: Arc<Shared>,
-}
-
-impl Primary {
-    /// Connects, and commits a fence to see that the replicas are there.
-    async fn open(&self) -> Result<MultiplexedConnection, String> {
-        let address = &self.link.address;
-        let connected = link::connect(&self.client, self.settings.answer_timeout).await;
-        let mut connection =
-            connected.map_err(|error| format!("redis {address} cannot be reached: {error}"))?;
-        let committed = self.commit(&[], &mut connection).await;
-        committed.map_err(|failure| failure.detail)?;
-        Ok(connection)
-    }
-
-    /// Commits a group and gives the outcome of each entry. None is told before the replicas have
-    /// it: not even `stale`, as a primary that nobody follows any more does not know what its
-    /// successor holds.
-    async fn commit(
-        &self,
-        group: &[Job],
-        connection: &mut MultiplexedConnection,
-    ) -> Result<Vec<Outcome>, Failure> {
-        let address = &self.link.address;
-        let sent = link::send(connection, &self.pipeline(group)).await;
-        let replies = sent.map_err(|error| {
-            Failure::maybe_executed(format!("redis {address} gave no answer: {error}"))
-        })?;
-        let entries = group.iter().map(|job| job.entries.len()).sum();
-        self.outcomes(&replies, entries)
-    }
-
-    /// What the replies to a pipeline mean for each of its entries.
-    fn outcomes(&self, replies: &[Value], entries: usize) -> Result<Vec<Outcome>, Failure> {
-        let address = &self.link.address;
-        // A script that was not executed leaves nothing for `WAIT` to tell, also when it fails too:
-        // on a primary that steps down it does.
-        if let [Value::ServerError(error), ..] = replies {
-            return Err(self.refusal(error));
-        }
-        let backups = i64::from(self.settings.backups);
-        let (put, replicas) = match replies {
-            [put] => (put, 0),
-            [put, Value::Int(replicas)] => (put, *replicas),
-            _ => return Err(self.strange(replies)),
-        };
-        let Value::Array(parts) = put else {
-            return Err(self.strange(replies));
-        };
-        let [Value::BulkString(letters), Value::BulkString(failure)] = &parts[..] else {
-            return Err(self.strange(replies));
-        };
-        if letters.len() != entries {
-            return Err(self.strange(replies));
-        }
-        if replicas < backups {
-            return Err(Failure::maybe_executed(format!(
-                "redis {address}: {replicas} of {backups} backups have the entries"
-            )));
-        }
-        let failure = String::from_utf8_lossy(failure);
-        let stale = |when| Outcome::Stale { when };
-        let outcomes = letters.iter().map(|letter| match letter {
-            b's' => Outcome::Stored,
-            b'd' => Outcome::Duplicate,
-            b'c' => Outcome::Conflict,
-            b'o' => stale(Staleness::Past),
-            b'l' => stale(Staleness::Leaving),
-            b'a' => stale(Staleness::Ahead),
-            b'e' => Outcome::partition_down(format!("redis {address}: {failure}")),
-            _ => Outcome::unknown(format!("redis {address} gave an unexpected reply")),
-        });
-        Ok(outcomes.collect())
-    }
-
-    /// The script, then `WAIT`. The keys are not given as keys, because those of one call must all
-    /// be in one slot; one that this primary does not have fails inside the script.
-    fn pipeline(&self, group: &[Job]) -> Pipeline {
-        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        let mut commands = redis::pipe();
-        let put = commands
-            .cmd("EVAL")
-            .arg(PUT_SCRIPT)
-            .arg(0)
-            .arg(millis(self.settings.settle))
-            .arg(millis(self.settings.settle + MAX_SKEW))
-            .arg(millis(MAX_AHEAD))
-            .arg(fence_key(self.shared.fence()));
-        for entry in group.iter().flat_map(|job| job.entries.iter()) {
-            put.arg(entries_key(partition::of(entry.uuid)))
-                .arg(partition::member(entry));
-        }
-        if self.settings.backups > 0 {
-            commands
-                .cmd("WAIT")
-                .arg(self.settings.backups)
-                .arg(millis(wait_timeout(self.settings.answer_timeout)).max(1));
-        }
-        commands
-    }
-
-    /// What an error of the whole script means. These codes come before anything is executed; any
-    /// other error could have come in the middle.
-    fn refusal(&self, error: &ServerError) -> Failure {
-        const BEFORE_EXECUTION: &[&str] = &[
-            "BUSY",
-            "CLUSTERDOWN",
-            "LOADING",
-            "MASTERDOWN",
-            "MISCONF",
-            "NOAUTH",
-            "NOFENCE",
-            "NOPERM",
-            "NOREPLICAS",
-            "OOM",
-            "READONLY",
-        ];
-        let code = error.code();
-        let details = error.details().unwrap_or_default();
-        if code == "NOFENCE" {
-            self.shared.fence.fetch_add(1, Ordering::Relaxed);
-        }
-        Failure {
-            detail: format!("redis {} refuses: {code} {details}", self.link.address),
-            may_be_executed: !BEFORE_EXECUTION.contains(&code),
-        }
-    }
-
-    fn strange(&self, replies: &[Value]) -> Failure {
-        let shown = partition::shown(replies);
-        let detail = format!(
-            "redis {} gave an unexpected reply: {shown}",
-            self.link.address
-        );
-        Failure::maybe_executed(detail)
-    }
-}
-
-/// Why a group was not committed.
-struct Failure {
-    detail: String,
-    may_be_executed: bool,
-}
-
-impl Failure {
-    fn maybe_executed(detail: String) -> Self {
-        Self {
-            detail,
-            may_be_executed: true,
-        }
-    }
-
-    /// What its callers are told.
-    fn outcome(&self) -> Outcome {
-        if self.may_be_executed {
-            Outcome::unknown(&self.detail)
-        } else {
-            Outcome::partition_down(&self.detail)
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-
-    fn primary() -> Primary {
-        let address = super::super::servers::Address {
-            host: "127.0.0.1".to_owned(),
-            port: 7001,
-        };
-        let client = Client::open("redis://127.0.0.1:7001").expect("this is an address");
-        let patience = Duration::from_secs(1);
-        Primary {
-            link: Arc::new(Link::new(address, client.clone(), patience, Arc::default())),
-            client,
-            settings: Settings {
-                store_timeout: patience,
-                answer_timeout: patience,
-                settle: patience,
-                backups: 1,
-            },
-            shared: Arc::new(Shared {
-                trouble: Mutex::default(),
-                partitions: Mutex::default(),
-                fence: AtomicUsize::new(0),
-            }),
-        }
-    }
-
-    fn error(text: &str) -> Value {
-        redis::parse_redis_value(format!("-{text}\r\n").as_bytes()).expect("this is an error reply")
-    }
-
-    /// Whatever `WAIT` says beside it.
-    #[test]
-    fn script_that_was_not_executed_is_a_certain_refusal() {
-        let waits = [
-            Value::Int(0),
-            Value::Int(1),
-            error("UNBLOCKED force unblock from blocking operation"),
-            error("ERR WAIT cannot be used with replica instances."),
-            error("LOADING Redis is loading the dataset in memory"),
-        ];
-        for refusal in [
-            "BUSY Redis is busy running a script.",
-            "CLUSTERDOWN The cluster is down",
-            "LOADING Redis is loading the dataset in memory",
-            "MASTERDOWN Link with MASTER is down",
-            "MISCONF Errors writing to the AOF file",
-            "NOFENCE ERR the slot is elsewhere",
-            "NOREPLICAS Not enough good replicas to write.",
-            "OOM command not allowed when used memory > 'maxmemory'.",
-            "READONLY You can't write against a read only replica.",
-        ] {
-            for wait in &waits {
-                let failure = primary().outcomes(&[error(refusal), wait.clone()], 1);
-                let failure = failure.expect_err("nothing was executed");
-                assert!(!failure.may_be_executed, "{refusal}, {wait:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn script_that_was_executed_is_unknown_when_wait_fails() {
-        let put = Value::Array(vec![
-            Value::BulkString(b"s".to_vec()),
-            Value::BulkString(Vec::new()),
-        ]);
-        for wait in [Value::Int(0), error("UNBLOCKED force unblock")] {
-            let failure = primary().outcomes(&[put.clone(), wait], 1);
-            assert!(failure.expect_err("no backup has it").may_be_executed);
-        }
-        let other = primary().outcomes(&[error("ERR in the middle"), Value::Int(1)], 1);
-        assert!(other.expect_err("it failed").may_be_executed);
-        let stored = primary().outcomes(&[put, Value::Int(1)], 1);
-        assert!(stored.is_ok_and(|outcomes| outcomes == [Outcome::Stored]));
     }
 }

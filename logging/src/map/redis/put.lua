@@ -2,8 +2,8 @@
 -- Puts entries into partitions of this node.
 --
 -- ARGV: how far behind this server's clock a new entry's time may lie, how far behind it certainly is
--- too old, and how far ahead it may lie (all in milliseconds); the key of the fence; then for each entry the key of its partition and its member,
--- which is 16 bytes of UUID and the message.
+-- too old, and how far ahead it may lie (all in milliseconds); the key of the fence; then for each entry
+-- the key of its partition and its member, which is 16 bytes of UUID and the message.
 --
 -- Returns one letter for each entry (s stored, d duplicate, c conflict, o too old, l leaving: too old
 -- only by this server's clock, a ahead, e not executed), and the last error behind an e.
