@@ -36,6 +36,8 @@ mod cluster;
 mod compose;
 /// Instances that die, hang and return, as real processes.
 mod failover;
+/// What becomes of messages that are not stored at the first try.
+mod fates;
 /// GET: formats, bounds, single entries, what happens when something is away.
 mod get;
 /// Paths, methods, request ids, health.

@@ -6,6 +6,8 @@
 mod command_line;
 /// An empty map of each engine; facade's tests use it too.
 mod engine;
+/// The folder of an LMDB map that several processes share.
+mod folder;
 /// The internal HTTP API, in-process.
 mod http;
 /// Processes that are killed under load.
@@ -22,3 +24,5 @@ mod redis;
 mod redis_servers;
 /// What not every machine gives; facade's tests use it too.
 mod requirements;
+/// Slots of a Redis Cluster that move while the map is used.
+mod slots;

@@ -1,0 +1,192 @@
+//! The folder of an LMDB map that several processes share: who may not, what a deleted one does, and
+//! readers that die or do not end.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::api::{MARK, Mark};
+use common::entry::{Entry, Outcome};
+use reqwest::Client;
+
+use crate::command_line::one_line;
+use crate::process::{LOOK_AGAIN, Process, free_address};
+use crate::processes::{LOGGING, all, entry, location, logging, put, put_one};
+use crate::requirements::unshare;
+
+/// A folder that is shared between two containers would be damaged, so the second one is told.
+#[test]
+fn second_pid_namespace_is_refused() {
+    let namespaces = ["--pid", "--fork", "--mount-proc"];
+    let Some(unshare) = unshare(&namespaces, &["true"]) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let _first = Process::start(logging(folder.path()), free_address());
+    let reason = refused_second(unshare, folder.path());
+    assert!(reason.contains("in another container or PID namespace"));
+}
+
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// Every machine's first PID namespace has the same number, so a folder that two machines share is
+/// told by the boot.
+#[test]
+fn second_machine_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let boot_id = folder.path().join("boot_id");
+    std::fs::write(&boot_id, "0b007000-0000-4000-8000-000000000000\n").unwrap();
+    let trial = ["mount", "--bind", "/etc/hosts", BOOT_ID];
+    let Some(mut command) = unshare(&["--mount"], &trial) else {
+        return;
+    };
+    let _first = Process::start(logging(folder.path()), free_address());
+    command
+        .args(["sh", "-c"])
+        .arg(format!("mount --bind \"$0\" {BOOT_ID} && exec \"$@\""))
+        .arg(&boot_id);
+    let reason = refused_second(command, folder.path());
+    assert!(reason.contains("on another machine"));
+}
+
+/// Why a second instance on the folder ends at once, when this command starts it.
+#[track_caller]
+fn refused_second(mut command: Command, folder: &Path) -> String {
+    command.args([LOGGING, "--map"]).arg(location(folder));
+    let output = command.args(["--listen", "127.0.0.1:0"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    one_line(&output)
+}
+
+/// The mark of an instance's answers, which names its map.
+async fn mark(http: &Client, url: &str) -> Mark {
+    let response = http.get(format!("{url}/livez")).send().await.unwrap();
+    let mark = response.headers()[MARK].to_str().unwrap();
+    mark.parse().unwrap()
+}
+
+/// The files of a deleted folder go on existing for the instances that have them open, but not for
+/// one that starts later: that one has another map.
+#[tokio::test]
+async fn deleted_folder_takes_no_entries_and_its_successor_is_another_map() {
+    let folder = tempfile::tempdir().unwrap();
+    let http = Client::new();
+    let start = || {
+        let process = Process::start(logging(folder.path()), free_address());
+        process.wait_until_ready();
+        process
+    };
+    let (old, mut restarted) = (start(), start());
+    let before = entry("before");
+    assert_eq!(put_one(&http, &old.url(), &before).await, Outcome::Stored);
+    let map = mark(&http, &old.url()).await.map;
+    assert!(map.is_some());
+    assert_eq!(mark(&http, &restarted.url()).await.map, map);
+
+    std::fs::remove_dir_all(folder.path().join("map")).unwrap();
+    restarted.kill();
+    let restarted = start();
+    let refused = put_one(&http, &old.url(), &entry("after")).await;
+    assert!(
+        matches!(&refused, Outcome::Refused { detail, .. } if detail.contains("was deleted")),
+        "{refused:?}"
+    );
+    let readiness = old.readiness();
+    assert!(readiness.starts_with("HTTP/1.1 503"), "{readiness}");
+    assert!(readiness.contains("was deleted"), "{readiness}");
+    assert_eq!(all(&http, &old.url()).await, [before]);
+    assert_eq!(mark(&http, &old.url()).await.map, map);
+    let successor = mark(&http, &restarted.url()).await.map;
+    assert!(successor.is_some() && successor != map, "{successor:?}");
+}
+
+/// Readers that were killed in the middle of a page would keep pages from being reused for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_of_killed_processes_are_cleared() {
+    let folder = tempfile::tempdir().unwrap();
+    let http = Client::new();
+    let entries: Vec<Entry> = (0..500).map(|_| entry(&"x".repeat(2000))).collect();
+    // While another process is there, LMDB keeps its table of readers.
+    let _witness = Process::start(logging(folder.path()), free_address());
+    for _ in 0..100 {
+        let mut process = Process::start(logging(folder.path()), free_address());
+        let has_cleared = |line: &String| line.contains("cleared readers of processes that died");
+        if process.log().iter().any(has_cleared) {
+            return;
+        }
+        put(&http, &process.url(), &entries).await.unwrap();
+        let mut reads = tokio::task::JoinSet::new();
+        for _ in 0..8 {
+            let (http, url) = (http.clone(), process.url());
+            reads.spawn(async move {
+                while let Ok(response) = http.get(&url).send().await {
+                    let _cut_off_at_the_end = response.bytes().await;
+                }
+            });
+        }
+        let first_is_read = http.get(process.url()).send().await.unwrap().bytes().await;
+        first_is_read.unwrap();
+        process.kill();
+        reads.join_all().await;
+    }
+    panic!("no reader was found stale in 100 kills");
+}
+
+/// A process that is paused in the middle of a read keeps LMDB from reusing pages: the others name it,
+/// until it goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn process_paused_inside_a_read_is_named() {
+    /// Long enough for a read to be found to take too long.
+    const SWEEPS: Duration = Duration::from_secs(7);
+    let folder = tempfile::tempdir().unwrap();
+    let http = Client::new();
+    let writing = Process::start(logging(folder.path()), free_address());
+    let reading = Process::start(logging(folder.path()), free_address());
+    let entries: Vec<Entry> = (0..2000).map(|_| entry(&"x".repeat(2000))).collect();
+    put(&http, &writing.url(), &entries).await.unwrap();
+    let mut reads = tokio::task::JoinSet::new();
+    for _ in 0..16 {
+        let (http, url) = (http.clone(), reading.url());
+        reads.spawn(async move {
+            while let Ok(response) = http.get(&url).send().await {
+                let _cut_off_at_the_end = response.bytes().await;
+            }
+        });
+    }
+    let name = format!("\"name\":\"reader {}\"", reading.pid());
+    let is_named_within = async |patience: Duration| {
+        let begin = Instant::now();
+        while begin.elapsed() < patience {
+            put_one(&http, &writing.url(), &entry("grows")).await;
+            if writing.readiness().contains(&name) {
+                return true;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        false
+    };
+    // Not every pause hits a read.
+    let mut pauses = 0;
+    let readiness = loop {
+        reading.signal("STOP");
+        if is_named_within(SWEEPS).await {
+            break writing.readiness();
+        }
+        reading.signal("CONT");
+        pauses += 1;
+        assert!(pauses < 10, "no paused reader was named");
+    };
+    assert!(readiness.starts_with("HTTP/1.1 200"), "{readiness}");
+    assert!(readiness.contains("transactions behind"), "{readiness}");
+    let is_logged = |line: &str| {
+        line.contains("holds an old read transaction") && line.contains(&reading.pid().to_string())
+    };
+    writing.wait_for_line(is_logged);
+    reading.signal("CONT");
+    let begin = Instant::now();
+    while writing.readiness().contains(&name) {
+        assert!(begin.elapsed() < SWEEPS, "{}", writing.readiness());
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+    reads.shutdown().await;
+}

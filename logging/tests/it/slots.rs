@@ -1,0 +1,304 @@
+//! Slots of a Redis Cluster that move from one member to another while the map is used.
+
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::entry::{Entry, Outcome};
+use common::page::Bounds;
+use logging::map::{DistributedMap, Health, MapError};
+
+use crate::process::LOOK_AGAIN;
+use crate::redis::{
+    WHOLE, entries, is_partition_down, is_whole, open_at, put, wait_for, wait_until_ready,
+};
+use crate::redis_servers::RedisCluster;
+
+/// Slots with their partitions go to another primary while entries are put: what is acknowledged
+/// stays, and all can be put again when it is over.
+#[tokio::test(flavor = "multi_thread")]
+async fn slots_may_move_while_entries_are_put() {
+    let cluster = RedisCluster::start();
+    let map = open_at(&cluster.url(), None);
+    wait_until_ready(&map).await;
+    let id = |node: usize| cluster.nodes[node].ask::<String>(&["CLUSTER", "MYID"]);
+    let mut moving = Command::new("redis-cli")
+        .args(["--cluster", "reshard", &cluster.nodes[0].address()])
+        .args(["--cluster-from", &id(0), "--cluster-to", &id(1)])
+        .args(["--cluster-slots", "2000", "--cluster-yes"])
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut stored = Vec::new();
+    let mut refused = 0;
+    let has_moved = loop {
+        let batch = entries(100);
+        for (entry, outcome) in batch.iter().zip(put(&map, &batch).await) {
+            match outcome {
+                Outcome::Stored => stored.push(entry.clone()),
+                outcome if is_partition_down(&outcome) => refused += 1,
+                other => panic!("{other:?}"),
+            }
+        }
+        if let Some(status) = moving.try_wait().unwrap() {
+            break status.success();
+        }
+    };
+    assert!(has_moved);
+    println!(
+        "{} entries stored and {refused} refused while slots moved",
+        stored.len()
+    );
+    // Where a partition is now is learned from being refused.
+    let last = entries(100);
+    let putting = async {
+        let mut left = last.clone();
+        while !left.is_empty() {
+            let outcomes = put(&map, &left).await;
+            let mut outcomes = outcomes.iter();
+            left.retain(|_| outcomes.next().is_some_and(is_partition_down));
+        }
+    };
+    let put_again = tokio::time::timeout(Duration::from_secs(30), putting).await;
+    put_again.expect("all partitions take entries again");
+    stored.extend(last);
+    assert!(read_all(&map).await == stored);
+}
+
+/// All entries, as soon as they can be read: reads too learn from being refused.
+async fn read_all(map: &Arc<dyn DistributedMap>) -> Vec<Entry> {
+    let reading = async {
+        loop {
+            if let Ok(page) = map.page(Bounds::default(), WHOLE).await {
+                return page.entries;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    };
+    let read = tokio::time::timeout(Duration::from_secs(30), reading).await;
+    read.expect("the map can be read again")
+}
+
+/// A slot of node 0 on its way to node 1, with what is in it.
+struct OpenSlot {
+    slot: String,
+    ids: [String; 2],
+    keys: Vec<String>,
+}
+
+impl OpenSlot {
+    /// Opens the slot that holds the partition of `key` at both ends.
+    fn open(cluster: &RedisCluster, key: &str) -> Self {
+        let slot: u16 = cluster.nodes[0].ask(&["CLUSTER", "KEYSLOT", key]);
+        let slot = slot.to_string();
+        let ids = [0, 1].map(|node| cluster.nodes[node].ask::<String>(&["CLUSTER", "MYID"]));
+        let keys = cluster.nodes[0].ask(&["CLUSTER", "GETKEYSINSLOT", &slot, "100"]);
+        let _: () = cluster.nodes[1].ask(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &ids[0]]);
+        let _: () = cluster.nodes[0].ask(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &ids[1]]);
+        Self { slot, ids, keys }
+    }
+
+    fn move_keys(&self, cluster: &RedisCluster) {
+        let port = cluster.nodes[1].port.to_string();
+        for key in &self.keys {
+            let migrate = ["MIGRATE", "127.0.0.1", &port, key, "0", "5000"];
+            let _: () = cluster.nodes[0].ask(&migrate);
+        }
+    }
+
+    fn close(&self, cluster: &RedisCluster) {
+        for node in [1, 0] {
+            let command = ["CLUSTER", "SETSLOT", &self.slot, "NODE", &self.ids[1]];
+            let _: () = cluster.nodes[node].ask(&command);
+        }
+    }
+}
+
+/// The key of a partition of the first primary that has entries.
+fn key_with_entries(cluster: &RedisCluster) -> String {
+    let keys: Vec<String> = cluster.nodes[0].ask(&["KEYS", "entries:*"]);
+    keys.into_iter().next().expect("the primary has entries")
+}
+
+/// A move of slots that was given up half-way: the partition is read where it is, takes nothing, and
+/// is named.
+#[tokio::test]
+async fn interrupted_move_is_named_and_its_partition_is_read() {
+    let cluster = RedisCluster::start();
+    let map = open_at(&cluster.url(), None);
+    wait_until_ready(&map).await;
+    let stored = entries(1000);
+    assert_eq!(put(&map, &stored).await, vec![Outcome::Stored; 1000]);
+    let whole = async || map.page(Bounds::default(), WHOLE).await;
+    let key = key_with_entries(&cluster);
+    let open = OpenSlot::open(&cluster, &key);
+    assert_eq!(whole().await.unwrap().entries, stored);
+    open.move_keys(&cluster);
+    assert_eq!(whole().await.unwrap().entries, stored);
+    let partition: u32 = key["entries:{".len()..key.len() - 1].parse().unwrap();
+    let is_moved = |entry: &&Entry| crc32fast::hash(entry.uuid.as_bytes()) % 271 == partition;
+    let moved = stored.iter().find(is_moved).unwrap();
+    assert_eq!(
+        map.get(moved.uuid).await.unwrap().as_ref(),
+        Some(&moved.msg)
+    );
+    assert_eq!(map.last().await.unwrap(), Some(stored[999].uuid));
+
+    let name = format!("slot {}", open.slot);
+    let is_named = |health: &Health| {
+        let mut checks = health.checks.iter();
+        checks.any(|check| !check.ok && check.name == name && check.detail.contains("is moving"))
+    };
+    let health = wait_for(&map, is_named).await;
+    assert_eq!(health.missing, None);
+    let more = entries(1000);
+    let outcomes = put(&map, &more).await;
+    for (entry, outcome) in more.iter().zip(&outcomes) {
+        match outcome {
+            Outcome::Stored => assert!(!is_moved(&entry)),
+            outcome => assert!(
+                is_moved(&entry) && is_partition_down(outcome),
+                "{outcome:?}"
+            ),
+        }
+    }
+    open.close(&cluster);
+    let health = wait_for(&map, is_whole).await;
+    assert!(!is_named(&health), "{health:?}");
+    let again = async {
+        while !put(&map, &more)
+            .await
+            .iter()
+            .all(|outcome| matches!(outcome, Outcome::Stored | Outcome::Duplicate))
+        {}
+    };
+    let put_again = tokio::time::timeout(Duration::from_secs(30), again).await;
+    put_again.expect("the partition takes entries again");
+    let all = whole().await.unwrap().entries;
+    assert_eq!(all, [stored, more].concat());
+}
+
+/// The primary that a slot leaves is replaced in the middle: its successor does not know that the
+/// partition's entries are elsewhere, and would give none. Nothing is read then rather than less.
+#[tokio::test]
+async fn slot_whose_move_one_end_forgot_is_an_error_not_a_shorter_page() {
+    let cluster = RedisCluster::start();
+    let map = open_at(&cluster.url(), None);
+    wait_until_ready(&map).await;
+    let stored = entries(1000);
+    assert_eq!(put(&map, &stored).await, vec![Outcome::Stored; 1000]);
+    let open = OpenSlot::open(&cluster, &key_with_entries(&cluster));
+    open.move_keys(&cluster);
+    let name = format!("slot {}", open.slot);
+    let is_named = |health: &Health, words: &str| {
+        let mut checks = health.checks.iter();
+        checks.any(|check| check.name == name && check.detail.contains(words))
+    };
+    wait_for(&map, |health| is_named(health, "is moving")).await;
+    let _: () = cluster.nodes[3].ask(&["CLUSTER", "FAILOVER", "TAKEOVER"]);
+    wait_for(&map, |health| is_named(health, "does not know so")).await;
+    match map.page(Bounds::default(), WHOLE).await {
+        Ok(page) => assert_eq!(page.entries, stored),
+        Err(error) => assert!(matches!(error, MapError::Unavailable(_)), "{error}"),
+    }
+    // Finished by hand: the keys are all at node 1.
+    for node in [1, 3] {
+        let command = ["CLUSTER", "SETSLOT", &open.slot, "NODE", &open.ids[1]];
+        let _: () = cluster.nodes[node].ask(&command);
+    }
+    wait_for(&map, is_whole).await;
+    assert_eq!(read_all(&map).await, stored);
+}
+
+/// How slots are moved in a test.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mover {
+    /// `redis-cli --cluster reshard`.
+    RedisCli,
+    /// `scripts/move-slots.sh`.
+    Script,
+}
+
+impl Mover {
+    /// A command that moves slots from node 0 to node 1.
+    fn command(self, cluster: &RedisCluster, slots: &str) -> Command {
+        let [from, to] = [0, 1].map(|node| cluster.nodes[node].address());
+        match self {
+            Self::RedisCli => {
+                let id = |node: usize| cluster.nodes[node].ask::<String>(&["CLUSTER", "MYID"]);
+                let mut command = Command::new("redis-cli");
+                command.args(["--cluster", "reshard", &from, "--cluster-yes"]);
+                command.args(["--cluster-from", &id(0), "--cluster-to", &id(1)]);
+                command.args(["--cluster-slots", slots]);
+                command
+            }
+            Self::Script => {
+                let mut command = Command::new(MOVE_SLOTS);
+                command.args([&from, &to, slots]);
+                command
+            }
+        }
+    }
+}
+
+const MOVE_SLOTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/move-slots.sh");
+
+/// The server that slots go to ends before its replica has them. What the script moves is kept; the
+/// control run with redis-cli must lose something, or this test proves nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn slots_moved_by_the_script_survive_the_end_of_their_target() {
+    for mover in [Mover::RedisCli, Mover::Script] {
+        let mut cluster = RedisCluster::start();
+        let map = open_at(&cluster.url(), None);
+        wait_until_ready(&map).await;
+        let stored = entries(5500);
+        for batch in stored.chunks(500) {
+            assert_eq!(put(&map, batch).await, vec![Outcome::Stored; 500]);
+        }
+        // The target's replica gets nothing from here on, and only `WAIT` would notice.
+        let [target, replica] = [1, 4].map(|node| &cluster.nodes[node]);
+        let _: () = target.ask(&["CONFIG", "SET", "min-replicas-to-write", "0"]);
+        for (setting, value) in [("masteruser", "nobody"), ("masterauth", "nothing")] {
+            let _: () = replica.ask(&["CONFIG", "SET", setting, value]);
+        }
+        let _: i64 = target.ask(&["CLIENT", "KILL", "TYPE", "replica"]);
+        target.wait_until("the replica is cut off", |target| {
+            target.info("connected_slaves").as_deref() == Some("0")
+        });
+        let moved = mover.command(&cluster, "500").output().unwrap();
+        cluster.nodes[1].kill();
+        if mover == Mover::RedisCli {
+            assert!(moved.status.success(), "{moved:?}");
+            cluster.nodes[4].wait_until("it takes over", |replica| {
+                replica.info("role").as_deref() == Some("master")
+            });
+            let left = read_all(&map).await.len();
+            println!("redis-cli: 5500 acknowledged, {left} left");
+            assert!(left < 5500);
+            continue;
+        }
+        assert!(!moved.status.success(), "{moved:?}");
+        let said = String::from_utf8_lossy(&moved.stderr);
+        assert!(said.contains("not all 1 replicas"), "{said}");
+        cluster.nodes[2].wait_until("the target counts as down", |other| {
+            other.cluster_info("cluster_state").is_some()
+                && other.cluster_info("cluster_slots_fail") != Some("0".to_owned())
+        });
+        for (setting, value) in [("masteruser", ""), ("masterauth", "")] {
+            let _: () = cluster.nodes[4].ask(&["CONFIG", "SET", setting, value]);
+        }
+        cluster.nodes[1].restart();
+        cluster.wait_until_whole();
+        assert_eq!(cluster.nodes[4].info("role").as_deref(), Some("slave"));
+        let finished = mover.command(&cluster, "100").output().unwrap();
+        assert!(finished.status.success(), "{finished:?}");
+        wait_for(&map, is_whole).await;
+        let left = read_all(&map).await;
+        println!("move-slots.sh: 5500 acknowledged, {} left", left.len());
+        assert!(left == stored);
+        for node in &cluster.nodes {
+            let setting: Vec<String> = node.ask(&["CONFIG", "GET", "cluster-replica-no-failover"]);
+            assert_eq!(setting[1], "no");
+        }
+    }
+}
