@@ -47,17 +47,17 @@ pub fn parse<C: Parser>() -> C {
     })
 }
 
-/// Gives each option its twin in the environment: `--map` of `logging` is `LOGGING_MAP`.
+/// Gives each option its matching environment variable: `--map` of `logging` is `LOGGING_MAP`.
 pub fn with_environment(command: Command) -> Command {
     let service = command.get_name().to_owned();
     command.mut_args(|arg| {
-        let variable = twin(&service, arg.get_id().as_str());
+        let variable = variable_of(&service, arg.get_id().as_str());
         arg.env(variable)
     })
 }
 
 /// The variable that an option of a service may be set by.
-fn twin(service: &str, option: &str) -> String {
+fn variable_of(service: &str, option: &str) -> String {
     format!("{service}_{option}")
         .replace('-', "_")
         .to_uppercase()
@@ -156,7 +156,7 @@ fn in_one_line(error: &clap::Error, service: &str) -> String {
     let option = option.split(' ').next().unwrap_or_default();
     let what = match is_on_command_line(option) {
         true => option.to_owned(),
-        false => twin(service, option.trim_start_matches('-')),
+        false => variable_of(service, option.trim_start_matches('-')),
     };
     if value.is_empty() {
         return format!("{what} needs a value");
