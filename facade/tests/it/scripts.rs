@@ -36,8 +36,9 @@ fn run_on_own_network(script: &str) {
     // A file, so that the command lines of the services are in no other command line.
     let file = folder.path().join("script");
     std::fs::write(&file, format!("{PROLOGUE}{script}")).unwrap();
+    // A shell that began with a signal ignored, as what is started with `&` does, cannot trap it.
     let output = bash
-        .arg("bash")
+        .args(["env", "--default-signal=INT", "bash"])
         .arg(&file)
         .env("root", root)
         .env("folder", folder.path())
