@@ -10,7 +10,7 @@ use uuid::Uuid;
 pub const MARK: &str = "x-message-log";
 
 /// The version of what facade and logging say to each other.
-pub const WIRE_VERSION: u32 = 1;
+pub const WIRE_VERSION: u32 = 2;
 
 /// Says that an answer was written by a logging instance that speaks [`WIRE_VERSION`], and which
 /// map it serves: `1 0193b3f2-…`, or `1 -` while the instance does not know the map's id yet.

@@ -1,4 +1,4 @@
-//! What at least two of the services need: the entry and its encodings, pages, problem+json
+//! What at least two of the services need: the entry and its encodings, reads, problem+json
 //! answers, configuration, serving, health checks and telemetry.
 //!
 //! Nothing that only one service uses lives here.
@@ -11,7 +11,7 @@ pub mod config;
 pub mod entry;
 pub mod healthcheck;
 pub mod json;
-pub mod page;
 pub mod problem;
+pub mod read;
 pub mod server;
 pub mod telemetry;

@@ -14,24 +14,22 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use common::api::{MARK, Mark};
 use common::entry::{Entry, MAX_BATCH_BYTES, PutResult};
-use common::page::{Bounds, PageEnd};
+use common::read::{Bounds, READ_END};
 use common::server::REQUEST_ID;
+use futures_util::{StreamExt, stream};
 use reqwest::{Client, RequestBuilder, Response, StatusCode, Url, header};
 use serde::Serialize;
+use tokio::time::timeout;
 use uuid::Uuid;
 
+use crate::entry_stream::Chunks;
 use crate::served_map::ServedMap;
 
 /// Idle connections are dropped after this time, well before the services behind drop theirs.
 const IDLE_CONNECTION: Duration = Duration::from_secs(10);
 
-/// A page of entries as the facade asks for it, in bytes: this much of the log, or one entry, is
-/// in memory for each GET.
-const PAGE_BYTES: usize = 128 * 1024;
-
-/// A logging instance that sends more than this for one page is not one of ours: a page's messages
-/// grow by escapes, and one entry can be as large as a batch.
-const MAX_PAGE_BODY: usize = MAX_BATCH_BYTES + PAGE_BYTES;
+/// A longer answer to a read of one entry is not an instance's: an entry can be as large as a batch.
+const MAX_ENTRY_BODY: usize = MAX_BATCH_BYTES + 1024;
 
 /// A longer answer to a batch is not an instance's: an outcome is not much larger than its entry,
 /// and a batch of the facade is an eighth of what an instance accepts.
@@ -146,6 +144,21 @@ pub fn http_client(connect_timeout: Duration) -> reqwest::Result<Client> {
         .build()
 }
 
+/// The answer to a read.
+pub struct ReadAnswer {
+    /// Where an ascending read ends: see [`READ_END`].
+    pub end: Option<Uuid>,
+    /// The lines, as they come. No byte for the time of one try, while one is waited for, is an error.
+    pub chunks: Chunks,
+}
+
+impl fmt::Debug for ReadAnswer {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = formatter.debug_struct("ReadAnswer");
+        shown.field("end", &self.end).finish_non_exhaustive()
+    }
+}
+
 /// One logging instance, as the pool, the batcher and reads see it. Tests of failover put a
 /// simulated one in its place, whose network loses and delays what the test says.
 #[async_trait]
@@ -153,13 +166,13 @@ pub trait Logging: fmt::Debug + Send + Sync {
     /// Puts a batch, a JSON array of entries, and returns what became of each, in order.
     async fn put(&self, batch: Vec<u8>) -> Result<Vec<PutResult>, UpstreamError>;
 
-    /// Reads the first page within the bounds, at most `limit` entries.
-    async fn page(
+    /// Begins to read the entries within the bounds, at most `limit`; waits until the answer begins.
+    async fn read(
         &self,
         bounds: Bounds,
         limit: Option<u64>,
         request_id: Option<&str>,
-    ) -> Result<Page, UpstreamError>;
+    ) -> Result<ReadAnswer, UpstreamError>;
 
     /// Reads one entry; `None` when the instance says that there is none.
     async fn get(&self, uuid: Uuid) -> Result<Option<Entry>, UpstreamError>;
@@ -198,7 +211,10 @@ impl LoggingClient {
     /// Sends a request and lets the answer pass, whatever its status, if a logging instance wrote
     /// it and serves the facade's map.
     async fn send(&self, request: RequestBuilder) -> Result<Response, UpstreamError> {
-        let response = request.timeout(self.timeout).send().await?;
+        self.check(request.timeout(self.timeout).send().await?)
+    }
+
+    fn check(&self, response: Response) -> Result<Response, UpstreamError> {
         let mark = match response.headers().get(MARK).map(|mark| mark.to_str()) {
             None => Err("it does not bear an instance's mark".to_owned()),
             Some(Err(_)) => Err("its mark is not text".to_owned()),
@@ -224,36 +240,41 @@ impl Logging for LoggingClient {
         serde_json::from_slice(&body).map_err(garbled)
     }
 
-    async fn page(
+    async fn read(
         &self,
         bounds: Bounds,
         limit: Option<u64>,
         request_id: Option<&str>,
-    ) -> Result<Page, UpstreamError> {
+    ) -> Result<ReadAnswer, UpstreamError> {
         #[derive(Serialize)]
         struct Query {
             #[serde(flatten)]
             bounds: Bounds,
             #[serde(skip_serializing_if = "Option::is_none")]
             limit: Option<u64>,
-            page_bytes: usize,
         }
-        let mut request = self.http.get(self.base.clone()).query(&Query {
-            bounds,
-            limit,
-            page_bytes: PAGE_BYTES,
-        });
+        let query = Query { bounds, limit };
+        let mut request = self.http.get(self.base.clone()).query(&query);
         if let Some(id) = request_id {
             request = request.header(REQUEST_ID, id);
         }
-        let response = require_success(self.send(request).await?).await?;
-        let page = Page::parse(&read_body(response, MAX_PAGE_BODY).await?, bounds)?;
-        if limit.is_some_and(|limit| page.end.count > limit) {
-            return Err(UpstreamError::Garbled(
-                "more entries than asked for".to_owned(),
-            ));
-        }
-        Ok(page)
+        let asked = async { require_success(self.check(request.send().await?)?).await };
+        let asked = timeout(self.timeout, asked).await;
+        let response = asked.unwrap_or(Err(UpstreamError::TimedOut))?;
+        let end = response.headers().get(READ_END).map(|end| {
+            let end = Uuid::try_parse_ascii(end.as_bytes());
+            end.map_err(|_| UpstreamError::Garbled("its end is no UUID".to_owned()))
+        });
+        let patience = self.timeout;
+        let chunks = stream::try_unfold(response, move |mut response| async move {
+            let chunk = timeout(patience, response.chunk()).await;
+            let chunk = chunk.map_err(|_| UpstreamError::TimedOut)??;
+            Ok(chunk.map(|chunk| (chunk, response)))
+        });
+        Ok(ReadAnswer {
+            end: end.transpose()?,
+            chunks: chunks.boxed(),
+        })
     }
 
     async fn get(&self, uuid: Uuid) -> Result<Option<Entry>, UpstreamError> {
@@ -263,7 +284,7 @@ impl Logging for LoggingClient {
         if response.status() == StatusCode::NOT_FOUND {
             return Ok(None);
         }
-        let body = read_body(require_success(response).await?, MAX_PAGE_BODY).await?;
+        let body = read_body(require_success(response).await?, MAX_ENTRY_BODY).await?;
         serde_json::from_slice(&body).map(Some).map_err(garbled)
     }
 
@@ -272,40 +293,6 @@ impl Logging for LoggingClient {
         url.set_path("readyz");
         require_success(self.send(self.http.get(url)).await?).await?;
         Ok(())
-    }
-}
-
-/// One page of entries, checked: in order, within the bounds, as many as its end says.
-#[derive(Debug)]
-pub struct Page {
-    pub entries: Vec<Entry>,
-    pub end: PageEnd,
-}
-
-impl Page {
-    fn parse(body: &[u8], mut bounds: Bounds) -> Result<Self, UpstreamError> {
-        let Some(text) = body.strip_suffix(b"\n") else {
-            return Err(UpstreamError::Garbled(
-                "the last line has no end".to_owned(),
-            ));
-        };
-        let newline = text.iter().rposition(|byte| *byte == b'\n');
-        let end_of_entries = newline.map_or(0, |at| at + 1);
-        let end: PageEnd = serde_json::from_slice(&text[end_of_entries..]).map_err(garbled)?;
-        let mut entries = Vec::new();
-        for line in text[..end_of_entries].split_inclusive(|byte| *byte == b'\n') {
-            let entry: Entry = serde_json::from_slice(line).map_err(garbled)?;
-            if !bounds.contains(entry.uuid) {
-                let reason = format!("entry {} is not in its place", entry.uuid);
-                return Err(UpstreamError::Garbled(reason));
-            }
-            bounds = bounds.resumed_from(entry.uuid);
-            entries.push(entry);
-        }
-        if end.count != entries.len() as u64 || (entries.is_empty() && end.next.is_some()) {
-            return Err(UpstreamError::Garbled("the count is wrong".to_owned()));
-        }
-        Ok(Self { entries, end })
     }
 }
 

@@ -9,17 +9,17 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use common::body::{NoMemory, Reservation, holding};
 use common::json::JsonLine;
-use common::page::{Bounds, Order};
 use common::problem::Problem;
+use common::read::{Bounds, Order};
 use common::server;
 use headers_accept::Accept;
 use mediatype::{MediaType, Name, ReadParams, names};
 use serde::Deserialize;
 use uuid::Uuid;
 
-use crate::client::{Logging, UpstreamError};
+use crate::client::UpstreamError;
 use crate::merge::{self, Read};
-use crate::pool::is_worth_waiting;
+use crate::pool::{Instance, is_worth_waiting};
 use crate::post::{RETRY_AFTER, body_limit};
 use crate::{App, too_many};
 
@@ -134,7 +134,7 @@ pub(crate) async fn show(
     let largest = body_limit(app.max_message);
     let reserved = Reservation::new(&app.lookups, largest);
     let mut reserved = reserved.map_err(|NoMemory| too_many("reads"))?;
-    let ask = move |logging: Arc<dyn Logging>| async move { logging.get(uuid).await };
+    let ask = move |instance: Arc<Instance>| async move { instance.client.get(uuid).await };
     let asked = app
         .pool
         .ask_patiently(app.read_deadline, is_worth_waiting, ask);

@@ -7,6 +7,7 @@ pub mod batcher;
 mod bulk;
 pub mod client;
 mod discovery;
+pub mod entry_stream;
 pub mod get;
 pub mod health;
 pub mod identifiers;

@@ -1,4 +1,4 @@
-//! The body of a GET: the log's entries, read page by page from whichever instance is up, then the
+//! The body of a GET: the log's entries, streamed by one logging instance after the other, then the
 //! reply of the messages service, which was asked in parallel.
 //!
 //! A body that ends properly is complete, and its count proves it. One that cannot be finished is
@@ -10,22 +10,24 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use common::body::holding;
 use common::entry::{Entry, is_control};
 use common::json;
-use common::page::{Bounds, Order};
 use common::problem::Problem;
+use common::read::{Bounds, Order};
 use futures_util::{StreamExt, stream};
+use memchr::memchr_iter;
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::task::JoinError;
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use crate::App;
-use crate::client::{Logging, Page, UpstreamError};
+use crate::client::UpstreamError;
+use crate::entry_stream::{EntryStream, Part};
 use crate::get::{Format, answer_unreadable};
-use crate::pool::{Pool, is_worth_waiting};
+use crate::pool::{Instance, Pool, is_worth_waiting};
 
 /// What a GET asked for.
 #[derive(Debug)]
@@ -36,50 +38,50 @@ pub(crate) struct Read {
     pub(crate) request_id: Option<String>,
 }
 
-/// Begins the answer once the first page is there; `place` is held until the body ends.
+/// Begins the answer once an instance begins to stream; `place` is held until the body ends.
 ///
 /// # Errors
-/// 503 when no logging instance can give the first page within the read deadline.
+/// 503 when no logging instance does so within the read deadline.
 pub(crate) async fn answer(
     app: App,
     read: Read,
     place: OwnedSemaphorePermit,
 ) -> Result<Response, Problem> {
-    let cursor = Cursor {
+    let mut cursor = Cursor {
         bounds: read.bounds,
         left: read.limit,
         request_id: read.request_id.clone(),
         patience: app.read_deadline,
         pool: app.pool,
+        source: None,
     };
     let messages = app.messages;
     let reply = async move { messages.reply(read.request_id.as_deref()).await };
     let reply = AbortOnDropHandle::new(tokio::spawn(reply));
-    let page = cursor.ask_first().await;
-    let page = page.map_err(|error| answer_unreadable(&error))?;
-    let mut body = MergedBody {
+    let first = cursor.open(is_worth_waiting).await;
+    let first = first.map_err(|error| answer_unreadable(&error))?;
+    let body = MergedBody {
         cursor,
+        first: Some(first),
         format: read.format,
         reply,
         count: 0,
-        next: Next::Nothing,
+        is_finished: false,
     };
-    let mut first = body.render_head();
-    body.render_page(&page, &mut first);
     let rest = stream::try_unfold(body, |mut body| async move {
         let chunk = body.next_chunk().await.inspect_err(|error| {
             tracing::warn!(%error, entries = body.count, "a GET is cut off, no instance can go on");
         })?;
         Ok::<_, UpstreamError>(chunk.map(|chunk| (chunk, body)))
     });
+    let head = Bytes::from_static(read.format.head());
     let content_type = [(header::CONTENT_TYPE, read.format.content_type())];
-    let body = Body::from_stream(stream::iter([Ok(first)]).chain(rest));
+    let body = Body::from_stream(stream::iter([Ok(head)]).chain(rest));
     Ok(holding((content_type, body).into_response(), place))
 }
 
-/// Where a read is. Each page comes from whichever instance can give it, so a read goes on from
-/// its last UUID when the instance that gave the page before is gone.
-#[derive(Clone)]
+/// Where a read is. Whichever instance streams, it goes on from the last UUID on another one when
+/// that one is gone, hangs, or hands the read over.
 struct Cursor {
     pool: Arc<Pool>,
     /// What is still to be read.
@@ -87,127 +89,107 @@ struct Cursor {
     left: Option<u64>,
     request_id: Option<String>,
     patience: Duration,
+    source: Option<Source>,
+}
+
+/// An instance and what it streams.
+struct Source {
+    instance: Arc<Instance>,
+    stream: EntryStream,
 }
 
 impl Cursor {
-    /// Asks for the first page until an instance gives it or the read deadline is over, for as long
-    /// as there is hope that one will.
-    async fn ask_first(&self) -> Result<Page, UpstreamError> {
-        self.ask_while(is_worth_waiting).await
-    }
-
-    /// Asks for a further page until an instance gives it, or the read deadline is over.
-    async fn ask_next(&self) -> Result<Page, UpstreamError> {
-        self.ask_while(|_| true).await
-    }
-
-    async fn ask_while(
-        &self,
+    /// Has an instance begin a stream, and gives what comes first. Asks until one does or the read
+    /// deadline is over, while `may_wait` allows it for the error.
+    async fn open(
+        &mut self,
         may_wait: impl Fn(&UpstreamError) -> bool,
-    ) -> Result<Page, UpstreamError> {
-        let (bounds, left) = (self.bounds, self.left);
-        let ask = |logging: Arc<dyn Logging>| {
-            let request_id = self.request_id.clone();
-            async move { logging.page(bounds, left, request_id.as_deref()).await }
+    ) -> Result<Part, UpstreamError> {
+        let (bounds, left, request_id) = (self.bounds, self.left, self.request_id.clone());
+        let begin = move |instance: Arc<Instance>| {
+            let request_id = request_id.clone();
+            async move {
+                let answer = instance.client.read(bounds, left, request_id.as_deref());
+                let answer = answer.await?;
+                let bounds = match (bounds.order, answer.end) {
+                    (Order::Asc, Some(end)) => bounds.ending_before(end),
+                    _ => bounds,
+                };
+                let mut stream = EntryStream::new(answer.chunks, bounds, left);
+                let first = stream.next().await?;
+                Ok((Source { instance, stream }, first))
+            }
         };
-        let pool = &self.pool;
-        pool.ask_patiently(self.patience, may_wait, ask).await
+        let asked = self.pool.ask_patiently(self.patience, may_wait, begin);
+        let (source, first) = asked.await?;
+        (self.bounds, self.left) = source.stream.rest();
+        self.source = Some(source);
+        Ok(first)
     }
 
-    /// The next page, asked for while the one before is on its way to the caller.
-    fn ask_ahead(&self) -> AbortOnDropHandle<Result<Page, UpstreamError>> {
-        let cursor = self.clone();
-        AbortOnDropHandle::new(tokio::spawn(async move { cursor.ask_next().await }))
-    }
-
-    /// Moves behind a page that was read.
-    fn advance(&mut self, page: &Page) {
-        if let Some(last) = page.entries.last() {
-            self.bounds = self.bounds.resumed_from(last.uuid);
+    /// What comes next, from whichever instance gives it within the read deadline.
+    async fn next(&mut self) -> Result<Part, UpstreamError> {
+        if let Some(Source { instance, stream }) = &mut self.source {
+            match stream.next().await {
+                Ok(part) => {
+                    (self.bounds, self.left) = stream.rest();
+                    return Ok(part);
+                }
+                Err(error) => {
+                    // A connection may have been lost while a slow caller took nothing: that says
+                    // nothing of the instance.
+                    if matches!(error, UpstreamError::TimedOut) {
+                        instance.health.note_failure(&error);
+                    }
+                    tracing::info!(instance = instance.name, %error, "a GET goes on elsewhere");
+                }
+            }
         }
-        if self.bounds.order == Order::Asc {
-            self.bounds.before = page.end.before.or(self.bounds.before);
-        }
-        self.left = self.left.map(|left| left - page.end.count);
+        self.source = None;
+        self.open(|_| true).await
     }
 }
 
 /// A merged body under way.
 struct MergedBody {
     cursor: Cursor,
+    /// What the first stream began with, until it is taken.
+    first: Option<Part>,
     format: Format,
     reply: AbortOnDropHandle<Result<String, UpstreamError>>,
     count: u64,
-    next: Next,
-}
-
-/// What comes next in the body.
-enum Next {
-    Page(AbortOnDropHandle<Result<Page, UpstreamError>>),
-    /// The end; with the UUID to go on from when the limit cut it.
-    Tail(Option<Uuid>),
-    Nothing,
+    is_finished: bool,
 }
 
 impl MergedBody {
-    async fn next_chunk(&mut self) -> Result<Option<Vec<u8>>, UpstreamError> {
-        let mut chunk = Vec::new();
-        match std::mem::replace(&mut self.next, Next::Nothing) {
-            Next::Page(asked_ahead) => {
-                // What failed while a slow caller took its time may work now.
-                let has_been_over = asked_ahead.is_finished();
-                let page = match finish(asked_ahead).await {
-                    Err(_) if has_been_over => self.cursor.ask_next().await?,
-                    asked => asked?,
-                };
-                self.render_page(&page, &mut chunk);
-            }
-            Next::Tail(next) => {
-                let reply = finish(&mut self.reply).await;
-                self.render_tail(next, reply, &mut chunk);
-            }
-            Next::Nothing => return Ok(None),
+    async fn next_chunk(&mut self) -> Result<Option<Bytes>, UpstreamError> {
+        if self.is_finished {
+            return Ok(None);
         }
-        Ok(Some(chunk))
-    }
-
-    fn render_head(&self) -> Vec<u8> {
-        match self.format {
-            Format::Json => b"{\"logging_service\":[\n".to_vec(),
-            Format::Ndjson | Format::Text => Vec::new(),
-        }
-    }
-
-    /// Appends a page, and has the next one fetched.
-    fn render_page(&mut self, page: &Page, out: &mut Vec<u8>) {
-        for entry in &page.entries {
-            match self.format {
-                Format::Json => {
-                    if self.count > 0 {
-                        out.extend_from_slice(b",\n");
-                    }
-                    serde_json::to_writer(&mut *out, entry).expect("an entry is plain JSON");
-                }
-                Format::Ndjson => entry.write_line(out),
-                Format::Text => write_text_line(out, entry),
-            }
-            self.count += 1;
-        }
-        self.cursor.advance(page);
-        let is_last = self.cursor.left == Some(0) || page.end.next.is_none();
-        self.next = if is_last {
-            Next::Tail(page.end.next)
-        } else {
-            Next::Page(self.cursor.ask_ahead())
+        let part = match self.first.take() {
+            Some(first) => first,
+            None => self.cursor.next().await?,
         };
+        Ok(Some(match part {
+            Part::Entries(lines, count) => {
+                let rendered = self.format.render(lines, self.count == 0);
+                self.count += count;
+                rendered
+            }
+            Part::End(next) => {
+                self.is_finished = true;
+                let reply = (&mut self.reply).await;
+                let reply = reply.unwrap_or_else(|error| {
+                    let reason = format!("asking failed: {error}");
+                    Err(UpstreamError::Garbled(reason))
+                });
+                self.render_tail(next, reply)
+            }
+        }))
     }
 
-    fn render_tail(
-        &self,
-        next: Option<Uuid>,
-        reply: Result<String, UpstreamError>,
-        out: &mut Vec<u8>,
-    ) {
+    fn render_tail(&self, next: Option<Uuid>, reply: Result<String, UpstreamError>) -> Bytes {
+        let mut out = Vec::new();
         let (messages_service, messages_service_error) = match reply {
             Ok(reply) => (Some(reply), None),
             Err(error) => (None, Some(format!("the messages service {error}"))),
@@ -227,18 +209,43 @@ impl MergedBody {
                 json::write_line(&mut members, &tail);
                 out.extend_from_slice(&members[1..]);
             }
-            Format::Ndjson => json::write_line(out, &tail),
-            Format::Text => tail.write_text(out),
+            Format::Ndjson => json::write_line(&mut out, &tail),
+            Format::Text => tail.write_text(&mut out),
         }
+        out.into()
     }
 }
 
-/// The outcome of a task that asks a service.
-async fn finish<T>(
-    task: impl Future<Output = Result<Result<T, UpstreamError>, JoinError>>,
-) -> Result<T, UpstreamError> {
-    let asked = task.await;
-    asked.unwrap_or_else(|error| Err(UpstreamError::Garbled(format!("asking failed: {error}"))))
+impl Format {
+    /// What comes before the entries.
+    fn head(self) -> &'static [u8] {
+        match self {
+            Self::Json => b"{\"logging_service\":[\n",
+            Self::Ndjson | Self::Text => b"",
+        }
+    }
+
+    /// Checked lines of entries in this form; `is_first` when none came before.
+    fn render(self, lines: Bytes, is_first: bool) -> Bytes {
+        if self == Self::Ndjson {
+            return lines;
+        }
+        let mut out = Vec::with_capacity(lines.len() + lines.len() / 32);
+        let mut begin = 0;
+        for newline in memchr_iter(b'\n', &lines) {
+            let line = &lines[begin..newline];
+            if self == Self::Text {
+                write_text_line(&mut out, line);
+            } else {
+                if begin > 0 || !is_first {
+                    out.extend_from_slice(b",\n");
+                }
+                out.extend_from_slice(line);
+            }
+            begin = newline + 1;
+        }
+        out.into()
+    }
 }
 
 /// What comes after the entries.
@@ -267,7 +274,8 @@ impl Tail {
 }
 
 /// `UUID msg`, where nothing in the message can pass for another line or change how one looks.
-fn write_text_line(out: &mut Vec<u8>, entry: &Entry) {
+fn write_text_line(out: &mut Vec<u8>, line: &[u8]) {
+    let entry: Entry = serde_json::from_slice(line).expect("the line was checked");
     out.extend_from_slice(entry.uuid.to_string().as_bytes());
     out.push(b' ');
     write_escaped(out, &entry.msg);

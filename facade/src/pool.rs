@@ -196,10 +196,7 @@ impl Pool {
     ///
     /// # Errors
     /// When none answered: the error that gives the most hope, see `hope`.
-    pub async fn ask<T, F>(
-        &self,
-        question: impl Fn(Arc<dyn Logging>) -> F,
-    ) -> Result<T, UpstreamError>
+    pub async fn ask<T, F>(&self, question: impl Fn(Arc<Instance>) -> F) -> Result<T, UpstreamError>
     where
         F: Future<Output = Result<T, UpstreamError>>,
     {
@@ -207,7 +204,7 @@ impl Pool {
         let mut tried = Vec::new();
         let mut failure = UpstreamError::Unreachable("no logging instance is known".into());
         while let Some(instance) = self.choose(&tried) {
-            match question(instance.client.clone()).await {
+            match question(instance.clone()).await {
                 Ok(answer) => {
                     self.served_map.note_use();
                     return Ok(answer);
@@ -235,7 +232,7 @@ impl Pool {
         &self,
         patience: Duration,
         may_wait: impl Fn(&UpstreamError) -> bool,
-        question: impl Fn(Arc<dyn Logging>) -> F,
+        question: impl Fn(Arc<Instance>) -> F,
     ) -> Result<T, UpstreamError>
     where
         F: Future<Output = Result<T, UpstreamError>>,

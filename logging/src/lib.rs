@@ -3,46 +3,35 @@
 //! It keeps no entries of its own and knows no other instance; what it stored is in its log, one
 //! line an entry.
 
+mod get;
 pub mod map;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
-use axum::extract::rejection::{PathRejection, QueryRejection};
-use axum::extract::{Path, Query, RawQuery, Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::extract::{RawQuery, Request, State};
+use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::map_response_with_state;
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
-use bytes::Bytes;
+use axum::routing;
 use clap::Parser;
 use common::api::{MARK, Mark};
 use common::body::{BodyError, NoMemory, Reservation, holding, read_body};
 use common::config::{self, ServiceConfig};
 use common::entry::{self, Entry, MAX_BATCH_BYTES, Outcome, PutEntry, PutResult};
-use common::json::{self, JsonLine};
-use common::page::{Bounds, Order, PageEnd};
+use common::json::JsonLine;
 use common::problem::Problem;
 use common::server::{self, Check, Limits, RequestLog};
-use futures_util::{StreamExt, stream};
-use serde::Deserialize;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
-use crate::map::{DistributedMap, Location, MapError, Page, PageLimit};
+use crate::get::MAX_READS;
+use crate::map::{DistributedMap, Location, MapError};
 
 /// Memory for batches on their way to the map, in bytes of bodies; what comes on top gets a 503.
 const MAX_POSTED_BYTES: usize = 64 * 1024 * 1024;
-
-/// Reads at once; what comes on top gets a 503. A facade has at most one for each of its own.
-const MAX_READS: usize = 512;
-
-/// Bytes of entries that a read takes from the map at once.
-const PAGE_BYTES: usize = 128 * 1024;
 
 /// One of several instances that keep all entries in one shared distributed map
 #[derive(Clone, Debug, Parser)]
@@ -118,10 +107,10 @@ impl App {
 /// All routes of the service.
 pub fn router(app: App) -> Router {
     let routes = Router::new()
-        .route("/", get(list).post(put))
-        .route("/{uuid}", get(show))
-        .route("/livez", get(server::livez))
-        .route("/readyz", get(readyz))
+        .route("/", routing::get(get::list).post(put))
+        .route("/{uuid}", routing::get(get::show))
+        .route("/livez", routing::get(server::livez))
+        .route("/readyz", routing::get(readyz))
         .with_state(app.clone());
     server::with_middleware(routes, RequestLog::Off).layer(map_response_with_state(app, mark))
 }
@@ -232,163 +221,6 @@ fn log_acknowledged(batch: &Batch, outcomes: &[Outcome]) {
             "entry acknowledged"
         );
     }
-}
-
-async fn show(
-    State(app): State<App>,
-    path: Result<Path<Uuid>, PathRejection>,
-) -> Result<Response, Problem> {
-    let Ok(Path(uuid)) = path else {
-        return Err(server::answer_not_found().await);
-    };
-    let place = app.reads.clone().try_acquire_owned();
-    let place = place.map_err(|_| busy())?;
-    match app.map.get(uuid).await.map_err(answer_map_error)? {
-        Some(msg) => Ok(holding(
-            JsonLine(Entry { uuid, msg }).into_response(),
-            place,
-        )),
-        None => Err(Problem::new(
-            StatusCode::NOT_FOUND,
-            format!("there is no entry {uuid}"),
-        )),
-    }
-}
-
-/// The query of a read.
-#[derive(Clone, Copy, Debug, Deserialize)]
-struct ListQuery {
-    after: Option<Uuid>,
-    before: Option<Uuid>,
-    #[serde(default)]
-    order: Order,
-    /// At most this many entries.
-    limit: Option<u64>,
-    /// Stop after one page of about this many bytes: how the facade reads.
-    page_bytes: Option<usize>,
-}
-
-/// Streams the entries within the bounds, page by page, then the line that counts them.
-async fn list(
-    State(app): State<App>,
-    query: Result<Query<ListQuery>, QueryRejection>,
-) -> Result<Response, Problem> {
-    let Query(query) = query.map_err(|error| Problem::bad_request(error.body_text()))?;
-    let place = app.reads.clone().try_acquire_owned();
-    let place = place.map_err(|_| busy())?;
-    let mut listing = Listing::begin(app.map, query)
-        .await
-        .map_err(answer_map_error)?;
-    let first = listing.next_chunk().await.map_err(answer_map_error)?;
-    let rest = stream::try_unfold(listing, |mut listing| async move {
-        if listing.is_finished {
-            return Ok(None);
-        }
-        let chunk = listing.next_chunk().await.inspect_err(|error| {
-            tracing::error!(%error, "a read is cut off because the map cannot be read");
-        })?;
-        Ok::<_, MapError>(Some((chunk, listing)))
-    });
-    let body = Body::from_stream(stream::iter([Ok(first)]).chain(rest));
-    let content_type = [(header::CONTENT_TYPE, "application/x-ndjson")];
-    Ok(holding((content_type, body).into_response(), place))
-}
-
-/// A read under way.
-struct Listing {
-    map: Arc<dyn DistributedMap>,
-    bounds: Bounds,
-    entries_left: u64,
-    /// Of one page; with `is_one_page`, the answer ends after it.
-    page_bytes: usize,
-    is_one_page: bool,
-    /// The first page, until it is taken.
-    first: Option<Page>,
-    count: u64,
-    is_finished: bool,
-}
-
-impl Listing {
-    /// Reads the first page. What an ascending read needs to know besides, where it is to end, is
-    /// asked at the same time, so that both together take no longer than one.
-    async fn begin(map: Arc<dyn DistributedMap>, query: ListQuery) -> Result<Self, MapError> {
-        let mut listing = Self {
-            map,
-            bounds: Bounds {
-                after: query.after,
-                before: query.before,
-                order: query.order,
-            },
-            entries_left: query.limit.unwrap_or(u64::MAX),
-            page_bytes: query.page_bytes.unwrap_or(PAGE_BYTES).min(PAGE_BYTES),
-            is_one_page: query.page_bytes.is_some(),
-            first: None,
-            count: 0,
-            is_finished: false,
-        };
-        // A bound whose time has passed is an end already.
-        let has_end = query.before.is_some_and(has_passed);
-        if has_end || query.order == Order::Desc {
-            listing.first = Some(listing.page().await?);
-            return Ok(listing);
-        }
-        let (first, last) = tokio::try_join!(listing.page(), listing.map.last())?;
-        // What comes from now on is left out, or a slow reader would never reach the end.
-        let read = first.entries.last().map(|entry| entry.uuid);
-        let end = last.max(read).map_or(Uuid::nil(), |last| {
-            Uuid::from_u128(last.as_u128().saturating_add(1))
-        });
-        let before = &mut listing.bounds.before;
-        *before = Some(before.map_or(end, |before| before.min(end)));
-        listing.first = Some(first);
-        Ok(listing)
-    }
-
-    async fn page(&self) -> Result<Page, MapError> {
-        let limit = PageLimit {
-            entries: self.entries_left,
-            bytes: self.page_bytes,
-        };
-        self.map.page(self.bounds, limit).await
-    }
-
-    /// The next page as lines; after the last page, also the line that counts.
-    async fn next_chunk(&mut self) -> Result<Bytes, MapError> {
-        let page = match self.first.take() {
-            Some(first) => first,
-            None => self.page().await?,
-        };
-        let mut lines = Vec::with_capacity(PAGE_BYTES + PAGE_BYTES / 4);
-        for entry in &page.entries {
-            entry.write_line(&mut lines);
-        }
-        self.count += page.entries.len() as u64;
-        self.entries_left -= page.entries.len() as u64;
-        let last = page.entries.last().map(|entry| entry.uuid);
-        if let Some(last) = last {
-            self.bounds = self.bounds.resumed_from(last);
-        }
-        let is_last = self.entries_left == 0 || self.is_one_page || !page.more;
-        if is_last {
-            self.is_finished = true;
-            let next = last.filter(|_| page.more);
-            let end = PageEnd {
-                count: self.count,
-                next,
-                before: match self.bounds.order {
-                    Order::Asc => next.and(self.bounds.before),
-                    Order::Desc => None,
-                },
-            };
-            json::write_line(&mut lines, &end);
-        }
-        Ok(lines.into())
-    }
-}
-
-fn has_passed(uuid: Uuid) -> bool {
-    let time = SystemTime::UNIX_EPOCH + Duration::from_millis(entry::unix_millis(uuid));
-    time < SystemTime::now()
 }
 
 async fn readyz(State(app): State<App>, RawQuery(query): RawQuery) -> Response {

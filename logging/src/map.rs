@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use common::entry::{self, Entry, Outcome, Staleness};
-use common::page::Bounds;
+use common::read::{self, Bounds};
 use common::server::Check;
 use uuid::Uuid;
 
@@ -57,15 +57,14 @@ pub trait DistributedMap: fmt::Debug + Send + Sync {
     /// Answers within the engine's store timeout.
     async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome>;
 
-    /// The message under `uuid`, or `None` if there is none.
+    /// The message under `uuid`, or `None` if there is none. Answers within the store timeout.
     async fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError>;
 
-    /// The first entries within `bounds`, in their order: at most `limit.entries`, and as many as
-    /// fit into `limit.bytes` but at least one. A part of the map that cannot be read is an error,
-    /// never a shorter page.
-    async fn page(&self, bounds: Bounds, limit: PageLimit) -> Result<Page, MapError>;
+    /// Begins to read the entries within `bounds`, in their order. Nothing is asked of the map before
+    /// the first piece is.
+    fn read(&self, bounds: Bounds) -> Box<dyn Cursor>;
 
-    /// The greatest UUID in the map, or `None` when it is empty.
+    /// The greatest UUID in the map, or `None` when it is empty. Answers within the store timeout.
     async fn last(&self) -> Result<Option<Uuid>, MapError>;
 
     /// How the map fares. Takes as long as a put.
@@ -82,22 +81,55 @@ pub struct Health {
     pub checks: Vec<Check>,
 }
 
-/// How much one page may hold.
+/// A read under way. It holds no transaction and no lock of the map while nobody asks it.
+#[async_trait]
+pub trait Cursor: fmt::Debug + Send {
+    /// The entries that come next; none when the read is at its end.
+    ///
+    /// - *Complete*: an entry that was stored before the cursor began to read is in a piece. A part
+    ///   of the map that cannot be read is an error, never a shorter piece.
+    /// - *Bounded*: besides the piece a cursor keeps at most [`READ_AHEAD`] times `limit.bytes`, or
+    ///   half a mebibyte if that is more.
+    /// - *In time*: within the store timeout.
+    ///
+    /// After an error the read is over; go on with a new cursor, behind the last entry.
+    async fn next(&mut self, limit: PieceLimit) -> Result<Piece, MapError>;
+}
+
+/// What a cursor may have read and not yet given, in bytes, as a multiple of a piece.
+pub const READ_AHEAD: usize = 4;
+
+/// How much one piece may hold.
 #[derive(Clone, Copy, Debug)]
-pub struct PageLimit {
+pub struct PieceLimit {
     /// At most this many entries.
     pub entries: u64,
-    /// At most this many bytes of messages and keys, but always one entry.
+    /// At most about this many bytes of lines, but always one entry.
     pub bytes: usize,
 }
 
-/// Entries in the order that was asked for.
+/// Entries in the order that was asked for, as lines: see [`read::write_entry`].
 #[derive(Debug, Default)]
-pub struct Page {
-    /// The entries.
-    pub entries: Vec<Entry>,
-    /// Whether the bounds hold more entries after these.
-    pub more: bool,
+pub struct Piece {
+    /// The lines.
+    pub lines: Vec<u8>,
+    /// How many they are.
+    pub count: u64,
+    /// The last one's UUID.
+    pub last: Option<Uuid>,
+}
+
+impl Piece {
+    /// Whether a message of so many bytes still goes in. One always does.
+    fn has_room(&self, limit: PieceLimit, bytes: usize) -> bool {
+        self.count == 0 || (self.count < limit.entries && self.lines.len() + bytes <= limit.bytes)
+    }
+
+    fn push(&mut self, uuid: Uuid, msg: &str) {
+        read::write_entry(&mut self.lines, uuid, msg);
+        self.count += 1;
+        self.last = Some(uuid);
+    }
 }
 
 /// Why the map could not be read.

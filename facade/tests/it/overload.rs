@@ -10,9 +10,9 @@ use axum::body::{Body, to_bytes};
 use axum::http::{Request, StatusCode};
 use clap::Parser;
 use common::entry::{Entry, Outcome, PutEntry, PutResult};
-use common::page::Bounds;
+use common::read::Bounds;
 use common::server::Limits;
-use facade::client::{Logging, Page, UpstreamError};
+use facade::client::{Logging, ReadAnswer, UpstreamError};
 use facade::identifiers::Identifiers;
 use facade::pool::Pool;
 use facade::{App, Config, router};
@@ -111,12 +111,12 @@ impl Logging for Slow {
         Ok(results.collect())
     }
 
-    async fn page(
+    async fn read(
         &self,
         _bounds: Bounds,
         _limit: Option<u64>,
         _request_id: Option<&str>,
-    ) -> Result<Page, UpstreamError> {
+    ) -> Result<ReadAnswer, UpstreamError> {
         unreachable!("nobody reads")
     }
 

@@ -17,7 +17,7 @@ use axum::body::{Body, to_bytes};
 use axum::http::Request;
 use clap::Parser;
 use common::entry::Entry;
-use common::page::Order;
+use common::read::Order;
 use common::server::Limits;
 use facade::identifiers::Identifiers;
 use facade::pool::Pool;

@@ -1,7 +1,7 @@
 //! The embedded engine: one LMDB folder shared by the logging processes of one machine.
 //!
 //! The key is the UUID, so the B-tree is in order already. One thread writes, see `writer`; reads
-//! run on the blocking pool, a page per transaction, so no transaction waits for a slow reader.
+//! run on the blocking pool, a piece per transaction, so no transaction waits for a slow reader.
 //!
 //! It does not work across machines or PID namespaces, because LMDB's locks are by process id.
 
@@ -16,13 +16,14 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use common::entry::{Entry, Outcome};
-use common::page::Bounds;
+use common::read::Bounds;
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use self::store::Store;
 use self::writer::Writer;
 use super::job::{Job, Room};
-use super::{DistributedMap, Health, MapError, Options, Page, PageLimit};
+use super::{Cursor, DistributedMap, Health, MapError, Options, Piece, PieceLimit};
 
 /// An LMDB environment with its writer thread.
 #[derive(Debug)]
@@ -63,14 +64,57 @@ impl LmdbMap {
         ticket.outcomes(self.store_timeout).await
     }
 
+    fn reader(&self) -> Reader {
+        Reader {
+            store: self.store.clone(),
+            patience: self.store_timeout,
+        }
+    }
+}
+
+/// Reads in a transaction of its own each time.
+#[derive(Clone, Debug)]
+struct Reader {
+    store: Arc<Store>,
+    patience: Duration,
+}
+
+impl Reader {
     async fn read<T: Send + 'static>(
         &self,
         read: impl FnOnce(&Store) -> Result<T, MapError> + Send + 'static,
     ) -> Result<T, MapError> {
         let store = self.store.clone();
-        tokio::task::spawn_blocking(move || read(&store))
-            .await
-            .map_err(|error| MapError::Unavailable(format!("reading the map failed: {error}")))?
+        let reading = tokio::task::spawn_blocking(move || read(&store));
+        match timeout(self.patience, reading).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(error)) => Err(MapError::Unavailable(format!(
+                "reading the map failed: {error}"
+            ))),
+            Err(_) => Err(MapError::Unavailable(
+                "the map's disk did not give the entries in time".to_owned(),
+            )),
+        }
+    }
+}
+
+/// Goes on behind the last UUID with each piece.
+#[derive(Debug)]
+struct LmdbCursor {
+    reader: Reader,
+    bounds: Bounds,
+}
+
+#[async_trait]
+impl Cursor for LmdbCursor {
+    async fn next(&mut self, limit: PieceLimit) -> Result<Piece, MapError> {
+        let bounds = self.bounds;
+        let piece = self.reader.read(move |store| store.piece(bounds, limit));
+        let piece = piece.await?;
+        if let Some(last) = piece.last {
+            self.bounds = bounds.resumed_from(last);
+        }
+        Ok(piece)
     }
 }
 
@@ -91,19 +135,20 @@ impl DistributedMap for LmdbMap {
     }
 
     async fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError> {
-        self.read(move |store| store.get(uuid)).await
+        self.reader().read(move |store| store.get(uuid)).await
     }
 
-    async fn page(&self, bounds: Bounds, limit: PageLimit) -> Result<Page, MapError> {
-        self.read(move |store| store.page(bounds, limit)).await
+    fn read(&self, bounds: Bounds) -> Box<dyn Cursor> {
+        let reader = self.reader();
+        Box::new(LmdbCursor { reader, bounds })
     }
 
     async fn last(&self) -> Result<Option<Uuid>, MapError> {
-        self.read(Store::last).await
+        self.reader().read(Store::last).await
     }
 
     async fn health(&self) -> Health {
-        let missing = match self.read(Store::last).await {
+        let missing = match self.reader().read(Store::last).await {
             Err(error) => Some(error.to_string()),
             Ok(_) => match self.submit(Arc::new([])).await {
                 Ok(_) => None,

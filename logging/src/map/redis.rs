@@ -2,23 +2,24 @@
 //! the partitions and whose replicas are the backups.
 //!
 //! `partition` is the layout in Redis, `members` knows which primary has what and `discovery` finds it
-//! out, `lane` writes to a primary, `pages` merges reads over all of them.
+//! out, `lane` writes to a primary, `query` asks partitions, `cursor` merges
+//! reads over all of them.
 //!
 //! An entry is acknowledged when its primary and `--backups` replicas have it. In a shard of just
 //! so many members every one of them has every acknowledged entry, so whichever of them serves
 //! reads, also one that was paused or cut off and does not know that it was replaced, gives them
 //! all. That is why more replicas than backups are warned about.
 
+mod cursor;
 mod discovery;
 mod lane;
 mod link;
 mod map_id;
 mod members;
 mod nodes;
-mod pages;
 mod partition;
 mod primary;
-mod range;
+mod query;
 mod servers;
 
 use std::sync::Arc;
@@ -26,16 +27,17 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use common::entry::{Entry, Outcome};
-use common::page::Bounds;
+use common::read::Bounds;
 use futures_util::future::join_all;
 use tokio::time::timeout;
 use uuid::Uuid;
 
 pub use self::servers::Servers;
 
+use self::cursor::RedisCursor;
 use self::members::Members;
 use super::job::Room;
-use super::{DistributedMap, Health, MapError, Options, Page, PageLimit};
+use super::{Cursor, DistributedMap, Health, MapError, Options};
 
 /// How long one call to a server may take: less than its caller waits, so that what waits behind one
 /// that fails hears the reason, and not only that its time was up.
@@ -66,18 +68,18 @@ impl RedisMap {
             room: Room::default(),
         }
     }
+}
 
-    /// Reads must be answered as fast as puts: the facade gives up on an instance that hangs.
-    async fn in_time<T>(
-        &self,
-        read: impl Future<Output = Result<T, MapError>>,
-    ) -> Result<T, MapError> {
-        let result = timeout(self.store_timeout, read).await;
-        result.unwrap_or_else(|_| {
-            let detail = "redis did not give the entries in time";
-            Err(MapError::Unavailable(detail.to_owned()))
-        })
-    }
+/// Reads must be answered as fast as puts: the facade gives up on an instance that hangs.
+async fn in_time<T>(
+    patience: Duration,
+    read: impl Future<Output = Result<T, MapError>>,
+) -> Result<T, MapError> {
+    let result = timeout(patience, read).await;
+    result.unwrap_or_else(|_| {
+        let detail = "redis did not give the entries in time";
+        Err(MapError::Unavailable(detail.to_owned()))
+    })
 }
 
 #[async_trait]
@@ -123,16 +125,16 @@ impl DistributedMap for RedisMap {
     }
 
     async fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError> {
-        self.in_time(pages::get(&self.members, uuid)).await
+        in_time(self.store_timeout, query::get(&self.members, uuid)).await
     }
 
-    async fn page(&self, bounds: Bounds, limit: PageLimit) -> Result<Page, MapError> {
-        self.in_time(pages::page(&self.members, bounds, limit))
-            .await
+    fn read(&self, bounds: Bounds) -> Box<dyn Cursor> {
+        let members = self.members.clone();
+        Box::new(RedisCursor::new(members, self.store_timeout, bounds))
     }
 
     async fn last(&self) -> Result<Option<Uuid>, MapError> {
-        self.in_time(pages::last(&self.members)).await
+        in_time(self.store_timeout, query::last(&self.members)).await
     }
 
     async fn health(&self) -> Health {

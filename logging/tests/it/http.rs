@@ -4,6 +4,7 @@ use std::net::TcpListener;
 use std::time::Duration;
 
 use common::entry::Entry;
+use common::read::READ_END;
 use common::server::Limits;
 use logging::map::{Location, Options, open};
 use logging::{App, router};
@@ -158,12 +159,11 @@ async fn list_streams_lines_and_a_count_within_bounds() {
         instance.text("/?order=desc&limit=2").await,
         lines(&[third, second], &cut)
     );
-    let end = Uuid::from_u128(third.uuid.as_u128() + 1);
-    let page = format!(r#"{{"count":1,"next":"{}","before":"{end}"}}"#, first.uuid);
-    assert_eq!(
-        instance.text("/?page_bytes=1").await,
-        lines(&[first], &page)
-    );
+    let end = Uuid::from_u128(third.uuid.as_u128() + 1).to_string();
+    let answer = instance.get("/?limit=1").await;
+    assert_eq!(answer.headers()[READ_END], end.as_str());
+    let next = format!(r#"{{"count":1,"next":"{}"}}"#, first.uuid);
+    assert_eq!(answer.text().await.unwrap(), lines(&[first], &next));
     assert_eq!(
         instance.get("/?limit=x").await.status(),
         StatusCode::BAD_REQUEST
@@ -171,7 +171,7 @@ async fn list_streams_lines_and_a_count_within_bounds() {
 }
 
 #[tokio::test]
-async fn list_of_many_pages_is_complete() {
+async fn list_of_many_pieces_is_complete() {
     let instance = Instance::start();
     let msg = "x".repeat(10_000);
     let entries: Vec<Entry> = (0..100)

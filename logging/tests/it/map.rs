@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use common::entry::{Entry, Outcome, Staleness};
-use common::page::{Bounds, Order};
+use common::read::{Bounds, Order};
 use logging::map::{
-    DistributedMap, Location, MAX_AHEAD, MAX_SKEW, MapError, Options, PageLimit, open,
+    DistributedMap, Location, MAX_AHEAD, MAX_SKEW, MapError, Options, PieceLimit, open,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -19,11 +19,6 @@ use uuid::{NoContext, Timestamp, Uuid};
 use crate::engine::{EmptyMap, Engine, wait_until_ready};
 
 const SETTLE: Duration = Duration::from_secs(10);
-
-const WHOLE: PageLimit = PageLimit {
-    entries: u64::MAX,
-    bytes: usize::MAX,
-};
 
 const ENGINES: [Engine; 3] = [Engine::Lmdb, Engine::RedisServer, Engine::RedisCluster];
 
@@ -92,7 +87,40 @@ async fn put(map: &Arc<dyn DistributedMap>, entries: &[Entry]) -> Vec<Outcome> {
 }
 
 async fn all(map: &Arc<dyn DistributedMap>) -> Vec<Entry> {
-    map.page(Bounds::default(), WHOLE).await.unwrap().entries
+    read(&**map, Bounds::default()).await.unwrap()
+}
+
+/// Reads all entries within the bounds, in pieces of this limit.
+pub(crate) async fn read_in_pieces(
+    map: &dyn DistributedMap,
+    bounds: Bounds,
+    limit: PieceLimit,
+) -> Result<Vec<Entry>, MapError> {
+    let mut cursor = map.read(bounds);
+    let mut read = Vec::new();
+    loop {
+        let piece = cursor.next(limit).await?;
+        let lines = piece.lines.split_inclusive(|byte| *byte == b'\n');
+        let entries: Vec<Entry> = lines
+            .map(|line| serde_json::from_slice(line).unwrap())
+            .collect();
+        assert_eq!(piece.count, entries.len() as u64);
+        assert!(piece.count <= limit.entries);
+        assert_eq!(piece.last, entries.last().map(|entry| entry.uuid));
+        if entries.is_empty() {
+            return Ok(read);
+        }
+        read.extend(entries);
+    }
+}
+
+/// Reads all entries within the bounds.
+pub(crate) async fn read(map: &dyn DistributedMap, bounds: Bounds) -> Result<Vec<Entry>, MapError> {
+    let limit = PieceLimit {
+        entries: u64::MAX,
+        bytes: 64 * 1024,
+    };
+    read_in_pieces(map, bounds, limit).await
 }
 
 #[tokio::test]
@@ -243,8 +271,7 @@ async fn map_has_an_id_that_outlives_its_instances() {
                 order: Order::Desc,
                 ..Bounds::default()
             };
-            let page = map.page(newest_first, WHOLE).await.unwrap();
-            assert_eq!(page.entries, stored);
+            assert_eq!(read(&*map, newest_first).await.unwrap(), stored);
             ids.push(id);
         }
         assert_ne!(ids[0], ids[1], "{engine:?}");
@@ -273,27 +300,29 @@ async fn batches_at_once_are_all_answered_and_stored() {
 }
 
 #[tokio::test]
-async fn page_is_cut_in_bytes_but_holds_one_entry() {
+async fn piece_is_cut_in_bytes_but_holds_one_entry() {
     for engine in ENGINES {
         let subject = Subject::of(engine).await;
         let entries: Vec<Entry> = (0..4).map(|_| entry(&"x".repeat(1000))).collect();
         put(&subject.map, &entries).await;
-        for (bytes, expected) in [(0, 1), (1500, 1), (2500, 2), (100_000, 4)] {
-            let limit = PageLimit {
+        for (bytes, most) in [(0, 1), (1500, 1), (2500, 2), (100_000, 4)] {
+            let limit = PieceLimit {
                 entries: u64::MAX,
                 bytes,
             };
-            let page = subject.map.page(Bounds::default(), limit).await.unwrap();
-            assert_eq!(page.entries, entries[..expected], "with {bytes} bytes");
-            assert_eq!(page.more, expected < 4, "with {bytes} bytes");
+            let mut cursor = subject.map.read(Bounds::default());
+            let piece = cursor.next(limit).await.unwrap();
+            assert!((1..=most).contains(&piece.count), "{bytes}: {piece:?}");
+            let whole = read_in_pieces(&*subject.map, Bounds::default(), limit).await;
+            assert_eq!(whole.unwrap(), entries, "with {bytes} bytes");
         }
     }
 }
 
-/// Any bounds, any page size, both orders: going on from the last entry of each page gives what a
-/// sorted map in memory gives.
+/// Any bounds, any size of pieces, both orders: a cursor gives what a sorted map in memory gives, and so
+/// does one that goes on from an entry in the middle.
 #[test]
-fn pages_match_a_model() {
+fn reads_match_a_model() {
     const ENTRIES: usize = 30;
     let runtime = tokio::runtime::Runtime::new().unwrap();
     for engine in ENGINES {
@@ -316,8 +345,19 @@ fn pages_match_a_model() {
                     before,
                     order,
                 };
-                let read = runtime.block_on(read_in_pages(&subject.map, bounds, limit));
-                prop_assert_eq!(read, expected(&model, bounds));
+                let limit = PieceLimit {
+                    entries: limit,
+                    bytes: 1024 * 1024,
+                };
+                let read = async |bounds| read_in_pieces(&*subject.map, bounds, limit).await;
+                let whole = runtime.block_on(read(bounds)).unwrap();
+                prop_assert_eq!(&whole, &expected(&model, bounds));
+                if let Some(middle) = whole.get(whole.len() / 2) {
+                    let rest = runtime
+                        .block_on(read(bounds.resumed_from(middle.uuid)))
+                        .unwrap();
+                    prop_assert_eq!(&rest[..], &whole[whole.len() / 2 + 1..]);
+                }
                 Ok(())
             })
             .unwrap();
@@ -325,9 +365,9 @@ fn pages_match_a_model() {
 }
 
 /// Entries of all sizes, crowded in time and not, spread over partitions and not, come back in
-/// pages: each once, in order.
+/// pieces: each once, in order.
 #[tokio::test]
-async fn uneven_entries_are_read_whole_in_pages() {
+async fn uneven_entries_are_read_whole_in_pieces() {
     const ONE_PARTITION: u32 = 7;
     const SIZES: [usize; 5] = [1, 40, 700, 5000, 64 * 1024];
     for engine in ENGINES {
@@ -357,27 +397,22 @@ async fn uneven_entries_are_read_whole_in_pages() {
             (Order::Desc, 128 * 1024),
             (Order::Asc, 4000),
         ] {
-            let mut bounds = Bounds {
+            let bounds = Bounds {
                 order,
                 ..Bounds::default()
             };
-            let mut read = Vec::new();
-            loop {
-                let limit = PageLimit { bytes, ..WHOLE };
-                let page = subject.map.page(bounds, limit).await.unwrap();
-                let last = page.entries.last().map(|entry| entry.uuid);
-                read.extend(page.entries);
-                match last {
-                    Some(last) if page.more => bounds = bounds.resumed_from(last),
-                    _ => break,
-                }
-            }
+            let limit = PieceLimit {
+                entries: u64::MAX,
+                bytes,
+            };
+            let read = read_in_pieces(&*subject.map, bounds, limit).await;
+            let mut read = read.unwrap();
             if order == Order::Desc {
                 read.reverse();
             }
             assert!(
                 read == entries,
-                "{engine:?}, {order:?}, pages of {bytes} bytes"
+                "{engine:?}, {order:?}, pieces of {bytes} bytes"
             );
         }
     }
@@ -388,28 +423,6 @@ fn cases(cases: u32) -> Config {
         cases,
         failure_persistence: None,
         ..Config::default()
-    }
-}
-
-async fn read_in_pages(
-    map: &Arc<dyn DistributedMap>,
-    mut bounds: Bounds,
-    limit: u64,
-) -> Vec<Entry> {
-    let mut read = Vec::new();
-    loop {
-        let limit = PageLimit {
-            entries: limit,
-            ..WHOLE
-        };
-        let page = map.page(bounds, limit).await.unwrap();
-        assert!(page.entries.len() as u64 <= limit.entries);
-        let last = page.entries.last().map(|entry| entry.uuid);
-        read.extend(page.entries);
-        match last {
-            Some(last) if page.more => bounds = bounds.resumed_from(last),
-            _ => return read,
-        }
     }
 }
 
@@ -451,7 +464,7 @@ fn messages_are_kept_byte_for_byte() {
 }
 
 #[tokio::test]
-async fn damaged_lmdb_entry_is_an_error_not_a_shorter_page() {
+async fn damaged_lmdb_entry_is_an_error_not_a_shorter_read() {
     let subject = Subject::of(Engine::Lmdb).await;
     let entries = [
         entry("intact"),
@@ -477,8 +490,8 @@ async fn damaged_lmdb_entry_is_an_error_not_a_shorter_page() {
     let damaged = entries[1].uuid;
     let is_damaged =
         |error: &MapError| matches!(error, MapError::Damaged(uuid) if *uuid == damaged);
-    let page = subject.map.page(Bounds::default(), WHOLE).await;
-    assert!(is_damaged(&page.unwrap_err()));
+    let whole = read(&*subject.map, Bounds::default()).await;
+    assert!(is_damaged(&whole.unwrap_err()));
     assert!(is_damaged(&subject.map.get(damaged).await.unwrap_err()));
     let outcomes = put(&subject.map, &entries[1..2]).await;
     assert!(

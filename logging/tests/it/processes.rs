@@ -3,13 +3,14 @@
 use std::path::Path;
 use std::process::Command;
 
+use common::api::{MARK, Mark};
 use common::entry::{Entry, Outcome, PutResult, Staleness};
 use reqwest::{Client, StatusCode};
 use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::command_line::{assert_help, assert_refused, one_line};
-use crate::process::{OnSmallDisk, Process, free_address};
+use crate::process::{LOOK_AGAIN, OnSmallDisk, Process, free_address};
 use crate::requirements::{skip, trial_run, unshare};
 
 pub(crate) const LOGGING: &str = env!("CARGO_BIN_EXE_logging");
@@ -120,6 +121,12 @@ async fn failed_meta_page_is_unknown_and_the_map_is_opened_again() {
     );
 }
 
+async fn mark_of(http: &Client, url: &str) -> Mark {
+    let answer = http.get(format!("{url}/livez")).send().await.unwrap();
+    let mark = answer.headers()[MARK].to_str().unwrap();
+    mark.parse().unwrap()
+}
+
 #[derive(Debug)]
 struct FaultOutcome {
     second: Outcome,
@@ -149,6 +156,10 @@ async fn outcome_with_fault(fault: &str) -> Option<FaultOutcome> {
     let mut process = Process::start(command, free_address());
     let http = Client::new();
     let url = process.url();
+    // The map's id is committed by itself only if nothing else is there to be.
+    while mark_of(&http, &url).await.map.is_none() {
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
     let entries = [entry("first"), entry("second"), entry("third")];
     assert_eq!(put_one(&http, &url, &entries[0]).await, Outcome::Stored);
     let second = put_one(&http, &url, &entries[1]).await;

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use common::entry::{Entry, Outcome, Staleness};
-use common::page::Bounds;
-use logging::map::{DistributedMap, Health, MapError, Options, PageLimit, open};
+use common::read::{Bounds, Order};
+use logging::map::{DistributedMap, Health, MapError, Options, open};
 use uuid::{NoContext, Timestamp, Uuid};
 
+use crate::map::read;
 use crate::process::{LOOK_AGAIN, Process, free_address};
 use crate::redis_servers::{RedisCluster, RedisServer};
 
@@ -18,11 +19,6 @@ const SETTLE: Duration = Duration::from_secs(60);
 
 const PAST: Outcome = Outcome::Stale {
     when: Staleness::Past,
-};
-
-pub(crate) const WHOLE: PageLimit = PageLimit {
-    entries: u64::MAX,
-    bytes: usize::MAX,
 };
 
 pub(crate) fn open_at(location: &str, backups: Option<u16>) -> Arc<dyn DistributedMap> {
@@ -106,6 +102,48 @@ pub(crate) fn is_whole(health: &Health) -> bool {
     health.missing.is_none() && health.checks.iter().all(|check| check.ok)
 }
 
+/// A partition that its primary has lost is no empty one: nothing that would need it is read or put. Nor is
+/// a map without its id a new one.
+#[tokio::test]
+async fn lost_partition_is_not_an_empty_one() {
+    const LOST: u32 = 7;
+    let folder = tempfile::tempdir().unwrap();
+    let server = RedisServer::single(folder.path());
+    let location = format!("redis://{}", server.address());
+    let map = open_at(&location, None);
+    wait_until_ready(&map).await;
+    let stored = entries(2000);
+    assert_eq!(put(&map, &stored).await, vec![Outcome::Stored; 2000]);
+    let _: i64 = server.ask(&["DEL", &format!("entries:{{{LOST}}}")]);
+    for order in [Order::Asc, Order::Desc] {
+        let bounds = Bounds {
+            order,
+            ..Bounds::default()
+        };
+        let lost = read(&*map, bounds).await.unwrap_err().to_string();
+        assert!(lost.contains("partition 7 is not there"), "{lost}");
+    }
+    let is_lost = |entry: &Entry| crc32fast::hash(entry.uuid.as_bytes()) % 271 == LOST;
+    let new = entries(2000);
+    let outcomes = put(&map, &new).await;
+    for (entry, outcome) in new.iter().zip(outcomes) {
+        match is_lost(entry) {
+            true => assert!(is_partition_down(outcome)),
+            false => assert_eq!(outcome, Outcome::Stored),
+        }
+    }
+    let in_lost = stored.iter().find(|entry| is_lost(entry)).unwrap();
+    assert!(map.get(in_lost.uuid).await.is_err());
+
+    let _: i64 = server.ask(&["DEL", "id:{0}"]);
+    let late = open_at(&location, None);
+    let is_lost_map = |health: &Health| {
+        let missing = health.missing.as_deref().unwrap_or_default();
+        missing.contains("the map's id is not there and partition 0 has entries")
+    };
+    wait_for(&late, is_lost_map).await;
+}
+
 #[tokio::test]
 async fn map_may_be_opened_before_its_server_runs_and_outlives_its_death() {
     let folder = tempfile::tempdir().unwrap();
@@ -115,7 +153,7 @@ async fn map_may_be_opened_before_its_server_runs_and_outlives_its_death() {
     wait_until_missing(&map, "cannot be reached").await;
     let entries = entries(10);
     assert!(put(&map, &entries).await.iter().all(is_partition_down));
-    let unreadable = map.page(Bounds::default(), WHOLE).await;
+    let unreadable = read(&*map, Bounds::default()).await;
     assert!(matches!(unreadable, Err(MapError::Unavailable(_))));
 
     server.restart();
@@ -134,10 +172,7 @@ async fn map_may_be_opened_before_its_server_runs_and_outlives_its_death() {
     let outcomes = put(&map, &entries).await;
     assert_eq!(outcomes[..5], vec![Outcome::Duplicate; 5]);
     assert_eq!(outcomes[5..], vec![Outcome::Stored; 5]);
-    assert_eq!(
-        map.page(Bounds::default(), WHOLE).await.unwrap().entries,
-        entries
-    );
+    assert_eq!(read(&*map, Bounds::default()).await.unwrap(), entries);
 }
 
 /// A server that accepts connections and answers nothing is found out by time alone: what it was
@@ -158,7 +193,7 @@ async fn paused_server_is_not_asked_until_it_goes_on() {
     );
     let outcomes = put(&map, &entries[1..2]).await;
     assert!(outcomes.iter().all(is_partition_down), "{outcomes:?}");
-    assert!(map.page(Bounds::default(), WHOLE).await.is_err());
+    assert!(read(&*map, Bounds::default()).await.is_err());
     server.signal("CONT");
     wait_for(&map, is_whole).await;
     for outcome in put(&map, &entries).await {
@@ -167,8 +202,8 @@ async fn paused_server_is_not_asked_until_it_goes_on() {
             "{outcome:?}"
         );
     }
-    let read = map.page(Bounds::default(), WHOLE).await.unwrap();
-    assert_eq!(read.entries, entries);
+    let read = read(&*map, Bounds::default()).await.unwrap();
+    assert_eq!(read, entries);
 }
 
 /// At the start a shard without its backup is a reason not to be ready. Later it is not, or all
@@ -207,7 +242,7 @@ async fn shard_without_its_backup_is_not_ready_at_first_and_degraded_later() {
         .count();
     assert!(refused > 0 && accepted > 0, "{outcomes:?}");
     assert_eq!(refused + accepted, 100, "{outcomes:?}");
-    let read = map.page(Bounds::default(), WHOLE).await.unwrap().entries;
+    let read = read(&*map, Bounds::default()).await.unwrap();
     assert_eq!(read.len(), 100 + accepted);
 
     cluster.nodes[3].restart();
@@ -255,7 +290,7 @@ async fn server_that_may_evict_entries_is_not_the_map() {
     let map = open_at(&format!("redis://{}", server.address()), None);
     wait_until_missing(&map, "set maxmemory-policy noeviction").await;
     assert!(put(&map, &entries(10)).await.iter().all(is_partition_down));
-    assert!(map.page(Bounds::default(), WHOLE).await.is_err());
+    assert!(read(&*map, Bounds::default()).await.is_err());
 
     set_policy("volatile-lru");
     wait_until_ready(&map).await;
@@ -266,8 +301,8 @@ async fn server_that_may_evict_entries_is_not_the_map() {
     assert!(put(&map, &entries(10)).await.iter().all(is_partition_down));
     set_policy("noeviction");
     wait_until_ready(&map).await;
-    let read = map.page(Bounds::default(), WHOLE).await.unwrap();
-    assert_eq!(read.entries, stored);
+    let read = read(&*map, Bounds::default()).await.unwrap();
+    assert_eq!(read, stored);
 }
 
 /// A member that would evict once it is promoted.
@@ -323,7 +358,7 @@ async fn planned_failovers_leave_nothing_unknown() {
         unknown.len()
     );
     assert!(unknown.is_empty(), "{unknown:?}");
-    let read = map.page(Bounds::default(), WHOLE).await.unwrap().entries;
+    let read = read(&*map, Bounds::default()).await.unwrap();
     assert!(stored.iter().all(|entry| {
         read.binary_search_by_key(&entry.uuid, |read| read.uuid)
             .is_ok()
@@ -462,7 +497,7 @@ async fn replica_of_a_single_server_is_not_the_map() {
     let replica = RedisServer::start(&folder.path().join("replica"), &flags);
     let map = open_at(&format!("redis://{}", replica.address()), None);
     wait_until_missing(&map, "is a replica; name its primary").await;
-    assert!(map.page(Bounds::default(), WHOLE).await.is_err());
+    assert!(read(&*map, Bounds::default()).await.is_err());
     assert!(map.last().await.is_err());
 }
 
@@ -472,7 +507,7 @@ async fn replica_of_a_single_server_is_not_the_map() {
 async fn user_with_a_password_needs_few_rights() {
     let folder = tempfile::tempdir().unwrap();
     let server = RedisServer::single(folder.path());
-    let rights = "on >secret/word ~entries:* ~fence:* ~id:* +get +set +asking +eval +zadd +zrangebylex +zrevrangebylex \
+    let rights = "on >secret/word ~entries:* ~message:* ~fence:* ~id:* +get +set +asking +eval +zadd +zrangebylex +zrevrangebylex \
                   +incr +time +wait +info +ping +cluster|nodes";
     let mut command = vec!["ACL", "SETUSER", "logging"];
     command.extend(rights.split_whitespace());
@@ -483,10 +518,7 @@ async fn user_with_a_password_needs_few_rights() {
     wait_until_ready(&map).await;
     let entries = entries(10);
     assert_eq!(put(&map, &entries).await, vec![Outcome::Stored; 10]);
-    assert_eq!(
-        map.page(Bounds::default(), WHOLE).await.unwrap().entries,
-        entries
-    );
+    assert_eq!(read(&*map, Bounds::default()).await.unwrap(), entries);
     assert_eq!(map.last().await.unwrap(), Some(entries[9].uuid));
 
     let map = open_at(&format!("redis://logging:wrong@{address}"), None);

@@ -6,10 +6,13 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
+use axum::body::Bytes;
 use axum::http::StatusCode;
 use common::entry::{self, Entry, Outcome, PutEntry, PutResult, Staleness};
-use common::page::{Bounds, Order, PageEnd};
-use facade::client::{Logging, Page, UpstreamError};
+use common::json;
+use common::read::{Bounds, Order, StreamEnd, write_entry};
+use facade::client::{Logging, ReadAnswer, UpstreamError};
+use futures_util::{StreamExt, stream};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
@@ -148,37 +151,77 @@ impl Network {
         }
     }
 
-    fn page(&mut self, bounds: Bounds, limit: Option<u64>) -> Page {
-        let size = self
-            .random
-            .random_range(1..5)
-            .min(limit.unwrap_or(u64::MAX)) as usize;
+    /// A stream, in pieces that are cut anywhere, and where an ascending read ends. One that is not
+    /// reliable may be handed over, break off or hang.
+    fn read(
+        &mut self,
+        mut bounds: Bounds,
+        limit: Option<u64>,
+        is_reliable: bool,
+    ) -> (Option<Uuid>, Vec<Piece>) {
+        let last = self.map.last_key_value();
+        let last = last.map_or(Uuid::nil(), |(uuid, _)| *uuid);
+        if bounds.order == Order::Asc {
+            bounds = bounds.ending_before(Uuid::from_u128(last.as_u128() + 1));
+        }
         let within = self.map.iter().filter(|(uuid, _)| bounds.contains(**uuid));
-        let mut entries: Vec<Entry> = within
-            .map(|(uuid, msg)| Entry {
-                uuid: *uuid,
-                msg: msg.clone(),
-            })
-            .collect();
+        let mut entries: Vec<(&Uuid, &String)> = within.collect();
         if bounds.order == Order::Desc {
             entries.reverse();
         }
-        let is_cut = entries.len() > size;
-        entries.truncate(size);
-        let next = entries.last().filter(|_| is_cut).map(|entry| entry.uuid);
-        let last = self
-            .map
-            .last_key_value()
-            .map(|(uuid, _)| uuid.as_u128() + 1);
-        let end = last
-            .map(Uuid::from_u128)
-            .filter(|_| bounds.order == Order::Asc);
-        let end = PageEnd {
-            count: entries.len() as u64,
-            next,
-            before: next.and(end),
+        let limit = usize::try_from(limit.unwrap_or(u64::MAX)).unwrap();
+        let mut end = StreamEnd {
+            next: (entries.len() > limit).then(|| *entries[limit - 1].0),
+            ..StreamEnd::default()
         };
-        Page { entries, end }
+        entries.truncate(limit);
+        if !is_reliable && self.random.random_range(0..100) < 10 && !entries.is_empty() {
+            entries.truncate(self.random.random_range(0..entries.len()));
+            end.next = None;
+            end.go_on_elsewhere = Some("stopping".to_owned());
+        }
+        let mut bytes = Vec::new();
+        for (uuid, msg) in &entries {
+            write_entry(&mut bytes, **uuid, msg);
+        }
+        end.count = entries.len() as u64;
+        json::write_line(&mut bytes, &end);
+        (bounds.before, self.deliver(bytes, is_reliable))
+    }
+
+    /// How a stream arrives: in pieces, until its end, a break or a hang.
+    fn deliver(&mut self, bytes: Vec<u8>, is_reliable: bool) -> Vec<Piece> {
+        let size = self.random.random_range(1..400);
+        let mut pieces: Vec<Piece> = bytes
+            .chunks(size)
+            .map(|bytes| Piece::Bytes(bytes.to_vec()))
+            .collect();
+        let fault = match self.random.random_range(0..100) {
+            0..15 if !is_reliable => Piece::Break,
+            15..20 if !is_reliable => Piece::Hang,
+            _ => return pieces,
+        };
+        self.faults += 1;
+        pieces.truncate(self.random.random_range(0..pieces.len()));
+        pieces.push(fault);
+        pieces
+    }
+}
+
+/// What comes next of a stream.
+enum Piece {
+    Bytes(Vec<u8>),
+    Break,
+    Hang,
+}
+
+impl Piece {
+    async fn arrive(self) -> Result<Bytes, UpstreamError> {
+        match self {
+            Self::Bytes(bytes) => Ok(bytes.into()),
+            Self::Break => Err(UpstreamError::Lost("connection reset".into())),
+            Self::Hang => time_out().await,
+        }
     }
 }
 
@@ -323,13 +366,17 @@ impl Logging for Simulated {
         self.call(move |network| network.put(&entries)).await
     }
 
-    async fn page(
+    async fn read(
         &self,
         bounds: Bounds,
         limit: Option<u64>,
         _request_id: Option<&str>,
-    ) -> Result<Page, UpstreamError> {
-        self.call(move |network| network.page(bounds, limit)).await
+    ) -> Result<ReadAnswer, UpstreamError> {
+        let is_reliable = self.is_reliable;
+        let answer = self.call(move |network| network.read(bounds, limit, is_reliable));
+        let (end, pieces) = answer.await?;
+        let chunks = stream::iter(pieces).then(Piece::arrive).boxed();
+        Ok(ReadAnswer { end, chunks })
     }
 
     async fn get(&self, uuid: Uuid) -> Result<Option<Entry>, UpstreamError> {

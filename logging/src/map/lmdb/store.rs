@@ -10,14 +10,13 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use common::entry::Entry;
-use common::page::{Bounds, Order};
+use common::read::{Bounds, Order};
 use heed::types::Bytes;
 use heed::{AnyTls, Database, Env, EnvOpenOptions, MdbError, RoTxn, RwTxn, WithoutTls};
 use uuid::Uuid;
 
 use super::readers::Readers;
-use crate::map::job::ENTRY_OVERHEAD;
-use crate::map::{MapError, Page, PageLimit};
+use crate::map::{MapError, Piece, PieceLimit};
 
 /// Address space reserved once for the memory map. It costs nothing until it is used; a map that
 /// grows beyond it refuses entries.
@@ -190,11 +189,10 @@ impl Store {
         }
     }
 
-    pub(super) fn page(&self, bounds: Bounds, limit: PageLimit) -> Result<Page, MapError> {
-        if let (Some(after), Some(before)) = (bounds.after, bounds.before)
-            && after >= before
-        {
-            return Ok(Page::default());
+    /// The first entries within the bounds.
+    pub(super) fn piece(&self, bounds: Bounds, limit: PieceLimit) -> Result<Piece, MapError> {
+        if bounds.is_empty() {
+            return Ok(Piece::default());
         }
         let low = match &bounds.after {
             Some(after) => Bound::Excluded(&after.as_bytes()[..]),
@@ -210,11 +208,11 @@ impl Store {
         match bounds.order {
             Order::Asc => {
                 let found = entries.range(&txn, &range).map_err(unavailable)?;
-                collect_page(found, limit)
+                fill_piece(found, limit)
             }
             Order::Desc => {
                 let found = entries.rev_range(&txn, &range).map_err(unavailable)?;
-                collect_page(found, limit)
+                fill_piece(found, limit)
             }
         }
     }
@@ -242,25 +240,20 @@ impl Drop for Turn<'_> {
     }
 }
 
-fn collect_page<'txn>(
+fn fill_piece<'txn>(
     found: impl Iterator<Item = heed::Result<(&'txn [u8], &'txn [u8])>>,
-    limit: PageLimit,
-) -> Result<Page, MapError> {
-    let mut page = Page::default();
-    let mut bytes = 0;
+    limit: PieceLimit,
+) -> Result<Piece, MapError> {
+    let mut piece = Piece::default();
     for item in found {
         let (key, value) = item.map_err(unavailable)?;
-        bytes += value.len() + ENTRY_OVERHEAD;
-        let is_full = page.entries.len() as u64 >= limit.entries;
-        if is_full || (bytes > limit.bytes && !page.entries.is_empty()) {
-            page.more = true;
+        if !piece.has_room(limit, value.len()) {
             break;
         }
         let uuid = key_uuid(key)?;
-        let msg = decode(uuid, value)?.to_owned();
-        page.entries.push(Entry { uuid, msg });
+        piece.push(uuid, decode(uuid, value)?);
     }
-    Ok(page)
+    Ok(piece)
 }
 
 impl Opened {

@@ -10,13 +10,13 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use rand::seq::IteratorRandom;
-use redis::Value;
+use redis::{Client, Value};
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use super::lane::Lane;
 use super::link::Link;
-use super::map_id;
+use super::map_id::{self, Making, MapId};
 use super::members::{Known, Members, Shard, Topology};
 use super::nodes::{Direction, Node, ServerInfo};
 use super::partition::{self, PARTITIONS};
@@ -209,19 +209,19 @@ impl Discovery {
         let Some(owner) = topology.owner(map_id::PARTITION) else {
             return;
         };
-        let Shard { link, lane } = &*topology.shards[owner];
+        let link = &topology.shards[owner].link;
         let mut answers = answers.iter();
         let Some(answer) = answers.find(|answer| answer.address == link.address) else {
             return;
         };
         let found = match &answer.map_id {
-            Ok(Some(id)) => Ok(*id),
-            Ok(None) if lane.trouble().is_some() => return,
-            Ok(None) => {
-                let client = members.servers.client(&link.address);
-                let answer_timeout = answer_timeout(&members.options);
-                let wait_timeout = wait_timeout(answer_timeout);
-                map_id::make(&client, known.backups, answer_timeout, wait_timeout).await
+            Ok(MapId::Made(id)) => Ok(*id),
+            Ok(MapId::Missing | MapId::Making(_)) => {
+                let mut shards = topology.shards.iter();
+                if !topology.is_whole() || shards.any(|shard| shard.lane.trouble().is_some()) {
+                    return;
+                }
+                make_map(members, topology, known.backups).await
             }
             Err(reason) => Err(reason.clone()),
         };
@@ -326,6 +326,29 @@ impl Discovery {
     }
 }
 
+/// Makes a new map; all its primaries must take entries.
+async fn make_map(members: &Members, topology: &Topology, backups: u16) -> Result<Uuid, String> {
+    let clients = topology.shards.iter();
+    let clients = clients.map(|shard| members.servers.client(&shard.link.address));
+    let clients: Vec<Client> = clients.collect();
+    let mut primaries: Vec<(&Client, Vec<u16>)> =
+        clients.iter().map(|client| (client, Vec::new())).collect();
+    for partition in partition::all() {
+        if let Some(owner) = topology.owner(partition) {
+            primaries[owner].1.push(partition);
+        }
+    }
+    primaries.sort_by_key(|(_, partitions)| partitions.first().copied());
+    let answer_timeout = answer_timeout(&members.options);
+    let making = Making {
+        primaries,
+        backups,
+        answer_timeout,
+        wait_timeout: wait_timeout(answer_timeout),
+    };
+    making.run().await
+}
+
 /// Whether a slot comes to one member while the one that has it does not know so. That is what a
 /// failover in the middle of a move leaves: some of the slot's keys may be at the other end, and an
 /// empty partition here may be a full one there.
@@ -347,7 +370,7 @@ struct Answer {
     info: ServerInfo,
     nodes: Vec<Node>,
     /// Only the primary that has it can say so.
-    map_id: Result<Option<Uuid>, String>,
+    map_id: Result<MapId, String>,
 }
 
 impl Answer {

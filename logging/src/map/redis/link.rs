@@ -1,11 +1,13 @@
-//! The connection on which one server is read and asked about itself. A server that does not
-//! answer is not asked again until a probe finds that it does, so nobody else waits for it.
+//! The connection on which one server is read and asked about itself. When a request fails, the
+//! server is probed. One that does not answer to a probe is not asked again until it does, so nobody
+//! else waits for it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::Duration;
 
 use redis::aio::{ConnectionLike, MultiplexedConnection};
-use redis::{AsyncConnectionConfig, Client, Pipeline, RedisResult, Value};
+use redis::{AsyncConnectionConfig, Client, Pipeline, RedisError, RedisResult, Value};
 use tokio::sync::{Mutex, Notify};
 use tokio::time::sleep;
 
@@ -46,6 +48,7 @@ pub(super) struct Link {
     connection: Mutex<Option<MultiplexedConnection>>,
     /// Why the server counts as down.
     down: std::sync::Mutex<Option<String>>,
+    is_probed: AtomicBool,
     /// Wakes who finds out which primary has what.
     refresh: Arc<Notify>,
 }
@@ -63,6 +66,7 @@ impl Link {
             patience,
             connection: Mutex::default(),
             down: std::sync::Mutex::default(),
+            is_probed: AtomicBool::new(false),
             refresh,
         }
     }
@@ -83,8 +87,15 @@ impl Link {
         }
         match self.try_ask(commands).await {
             Ok(replies) => Ok(replies),
-            Err(error) => Err(self.note_failure(&error.to_string())),
+            Err(error) => {
+                self.suspect();
+                Err(self.describe(&error))
+            }
         }
+    }
+
+    fn describe(&self, error: &RedisError) -> String {
+        format!("redis {} cannot be reached: {error}", self.address)
     }
 
     async fn try_ask(&self, commands: &Pipeline) -> RedisResult<Vec<Value>> {
@@ -98,44 +109,58 @@ impl Link {
                 }
             }
         };
-        send(&mut connection, commands).await
+        let sent = send(&mut connection, commands).await;
+        if sent.is_err() {
+            *self.connection.lock().await = None;
+        }
+        sent
     }
 
-    /// Marks the server down, and probes it from then on until it answers. Nothing is awaited here:
-    /// who asked may give up at any moment, and the probe must be under way then.
-    fn note_failure(self: &Arc<Self>, error: &str) -> String {
-        let reason = format!("redis {} cannot be reached: {error}", self.address);
-        let mut down = self.down.lock().unwrap_or_else(PoisonError::into_inner);
-        if down.replace(reason.clone()).is_none() {
-            tracing::warn!(address = %self.address, error, "a redis server is down");
-            self.refresh.notify_one();
-            tokio::spawn(probe_until_up(Arc::downgrade(self)));
+    /// Has the server probed, unless it is already. Nothing is awaited here: who asked may give up at
+    /// any moment, and the probe must be under way then.
+    fn suspect(self: &Arc<Self>) {
+        self.refresh.notify_one();
+        if !self.is_probed.swap(true, Ordering::AcqRel) {
+            tokio::spawn(probe(Arc::downgrade(self)));
         }
-        reason
+    }
+
+    /// Asks for nothing but a sign of life, on a connection of its own: what was asked for before may
+    /// take its time on the other.
+    async fn ping(&self) -> RedisResult<()> {
+        let mut connection = connect(&self.client, self.patience).await?;
+        redis::cmd("PING").query_async(&mut connection).await
+    }
+
+    fn set_down(&self, error: Option<&RedisError>) {
+        let mut down = self.down.lock().unwrap_or_else(PoisonError::into_inner);
+        let reason = error.map(|error| self.describe(error));
+        match (&*down, error) {
+            (None, Some(error)) => {
+                tracing::warn!(address = %self.address, %error, "a redis server is down");
+            }
+            (Some(_), None) => {
+                tracing::info!(address = %self.address, "a redis server is up again")
+            }
+            _ => {}
+        }
+        *down = reason;
     }
 }
 
-/// Ends also when nobody uses the link any more.
-async fn probe_until_up(link: Weak<Link>) {
-    let mut ping = redis::pipe();
-    ping.cmd("PING");
-    loop {
-        if let Some(link) = link.upgrade() {
-            *link.connection.lock().await = None;
-        }
-        sleep(PROBE_INTERVAL).await;
-        let Some(link) = link.upgrade() else {
-            return;
-        };
-        let is_up = link.try_ask(&ping).await.is_ok();
-        if is_up {
-            tracing::info!(address = %link.address, "a redis server is up again");
-            *link.down.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        }
+/// Marks a server down while it does not answer to `PING`, however slowly it answers anything else.
+/// Ends when it answers, or when nobody uses the link any more.
+async fn probe(link: Weak<Link>) {
+    while let Some(link) = link.upgrade() {
+        let pinged = link.ping().await;
+        link.set_down(pinged.as_ref().err());
         // If it is not up, a replica may have taken over meanwhile.
         link.refresh.notify_one();
-        if is_up {
+        if pinged.is_ok() {
+            link.is_probed.store(false, Ordering::Release);
             return;
         }
+        drop(link);
+        sleep(PROBE_INTERVAL).await;
     }
 }

@@ -14,7 +14,7 @@ use super::lane::Lane;
 use super::link::Link;
 use super::nodes::{Direction, MovingSlot, ServerInfo};
 use super::servers::{Address, Servers};
-use crate::map::{Health, Options};
+use crate::map::{Health, MapError, Options};
 
 /// The members of the map.
 #[derive(Debug)]
@@ -82,6 +82,16 @@ impl Members {
 
     pub(super) fn map_id(&self) -> Option<Uuid> {
         self.read().map_id
+    }
+
+    /// Fails when a partition's mark is another map's.
+    pub(super) fn require_mark(&self, map: &[u8]) -> Result<(), MapError> {
+        let known = self.map_id();
+        if known.is_none_or(|known| known.as_bytes() == map) {
+            return Ok(());
+        }
+        let detail = "a partition is another map's; the redis servers do not belong together";
+        Err(MapError::Unavailable(detail.to_owned()))
     }
 
     /// Why a partition has no primary.
@@ -172,7 +182,7 @@ impl Topology {
         *self.owners.get(usize::from(partition))?
     }
 
-    fn is_whole(&self) -> bool {
+    pub(super) fn is_whole(&self) -> bool {
         !self.owners.is_empty() && self.owners.iter().all(Option::is_some)
     }
 

@@ -1,6 +1,12 @@
 //! How the map is laid out in Redis: 271 partitions (as many as Hazelcast's maps have), each one
 //! sorted set that the cluster keeps in one slot. All scores are 0, so its members are in the order
 //! of their bytes: the UUID's first, then the message's.
+//!
+//! A large message is a key of its own in the same slot, and its member has its length instead: a
+//! read that merges all partitions would fetch many times what it returns otherwise.
+//!
+//! The first and the last member of each set are marks with the map's id, made with the map. A set
+//! without them was lost; an empty partition has both.
 
 use common::entry::Entry;
 use crc::{CRC_16_XMODEM, Crc};
@@ -27,6 +33,22 @@ pub(super) fn all() -> std::ops::Range<u16> {
     0..PARTITIONS
 }
 
+/// Messages up to so many bytes are in their partition's sorted set, larger ones in keys of their own.
+/// A read keeps at least two members of each of 271 partitions, hence at most 271 KiB of these.
+pub(super) const INLINE_BYTES: usize = 512;
+
+/// The first byte of what stands for a large message in the set. No UTF-8 text has it.
+const LARGE: u8 = 0xff;
+
+/// What a line has besides the message: see [`common::read::write_entry`].
+pub(super) const LINE_BYTES: usize = 57;
+
+/// What a member costs in memory besides its bytes, about.
+const MEMBER_OVERHEAD: usize = 64;
+
+/// The version of all this: it is with the map's id, and another one is refused.
+pub(super) const LAYOUT: u32 = 1;
+
 /// The sorted set that holds a partition's entries. What stands in braces decides the slot.
 pub(super) fn entries_key(partition: u16) -> String {
     format!("entries:{{{partition}}}")
@@ -44,25 +66,89 @@ pub(super) fn slot(partition: u16) -> u16 {
     CRC16.checksum(partition.to_string().as_bytes()) % SLOTS
 }
 
-/// An entry as a member of its partition's sorted set.
-pub(super) fn member(entry: &Entry) -> Vec<u8> {
-    let mut member = Vec::with_capacity(UUID_BYTES + entry.msg.len());
-    member.extend_from_slice(entry.uuid.as_bytes());
-    member.extend_from_slice(entry.msg.as_bytes());
-    member
+/// The key of a large message.
+pub(super) fn message_key(uuid: Uuid) -> String {
+    format!("message:{{{}}}:{uuid}", of(uuid))
 }
 
-/// The entry that a member is.
-pub(super) fn entry(member: Value) -> Result<Entry, MapError> {
-    let Value::BulkString(mut bytes) = member else {
-        return Err(strange(&[member]));
-    };
-    let Some(uuid) = bytes.first_chunk().copied().map(Uuid::from_bytes) else {
-        return Err(strange(&[Value::BulkString(bytes)]));
-    };
-    bytes.drain(..UUID_BYTES);
-    let msg = String::from_utf8(bytes).map_err(|_| MapError::Damaged(uuid))?;
-    Ok(Entry { uuid, msg })
+/// An entry as a member of its partition's sorted set, and whether its message is a key of its own.
+pub(super) fn member(entry: &Entry) -> (Vec<u8>, bool) {
+    let msg = entry.msg.as_bytes();
+    let is_large = msg.len() > INLINE_BYTES;
+    let mut member = Vec::with_capacity(UUID_BYTES + msg.len().min(INLINE_BYTES));
+    member.extend_from_slice(entry.uuid.as_bytes());
+    if is_large {
+        let length = u32::try_from(msg.len()).expect("a message is smaller than a batch");
+        member.push(LARGE);
+        member.extend_from_slice(&length.to_be_bytes());
+    } else {
+        member.extend_from_slice(msg);
+    }
+    (member, is_large)
+}
+
+/// The marks of a partition of the map with this id.
+pub(super) fn marks(map: Uuid) -> [Vec<u8>; 2] {
+    [Uuid::nil(), Uuid::max()].map(|end| [*end.as_bytes(), *map.as_bytes()].concat())
+}
+
+/// A member of a partition's sorted set.
+#[derive(Debug)]
+pub(super) enum Member {
+    /// An entry with its message.
+    Small(Uuid, Vec<u8>),
+    /// An entry whose message, of so many bytes, is a key of its own.
+    Large(Uuid, usize),
+    /// What a mark says: the map's id.
+    Mark(Vec<u8>),
+}
+
+impl Member {
+    /// Reads what Redis gave.
+    pub(super) fn read(value: Value) -> Result<Self, MapError> {
+        let Value::BulkString(mut bytes) = value else {
+            return Err(strange(&[value]));
+        };
+        let Some(uuid) = bytes.first_chunk().copied().map(Uuid::from_bytes) else {
+            return Err(strange(&[Value::BulkString(bytes)]));
+        };
+        bytes.drain(..UUID_BYTES);
+        if uuid.is_nil() || uuid.is_max() {
+            return Ok(Self::Mark(bytes));
+        }
+        match bytes[..] {
+            [LARGE, a, b, c, d] => {
+                let length = u32::from_be_bytes([a, b, c, d]) as usize;
+                Ok(Self::Large(uuid, length))
+            }
+            _ => Ok(Self::Small(uuid, bytes)),
+        }
+    }
+
+    /// The entry's UUID; a mark has none.
+    pub(super) fn uuid(&self) -> Option<Uuid> {
+        match self {
+            Self::Small(uuid, _) | Self::Large(uuid, _) => Some(*uuid),
+            Self::Mark(_) => None,
+        }
+    }
+
+    pub(super) fn message_bytes(&self) -> usize {
+        match self {
+            Self::Small(_, message) => message.len(),
+            Self::Large(_, length) => *length,
+            Self::Mark(_) => 0,
+        }
+    }
+
+    /// What it takes in memory.
+    pub(super) fn memory_bytes(&self) -> usize {
+        MEMBER_OVERHEAD
+            + match self {
+                Self::Small(_, bytes) | Self::Mark(bytes) => bytes.len(),
+                Self::Large(..) => 0,
+            }
+    }
 }
 
 /// A reply that only a fault of ours or somebody else's data explains.

@@ -11,7 +11,7 @@ use redis::aio::MultiplexedConnection;
 use redis::{Client, Pipeline, ServerError, Value};
 
 use super::link::{self, Link};
-use super::partition::{self, entries_key, fence_key};
+use super::partition::{self, entries_key, fence_key, message_key};
 use super::wait_timeout;
 use crate::map::job::Job;
 use crate::map::{MAX_AHEAD, MAX_SKEW};
@@ -160,8 +160,11 @@ impl Primary {
             .arg(millis(MAX_AHEAD))
             .arg(fence_key(self.shared.fence()));
         for entry in group.iter().flat_map(|job| job.entries.iter()) {
-            put.arg(entries_key(partition::of(entry.uuid)))
-                .arg(partition::member(entry));
+            let (member, is_large) = partition::member(entry);
+            put.arg(entries_key(partition::of(entry.uuid))).arg(member);
+            if is_large {
+                put.arg(message_key(entry.uuid)).arg(entry.msg.as_str());
+            }
         }
         if self.settings.backups > 0 {
             commands

@@ -3,7 +3,8 @@
 --
 -- ARGV: how far behind this server's clock a new entry's time may lie, how far behind it certainly is
 -- too old, and how far ahead it may lie (all in milliseconds); the key of the fence; then for each entry
--- the key of its partition and its member, which is 16 bytes of UUID and the message.
+-- the key of its partition and its member, which is 16 bytes of UUID and the message. If the byte behind
+-- the UUID is 255, the message is in a key of its own: that key and the message follow.
 --
 -- Returns one letter for each entry (s stored, d duplicate, c conflict, o too old, l leaving: too old
 -- only by this server's clock, a ahead, e not executed), and the last error behind an e.
@@ -20,17 +21,30 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local oldest, settled, newest = now - ARGV[1], now - ARGV[2], now + ARGV[3]
 local outcomes, failure = {}, ''
 
-local function put(key, member)
+local function put(key, member, message_key, message)
     local uuid = string.sub(member, 1, 16)
     local found = redis.pcall('ZRANGEBYLEX', key, '[' .. uuid, '+', 'LIMIT', 0, 1)
     if found.err then
         failure = found.err
         return 'e'
     end
+    -- Behind every entry there is at least the mark at the end.
+    if not found[1] then
+        failure = 'NOMARK ' .. key .. ' is not there'
+        return 'e'
+    end
+    if found[1] == member and message_key then
+        local stored = redis.pcall('GET', message_key)
+        if type(stored) ~= 'string' then
+            failure = stored and stored.err or 'NOMARK ' .. message_key .. ' is not there'
+            return 'e'
+        end
+        return stored == message and 'd' or 'c'
+    end
     if found[1] == member then
         return 'd'
     end
-    if found[1] and string.sub(found[1], 1, 16) == uuid then
+    if string.sub(found[1], 1, 16) == uuid then
         return 'c'
     end
     local millis = 0
@@ -46,6 +60,14 @@ local function put(key, member)
     if millis > newest then
         return 'a'
     end
+    -- The message first: without its member it is nothing, and is written again with the next try.
+    if message_key then
+        local set = redis.pcall('SET', message_key, message)
+        if set.err then
+            failure = set.err
+            return 'e'
+        end
+    end
     local added = redis.pcall('ZADD', key, 0, member)
     if type(added) == 'table' then
         failure = added.err
@@ -54,7 +76,14 @@ local function put(key, member)
     return 's'
 end
 
-for i = 5, #ARGV, 2 do
-    outcomes[#outcomes + 1] = put(ARGV[i], ARGV[i + 1])
+local i = 5
+while i <= #ARGV do
+    local is_large = string.byte(ARGV[i + 1], 17) == 255
+    if is_large then
+        outcomes[#outcomes + 1] = put(ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3])
+    else
+        outcomes[#outcomes + 1] = put(ARGV[i], ARGV[i + 1])
+    end
+    i = i + (is_large and 4 or 2)
 end
 return { table.concat(outcomes), failure }

@@ -1,0 +1,273 @@
+//! Ordered reads: the bounds a reader may give, and the stream of lines that a logging instance
+//! answers with.
+//!
+//! A stream has one line for each entry, in exactly the form `{"uuid":"…","msg":"…"}`, and one last
+//! line, a [`StreamEnd`]. The facade passes entries on as they are, after it has checked that form
+//! with [`EntryLine::parse`].
+
+use std::time::{Duration, SystemTime};
+
+use memchr::memchr2;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+use uuid::fmt::Hyphenated;
+
+use crate::entry;
+
+/// The header of a stream that tells where an ascending read ends: all that the map held when it began
+/// has smaller UUIDs. A reader that goes on elsewhere gives it as `before`, so that no read runs
+/// after the writers for ever.
+pub const READ_END: &str = "x-read-end";
+
+/// Which part of the log is read, and from which end. Read from a query string.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+pub struct Bounds {
+    /// Only entries with a greater UUID.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub after: Option<Uuid>,
+    /// Only entries with a smaller UUID.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub before: Option<Uuid>,
+    /// The order of the answer.
+    #[serde(default)]
+    pub order: Order,
+}
+
+impl Bounds {
+    /// The same bounds for a reader that has had everything up to `last`, in this order.
+    #[must_use]
+    pub fn resumed_from(self, last: Uuid) -> Self {
+        match self.order {
+            Order::Asc => Self {
+                after: Some(last),
+                ..self
+            },
+            Order::Desc => Self {
+                before: Some(last),
+                ..self
+            },
+        }
+    }
+
+    /// The same bounds for a reader that wants only what has a smaller UUID than `end` as well.
+    #[must_use]
+    pub fn ending_before(self, end: Uuid) -> Self {
+        let before = self.before.map_or(end, |before| before.min(end));
+        Self {
+            before: Some(before),
+            ..self
+        }
+    }
+
+    /// Whether new entries could be added within the bounds for as long as they are read: an
+    /// ascending read then needs an end. A bound whose time has passed is one.
+    pub fn needs_end(&self, now: SystemTime) -> bool {
+        let time = |uuid| SystemTime::UNIX_EPOCH + Duration::from_millis(entry::unix_millis(uuid));
+        self.order == Order::Asc && self.before.is_none_or(|before| time(before) >= now)
+    }
+
+    /// Whether `uuid` lies within the bounds.
+    pub fn contains(&self, uuid: Uuid) -> bool {
+        self.after.is_none_or(|after| uuid > after)
+            && self.before.is_none_or(|before| uuid < before)
+    }
+
+    /// Whether no UUID lies within the bounds.
+    pub fn is_empty(&self) -> bool {
+        let first = self
+            .after
+            .map_or(0, |after| after.as_u128().saturating_add(1));
+        self.after == Some(Uuid::max())
+            || self.before.is_some_and(|before| before.as_u128() <= first)
+    }
+}
+
+/// The order of entries in an answer: by UUID, hence by time.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Order {
+    /// Oldest first.
+    #[default]
+    Asc,
+    /// Newest first.
+    Desc,
+}
+
+/// The last line of a stream.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct StreamEnd {
+    /// How many entries came before this line.
+    pub count: u64,
+    /// The last entry's UUID, when the limit cut the stream and more entries lie within the bounds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<Uuid>,
+    /// Why this instance does not go on, when the stream is not finished: read on behind the last
+    /// entry, on another instance.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub go_on_elsewhere: Option<String>,
+}
+
+const LINE_HEAD: &[u8] = br#"{"uuid":""#;
+const LINE_MIDDLE: &[u8] = br#"","msg":"#;
+const LINE_TAIL: &[u8] = b"}";
+const UUID_LENGTH: usize = Hyphenated::LENGTH;
+
+/// Appends an entry as a line of a stream, with its newline.
+pub fn write_entry(out: &mut Vec<u8>, uuid: Uuid, msg: &str) {
+    out.extend_from_slice(LINE_HEAD);
+    let mut buffer = Uuid::encode_buffer();
+    let uuid = uuid.hyphenated().encode_lower(&mut buffer);
+    out.extend_from_slice(uuid.as_bytes());
+    out.extend_from_slice(LINE_MIDDLE);
+    serde_json::to_writer(&mut *out, msg).expect("text is plain JSON");
+    out.extend_from_slice(LINE_TAIL);
+    out.push(b'\n');
+}
+
+/// An entry's line, without its newline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EntryLine<'a> {
+    /// The entry's UUID.
+    pub uuid: Uuid,
+    /// The message as a JSON string, with its quotes.
+    pub msg: &'a str,
+}
+
+impl<'a> EntryLine<'a> {
+    /// Reads a line, if it has exactly the form that [`write_entry`] gives it: nothing else would be
+    /// fit to be passed on.
+    pub fn parse(line: &'a [u8]) -> Option<Self> {
+        let rest = line.strip_prefix(LINE_HEAD)?;
+        let (uuid, rest) = rest.split_at_checked(UUID_LENGTH)?;
+        let msg = rest.strip_prefix(LINE_MIDDLE)?.strip_suffix(LINE_TAIL)?;
+        if !is_json_string(msg) || uuid.iter().any(u8::is_ascii_uppercase) {
+            return None;
+        }
+        Some(Self {
+            uuid: Uuid::try_parse_ascii(uuid).ok()?,
+            msg: std::str::from_utf8(msg).ok()?,
+        })
+    }
+}
+
+/// Whether all of it is one string of JSON (RFC 8259, section 7), UTF-8 apart.
+fn is_json_string(text: &[u8]) -> bool {
+    let Some(mut rest) = text.strip_prefix(b"\"") else {
+        return false;
+    };
+    if rest.iter().any(|byte| *byte < b' ') {
+        return false;
+    }
+    while let Some(at) = memchr2(b'"', b'\\', rest) {
+        if rest[at] == b'"' {
+            return at + 1 == rest.len();
+        }
+        let escaped = match rest.get(at + 1) {
+            Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => 1,
+            Some(b'u') if is_character(rest.get(at + 2..at + 6)) => 5,
+            _ => return false,
+        };
+        rest = &rest[at + 1 + escaped..];
+    }
+    false
+}
+
+/// Whether four digits are a character by themselves, and not half of a surrogate pair.
+fn is_character(digits: Option<&[u8]>) -> bool {
+    digits.is_some_and(|digits| {
+        let is_surrogate = matches!(
+            digits,
+            [b'd' | b'D', b'8'..=b'9' | b'a'..=b'f' | b'A'..=b'F', ..]
+        );
+        !is_surrogate && digits.iter().all(u8::is_ascii_hexdigit)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UUID: Uuid = Uuid::from_u128(0x01a203b3_3bb1_7319_90b9_a08e864b5eeb);
+
+    fn line(msg: &str) -> Vec<u8> {
+        let mut line = Vec::new();
+        write_entry(&mut line, UUID, msg);
+        assert_eq!(line.pop(), Some(b'\n'));
+        line
+    }
+
+    #[test]
+    fn entry_line_is_the_json_of_an_entry_and_is_read_back() {
+        for msg in [
+            "hello",
+            "\"\\\n\u{1b}\u{7f}\u{2028}\0",
+            "größer 👍",
+            "\\u",
+            "}",
+        ] {
+            let line = line(msg);
+            let json = serde_json::json!({"uuid": UUID, "msg": msg});
+            let parsed: serde_json::Value = serde_json::from_slice(&line).expect("it is JSON");
+            assert_eq!(parsed, json);
+            let entry = EntryLine::parse(&line).expect("it is an entry's line");
+            assert_eq!(entry.uuid, UUID);
+            assert_eq!(
+                serde_json::from_str::<String>(entry.msg).expect("a string"),
+                msg
+            );
+        }
+    }
+
+    #[test]
+    fn anything_else_is_no_entry_line() {
+        let form = |uuid: &str, rest: &str| format!(r#"{{"uuid":"{uuid}","msg":{rest}"#);
+        let uuid = UUID.to_string();
+        for line in [
+            form(&uuid, r#""a","b":"c"}"#),
+            form(&uuid, r#""a"} "#),
+            form(&uuid, r#""a""#),
+            form(&uuid, r#""a\"}"#),
+            form(&uuid, r#""a\x"}"#),
+            form(&uuid, r#""a\u00g0"}"#),
+            form(&uuid, r#""\ud83d"}"#),
+            form(&uuid, "\"a\tb\"}"),
+            form(&uuid, r#"1}"#),
+            form(&uuid, r#"}"#),
+            form(&uuid.to_uppercase(), r#""a"}"#),
+            form(&uuid.replace('-', " "), r#""a"}"#),
+            r#"{"count":1}"#.to_owned(),
+            String::new(),
+        ] {
+            assert_eq!(EntryLine::parse(line.as_bytes()), None, "{line}");
+        }
+        let mut broken = line("ab");
+        broken[62] = 0xff;
+        assert_eq!(EntryLine::parse(&broken), None);
+    }
+
+    #[test]
+    fn bounds_are_exclusive_and_may_leave_nothing() {
+        let (one, two, three) = (Uuid::from_u128(1), Uuid::from_u128(2), Uuid::from_u128(3));
+        let bounds = |after, before| Bounds {
+            after,
+            before,
+            ..Bounds::default()
+        };
+        for (after, before, is_empty) in [
+            (None, None, false),
+            (Some(one), Some(three), false),
+            (Some(one), Some(two), true),
+            (Some(two), Some(one), true),
+            (Some(Uuid::max()), None, true),
+            (None, Some(Uuid::nil()), true),
+            (None, Some(one), false),
+        ] {
+            assert_eq!(
+                bounds(after, before).is_empty(),
+                is_empty,
+                "{after:?} {before:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! What a logging instance streams, checked: whole lines, in their form and order, within the bounds.
+
+use std::fmt;
+
+use bytes::{Bytes, BytesMut};
+use common::entry::{MAX_BATCH_BYTES, MAX_JSON_EXPANSION};
+use common::read::{Bounds, EntryLine, StreamEnd};
+use futures_util::StreamExt;
+use futures_util::stream::BoxStream;
+use memchr::{memchr, memchr_iter, memrchr};
+use reqwest::StatusCode;
+use uuid::Uuid;
+
+use crate::client::UpstreamError;
+
+/// A longer line is no entry's: one that was accepted can be as large as a batch, in JSON.
+const MAX_LINE: usize = MAX_BATCH_BYTES * MAX_JSON_EXPANSION;
+
+/// The bytes of an answer, as they come. A break or a hang is an error.
+pub type Chunks = BoxStream<'static, Result<Bytes, UpstreamError>>;
+
+/// A stream under way.
+pub(crate) struct EntryStream {
+    chunks: Chunks,
+    /// What is still to come.
+    bounds: Bounds,
+    left: Option<u64>,
+    count: u64,
+    /// The beginning of a line whose end has not come yet.
+    cut_line: BytesMut,
+    /// What has come and was not given.
+    chunk: Bytes,
+    end: Option<StreamEnd>,
+}
+
+impl fmt::Debug for EntryStream {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = formatter.debug_struct("EntryStream");
+        shown.field("bounds", &self.bounds).finish_non_exhaustive()
+    }
+}
+
+/// What comes next.
+#[derive(Debug)]
+pub(crate) enum Part {
+    /// At least one whole line of an entry, each with its newline, and how many they are.
+    Entries(Bytes, u64),
+    /// The end, with the UUID to go on from when the limit cut the stream.
+    End(Option<Uuid>),
+}
+
+impl EntryStream {
+    /// Reads the answer to a request with these bounds and this limit.
+    pub(crate) fn new(chunks: Chunks, bounds: Bounds, limit: Option<u64>) -> Self {
+        Self {
+            chunks,
+            bounds,
+            left: limit,
+            count: 0,
+            cut_line: BytesMut::new(),
+            chunk: Bytes::new(),
+            end: None,
+        }
+    }
+
+    /// What is still to be read behind what was given, and how many entries at most.
+    pub(crate) fn rest(&self) -> (Bounds, Option<u64>) {
+        (self.bounds, self.left)
+    }
+
+    /// The lines that have come, or the end.
+    ///
+    /// # Errors
+    /// When the stream breaks off, hangs, is handed over, or is not as agreed on.
+    pub(crate) async fn next(&mut self) -> Result<Part, UpstreamError> {
+        loop {
+            if let Some(end) = self.end.take() {
+                return match end.go_on_elsewhere {
+                    None => Ok(Part::End(end.next)),
+                    Some(reason) => Err(UpstreamError::Status(
+                        StatusCode::SERVICE_UNAVAILABLE,
+                        reason,
+                    )),
+                };
+            }
+            if let Some(lines) = self.take_lines() {
+                let (lines, count) = self.check(lines)?;
+                if count > 0 {
+                    return Ok(Part::Entries(lines, count));
+                }
+                continue;
+            }
+            if self.cut_line.len() > MAX_LINE {
+                return Err(garbled("a line is too long"));
+            }
+            let next = self.chunks.next().await;
+            self.chunk = next.unwrap_or_else(|| {
+                Err(UpstreamError::Lost("the stream has no last line".into()))
+            })?;
+        }
+    }
+
+    /// The whole lines of what has come; the one that was cut comes by itself.
+    fn take_lines(&mut self) -> Option<Bytes> {
+        if self.cut_line.is_empty() {
+            let lines = memrchr(b'\n', &self.chunk).map(|at| self.chunk.split_to(at + 1));
+            if lines.is_none() {
+                self.cut_line = BytesMut::from(&*std::mem::take(&mut self.chunk));
+            }
+            return lines;
+        }
+        let end = memchr(b'\n', &self.chunk);
+        let rest_of_line = self
+            .chunk
+            .split_to(end.map_or(self.chunk.len(), |at| at + 1));
+        self.cut_line.extend_from_slice(&rest_of_line);
+        end.map(|_| std::mem::take(&mut self.cut_line).freeze())
+    }
+
+    /// Checks lines and gives those of entries, and how many they are.
+    fn check(&mut self, mut lines: Bytes) -> Result<(Bytes, u64), UpstreamError> {
+        let mut begin = 0;
+        let mut count = 0;
+        for newline in memchr_iter(b'\n', &lines) {
+            let line = &lines[begin..newline];
+            let Some(entry) = EntryLine::parse(line) else {
+                let is_last = newline + 1 == lines.len() && self.chunk.is_empty();
+                let end = serde_json::from_slice(line).ok().filter(|_| is_last);
+                self.end = Some(end.ok_or_else(|| garbled("a line is not an entry's"))?);
+                lines.truncate(begin);
+                break;
+            };
+            if !self.bounds.contains(entry.uuid) {
+                return Err(garbled(&format!(
+                    "entry {} is not in its place",
+                    entry.uuid
+                )));
+            }
+            self.bounds = self.bounds.resumed_from(entry.uuid);
+            count += 1;
+            begin = newline + 1;
+        }
+        self.count += count;
+        if let Some(left) = &mut self.left {
+            let rest = left.checked_sub(count);
+            *left = rest.ok_or_else(|| garbled("more entries than asked for"))?;
+        }
+        if let Some(end) = &self.end
+            && (end.count != self.count || (end.next.is_some() && self.left != Some(0)))
+        {
+            return Err(garbled("the count is wrong"));
+        }
+        Ok((lines, count))
+    }
+}
+
+fn garbled(reason: &str) -> UpstreamError {
+    UpstreamError::Garbled(reason.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use common::read::write_entry;
+    use futures_util::stream;
+
+    use super::*;
+
+    fn whole(count: u128) -> Vec<u8> {
+        let mut lines = Vec::new();
+        for n in 1..=count {
+            write_entry(&mut lines, Uuid::from_u128(n), "a \"message\"\n");
+        }
+        lines
+    }
+
+    /// What comes of a stream: its lines, and how many they are or what is wrong with it.
+    async fn read(pieces: Vec<Vec<u8>>, limit: Option<u64>) -> (Vec<u8>, Result<u64, String>) {
+        let chunks = stream::iter(pieces)
+            .map(|piece| Ok(Bytes::from(piece)))
+            .boxed();
+        let mut stream = EntryStream::new(chunks, Bounds::default(), limit);
+        let (mut read, mut count) = (Vec::new(), 0);
+        loop {
+            match stream.next().await {
+                Ok(Part::Entries(lines, lines_count)) => {
+                    read.extend_from_slice(&lines);
+                    count += lines_count;
+                }
+                Ok(Part::End(_)) => return (read, Ok(count)),
+                Err(error) => return (read, Err(error.to_string())),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn lines_are_whole_wherever_the_stream_is_cut() {
+        let lines = whole(3);
+        let stream = [&lines[..], b"{\"count\":3}\n"].concat();
+        for size in 1..stream.len() {
+            let pieces = stream.chunks(size).map(<[u8]>::to_vec).collect();
+            let (read, end) = read(pieces, None).await;
+            assert_eq!(read, lines);
+            assert_eq!(end, Ok(3));
+        }
+        for length in 0..stream.len() {
+            let (read, end) = read_one(&stream[..length]).await;
+            assert!(end.is_err(), "{length} bytes");
+            assert!(lines.starts_with(&read));
+            assert!(read.is_empty() || read.ends_with(b"\n"));
+        }
+    }
+
+    async fn read_one(stream: &[u8]) -> (Vec<u8>, Result<u64, String>) {
+        read(vec![stream.to_vec()], None).await
+    }
+
+    #[tokio::test]
+    async fn what_was_not_agreed_on_is_an_error() {
+        let two = whole(2);
+        let line = &two[..two.len() / 2];
+        for wrong in [
+            [line, line, b"{\"count\":2}\n"].concat(),
+            [&two[..], b"{\"count\":1}\n"].concat(),
+            [
+                &two[..],
+                b"{\"count\":2,\"next\":\"00000000-0000-0000-0000-000000000002\"}\n",
+            ]
+            .concat(),
+            [&two[..], b"{\"count\":2}\n{\"count\":2}\n"].concat(),
+            [&two[..], b"{\"count\":2,\"more\":1}\n"].concat(),
+            [&two[..], b"{}\n"].concat(),
+            [
+                &two[..],
+                b"{\"count\":2,\"go_on_elsewhere\":\"stopping\"}\n",
+            ]
+            .concat(),
+        ] {
+            let (_, end) = read_one(&wrong).await;
+            assert!(end.is_err(), "{}", String::from_utf8_lossy(&wrong));
+        }
+        let (_, end) = read(vec![two], Some(1)).await;
+        assert!(end.is_err());
+    }
+}

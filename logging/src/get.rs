@@ -1,0 +1,215 @@
+//! Reads: single entries, and the log as a stream of lines.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use axum::body::Body;
+use axum::extract::rejection::{PathRejection, QueryRejection};
+use axum::extract::{Path, Query, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use common::body::holding;
+use common::entry::Entry;
+use common::json::{self, JsonLine};
+use common::problem::Problem;
+use common::read::{Bounds, Order, READ_END, StreamEnd};
+use common::server;
+use futures_util::{StreamExt, stream};
+use serde::Deserialize;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::map::{Cursor, MapError, PieceLimit, READ_AHEAD};
+use crate::{App, answer_map_error, busy};
+
+/// Reads at once; what comes on top gets a 429. A facade has at most one for each of its own.
+pub(crate) const MAX_READS: usize = 512;
+
+/// Memory for the pieces of all reads, in bytes: the more readers, the smaller their pieces.
+const READ_MEMORY: usize = 24 * 1024 * 1024;
+
+/// Pieces of one read that are in memory at once: in the cursor, the one that it is making, the one that
+/// waits, and the one that is being sent.
+const PIECES_OF_A_READ: usize = READ_AHEAD + 3;
+
+/// Pieces begin small, so that a read of a few entries takes little from the map, and double.
+const FIRST_PIECE: usize = 4 * 1024;
+const MAX_PIECE: usize = 256 * 1024;
+
+/// `GET /{uuid}`: one entry.
+pub(crate) async fn show(
+    State(app): State<App>,
+    path: Result<Path<Uuid>, PathRejection>,
+) -> Result<Response, Problem> {
+    let Ok(Path(uuid)) = path else {
+        return Err(server::answer_not_found().await);
+    };
+    let place = app.reads.clone().try_acquire_owned();
+    let place = place.map_err(|_| busy())?;
+    match app.map.get(uuid).await.map_err(answer_map_error)? {
+        Some(msg) => Ok(holding(
+            JsonLine(Entry { uuid, msg }).into_response(),
+            place,
+        )),
+        None => Err(Problem::new(
+            StatusCode::NOT_FOUND,
+            format!("there is no entry {uuid}"),
+        )),
+    }
+}
+
+/// The query of a read.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub(crate) struct ListQuery {
+    after: Option<Uuid>,
+    before: Option<Uuid>,
+    #[serde(default)]
+    order: Order,
+    /// At most this many entries.
+    limit: Option<u64>,
+}
+
+/// `GET /`: the entries within the bounds as a stream, see [`common::read`].
+pub(crate) async fn list(
+    State(app): State<App>,
+    query: Result<Query<ListQuery>, QueryRejection>,
+) -> Result<Response, Problem> {
+    let Query(query) = query.map_err(|error| Problem::bad_request(error.body_text()))?;
+    let place = app.reads.clone().try_acquire_owned();
+    let place = place.map_err(|_| busy())?;
+    let mut bounds = Bounds {
+        after: query.after,
+        before: query.before,
+        order: query.order,
+    };
+    if bounds.needs_end(SystemTime::now()) {
+        // What comes from now on is left out, or a slow reader would never reach the end.
+        let last = app.map.last().await.map_err(answer_map_error)?;
+        let end = last.map_or(0, |last| last.as_u128().saturating_add(1));
+        bounds = bounds.ending_before(Uuid::from_u128(end));
+    }
+    let mut stream = EntryStream {
+        cursor: app.map.read(bounds),
+        left: query.limit.unwrap_or(u64::MAX),
+        count: 0,
+        last: None,
+        is_finished: false,
+        piece_bytes: FIRST_PIECE,
+        reads: app.reads,
+        stop: app.stop,
+    };
+    let first = stream.next_lines().await.map_err(answer_map_error)?;
+    let body = match stream.is_finished {
+        true => Body::from(first),
+        false => {
+            let (pieces, received) = mpsc::channel(1);
+            tokio::spawn(stream.read_ahead(pieces));
+            let rest = stream::unfold(received, async |mut received| {
+                Some((received.recv().await?, received))
+            });
+            let lines = stream::iter([first]).chain(rest).map(Bytes::from);
+            Body::from_stream(lines.map(Ok::<_, MapError>))
+        }
+    };
+    let content_type = [(header::CONTENT_TYPE, "application/x-ndjson")];
+    let mut response = (content_type, body).into_response();
+    if let (Order::Asc, Some(end)) = (bounds.order, bounds.before) {
+        let end = HeaderValue::try_from(end.to_string()).expect("a UUID is plain ASCII");
+        response.headers_mut().insert(READ_END, end);
+    }
+    Ok(holding(response, place))
+}
+
+/// A stream under way.
+struct EntryStream {
+    cursor: Box<dyn Cursor>,
+    /// Entries that the limit still allows.
+    left: u64,
+    count: u64,
+    last: Option<Uuid>,
+    is_finished: bool,
+    piece_bytes: usize,
+    /// Tells how many reads there are.
+    reads: Arc<Semaphore>,
+    stop: CancellationToken,
+}
+
+impl EntryStream {
+    /// Reads each piece while the one before is sent, until the end or until nobody takes them.
+    async fn read_ahead(mut self, pieces: mpsc::Sender<Vec<u8>>) {
+        while !self.is_finished {
+            let Ok(place) = pieces.reserve().await else {
+                return;
+            };
+            if self.stop.is_cancelled() {
+                place.send(self.hand_over("this instance is stopping".to_owned()));
+                return;
+            }
+            place.send(match self.next_lines().await {
+                Ok(lines) => lines,
+                Err(error) => {
+                    tracing::warn!(%error, "a read is to go on elsewhere, the map cannot be read");
+                    self.hand_over(error.to_string())
+                }
+            });
+        }
+    }
+
+    /// The next piece; after the last one also the line that counts.
+    async fn next_lines(&mut self) -> Result<Vec<u8>, MapError> {
+        let limit = PieceLimit {
+            entries: self.left,
+            bytes: self.piece_bytes(),
+        };
+        let mut piece = self.cursor.next(limit).await?;
+        let left = self.left - piece.count;
+        let last = piece.last.or(self.last);
+        let next = match left {
+            0 => self
+                .cursor
+                .next(PieceLimit {
+                    entries: 1,
+                    bytes: 0,
+                })
+                .await?
+                .last
+                .and(last),
+            _ => None,
+        };
+        self.count += piece.count;
+        (self.left, self.last) = (left, last);
+        if left == 0 || piece.count == 0 {
+            self.is_finished = true;
+            let end = StreamEnd {
+                count: self.count,
+                next,
+                go_on_elsewhere: None,
+            };
+            json::write_line(&mut piece.lines, &end);
+        }
+        Ok(piece.lines)
+    }
+
+    /// The line that ends a stream before its end.
+    fn hand_over(&mut self, reason: String) -> Vec<u8> {
+        self.is_finished = true;
+        let mut line = Vec::new();
+        let end = StreamEnd {
+            count: self.count,
+            next: None,
+            go_on_elsewhere: Some(reason),
+        };
+        json::write_line(&mut line, &end);
+        line
+    }
+
+    fn piece_bytes(&mut self) -> usize {
+        let readers = MAX_READS - self.reads.available_permits();
+        let share = READ_MEMORY / PIECES_OF_A_READ / readers.max(1);
+        let bytes = self.piece_bytes.min(share);
+        self.piece_bytes = (bytes * 2).min(MAX_PIECE);
+        bytes
+    }
+}

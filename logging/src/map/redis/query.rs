@@ -1,0 +1,214 @@
+//! Questions to the primaries of partitions: one pipeline for each primary, however many partitions
+//! are asked. While a slot moves, each answer is fetched from where the server says that it is.
+
+use std::sync::Arc;
+
+use common::read::Order;
+use futures_util::future::try_join_all;
+use redis::{Cmd, ServerError, Value};
+use uuid::Uuid;
+
+use super::link::Link;
+use super::members::{Members, Topology};
+use super::partition::{self, Member, entries_key, message_key, strange};
+use super::servers::Address;
+use crate::map::MapError;
+
+/// What to read of one partition: members from a place on, in one order.
+pub(super) struct Part {
+    pub(super) partition: u16,
+    /// The rank of the first UUID that may come: see [`rank`].
+    pub(super) from: u128,
+    /// At most this many.
+    pub(super) count: usize,
+}
+
+/// The place of a UUID in an order: smaller for what comes first.
+pub(super) fn rank(order: Order, uuid: Uuid) -> u128 {
+    match order {
+        Order::Asc => uuid.as_u128(),
+        Order::Desc => !uuid.as_u128(),
+    }
+}
+
+/// Reads on in some partitions. Each gives at least one member, as both ends of a partition have a mark.
+pub(super) async fn read_parts(
+    members: &Members,
+    order: Order,
+    parts: &[Part],
+) -> Result<Vec<Vec<Member>>, MapError> {
+    let partitions: Vec<u16> = parts.iter().map(|part| part.partition).collect();
+    let replies = ask(members, &partitions, |place| {
+        let Part {
+            partition,
+            from,
+            count,
+        } = &parts[place];
+        let (name, from, end) = match order {
+            Order::Asc => ("ZRANGEBYLEX", bound(b'[', *from), "+"),
+            // What begins with a UUID comes behind the bare UUID.
+            Order::Desc => (
+                "ZREVRANGEBYLEX",
+                bound(b'(', (!*from).saturating_add(1)),
+                "-",
+            ),
+        };
+        let mut command = redis::cmd(name);
+        command.arg(entries_key(*partition)).arg(from).arg(end);
+        command.arg("LIMIT").arg(0).arg(*count);
+        command
+    });
+    let replies = replies.await?.into_iter().zip(partitions);
+    let read = replies.map(|(reply, partition)| match reply {
+        Value::Array(found) if found.is_empty() => Err(MapError::Unavailable(format!(
+            "partition {partition} is not there: it is moving, or its primary lost it; if this lasts, \
+             see docs/redis.md, What loses data"
+        ))),
+        Value::Array(found) => found.into_iter().map(Member::read).collect(),
+        other => Err(strange(&[other])),
+    });
+    read.collect()
+}
+
+fn bound(kind: u8, uuid: u128) -> Vec<u8> {
+    let mut bound = vec![kind];
+    bound.extend_from_slice(&uuid.to_be_bytes());
+    bound
+}
+
+/// Reads messages that are stored apart from their partitions' sets.
+pub(super) async fn read_messages(
+    members: &Members,
+    uuids: &[Uuid],
+) -> Result<Vec<Vec<u8>>, MapError> {
+    let partitions: Vec<u16> = uuids.iter().map(|uuid| partition::of(*uuid)).collect();
+    let replies = ask(members, &partitions, |place| {
+        let mut command = redis::cmd("GET");
+        command.arg(message_key(uuids[place]));
+        command
+    });
+    let replies = replies.await?.into_iter().zip(uuids);
+    let messages = replies.map(|(reply, uuid)| match reply {
+        Value::BulkString(message) => Ok(message),
+        Value::Nil => Err(MapError::Unavailable(format!(
+            "the message of {uuid} is not with its entry: it is moving, or its primary lost it"
+        ))),
+        other => Err(strange(&[other])),
+    });
+    messages.collect()
+}
+
+/// The message under `uuid`.
+pub(super) async fn get(members: &Members, uuid: Uuid) -> Result<Option<String>, MapError> {
+    let part = Part {
+        partition: partition::of(uuid),
+        from: rank(Order::Asc, uuid),
+        count: 1,
+    };
+    let mut found = read_parts(members, Order::Asc, &[part]).await?.remove(0);
+    let message = match found.pop() {
+        Some(Member::Small(found, message)) if found == uuid => message,
+        Some(Member::Large(found, _)) if found == uuid => {
+            read_messages(members, &[uuid]).await?.remove(0)
+        }
+        _ => return Ok(None),
+    };
+    let message = String::from_utf8(message).map_err(|_| MapError::Damaged(uuid))?;
+    Ok(Some(message))
+}
+
+/// The greatest UUID in the map.
+pub(super) async fn last(members: &Members) -> Result<Option<Uuid>, MapError> {
+    let parts = partition::all().map(|partition| Part {
+        partition,
+        from: 1,
+        count: 1,
+    });
+    let parts: Vec<Part> = parts.collect();
+    let found = read_parts(members, Order::Desc, &parts).await?;
+    let entries = found.into_iter().flatten();
+    Ok(entries.filter_map(|member| member.uuid()).max())
+}
+
+/// Gives each partition's primary its command, and the replies in the order of the partitions.
+async fn ask(
+    members: &Members,
+    partitions: &[u16],
+    command: impl Fn(usize) -> Cmd + Sync,
+) -> Result<Vec<Value>, MapError> {
+    let topology = members.topology();
+    let mut places: Vec<Vec<usize>> = vec![Vec::new(); topology.shards.len()];
+    for (place, partition) in partitions.iter().enumerate() {
+        let owner = topology.owner(*partition).ok_or_else(|| {
+            members.refresh_soon();
+            MapError::Unavailable(members.trouble())
+        })?;
+        places[owner].push(place);
+    }
+    let shards = topology.shards.iter().zip(&places);
+    let shards = shards.filter(|(_, places)| !places.is_empty());
+    let asked = shards.map(async |(shard, places)| {
+        let mut commands = redis::pipe();
+        for place in places {
+            commands.add_command(command(*place));
+        }
+        let link = &shard.link;
+        let replies = link.ask(&commands).await.map_err(MapError::Unavailable)?;
+        if replies.len() != places.len() {
+            return Err(strange(&replies));
+        }
+        let mut found = Vec::with_capacity(replies.len());
+        for (place, reply) in places.iter().zip(replies) {
+            found.push(match reply {
+                Value::ServerError(error) => {
+                    members.refresh_soon();
+                    follow(&topology, link, &error, command(*place)).await?
+                }
+                reply => reply,
+            });
+        }
+        Ok(found)
+    });
+    let mut replies: Vec<(usize, Value)> = Vec::with_capacity(partitions.len());
+    let places = places.iter().filter(|places| !places.is_empty());
+    for (places, found) in places.zip(try_join_all(asked).await?) {
+        replies.extend(places.iter().copied().zip(found));
+    }
+    replies.sort_unstable_by_key(|(place, _)| *place);
+    Ok(replies.into_iter().map(|(_, reply)| reply).collect())
+}
+
+/// Gives a command to the server that an error names, which moved the slot or is moving it.
+/// Source: <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#redirection-and-resharding>
+async fn follow(
+    topology: &Topology,
+    link: &Link,
+    error: &ServerError,
+    command: Cmd,
+) -> Result<Value, MapError> {
+    let target = match error.code() {
+        "MOVED" | "ASK" => redirection(topology, error),
+        _ => None,
+    };
+    let target = target.ok_or_else(|| refused(link, error))?;
+    let mut commands = redis::pipe();
+    commands.cmd("ASKING").add_command(command);
+    let replies = target.ask(&commands).await.map_err(MapError::Unavailable)?;
+    match <[Value; 2]>::try_from(replies) {
+        Ok([_, Value::ServerError(error)]) => Err(refused(target, &error)),
+        Ok([_, reply]) => Ok(reply),
+        Err(replies) => Err(strange(&replies)),
+    }
+}
+
+/// The server in `SLOT HOST:PORT`.
+fn redirection<'a>(topology: &'a Topology, error: &ServerError) -> Option<&'a Arc<Link>> {
+    let (_, address) = error.details()?.split_once(' ')?;
+    let address: Address = address.parse().ok()?;
+    topology.links.get(&address)
+}
+
+fn refused(link: &Link, error: &ServerError) -> MapError {
+    let address = &link.address;
+    MapError::Unavailable(format!("redis {address} refuses: {error}"))
+}
