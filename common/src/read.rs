@@ -242,7 +242,7 @@ mod tests {
             assert_eq!(EntryLine::parse(line.as_bytes()), None, "{line}");
         }
         let mut broken = line("ab");
-        broken[62] = 0xff;
+        broken[54] = 0xff;
         assert_eq!(EntryLine::parse(&broken), None);
     }
 

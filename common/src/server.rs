@@ -41,7 +41,7 @@ const MAX_REQUEST_ID: usize = 128;
 
 /// Response bytes that hyper may hold for one connection, which bounds the memory of a slow reader
 /// (hyper's own default is about 400 KiB). Request heads must fit too: a larger one gets 431.
-const CONNECTION_BUFFER: usize = 64 * 1024;
+const CONNECTION_BUFFER: usize = 128 * 1024;
 
 /// How long a connection may stall before it is cut.
 #[derive(Clone, Copy, Debug)]

@@ -128,7 +128,7 @@ async fn lost_partition_is_not_an_empty_one() {
     let outcomes = put(&map, &new).await;
     for (entry, outcome) in new.iter().zip(outcomes) {
         match is_lost(entry) {
-            true => assert!(is_partition_down(outcome)),
+            true => assert!(is_partition_down(&outcome)),
             false => assert_eq!(outcome, Outcome::Stored),
         }
     }

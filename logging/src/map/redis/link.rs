@@ -140,7 +140,7 @@ impl Link {
                 tracing::warn!(address = %self.address, %error, "a redis server is down");
             }
             (Some(_), None) => {
-                tracing::info!(address = %self.address, "a redis server is up again")
+                tracing::info!(address = %self.address, "a redis server is up again");
             }
             _ => {}
         }

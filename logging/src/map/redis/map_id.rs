@@ -121,11 +121,8 @@ impl Making<'_> {
     ) -> Result<(), String> {
         let mut commands = redis::pipe();
         for partition in partitions {
-            commands
-                .cmd("ZRANGE")
-                .arg(entries_key(*partition))
-                .arg(0)
-                .arg(0);
+            let first = commands.cmd("ZRANGEBYLEX").arg(entries_key(*partition));
+            first.arg("-").arg("+").arg("LIMIT").arg(0).arg(1);
         }
         let replies = self.send(client, commands, partitions[0]).await?;
         for (partition, reply) in partitions.iter().zip(replies) {
