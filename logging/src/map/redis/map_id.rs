@@ -55,8 +55,7 @@ pub(super) fn parse(reply: &Value) -> Result<MapId, String> {
     if layout != LAYOUT.to_string() {
         return Err(format!(
             "holds a map with layout {layout}, this version reads and writes layout {LAYOUT}: start \
-             the version that wrote it, save its messages with a GET, and import them into an empty \
-             map with logging import"
+             the version that wrote it, or give this one an empty map"
         ));
     }
     let id = id.parse();
