@@ -26,3 +26,5 @@ mod redis_servers;
 mod requirements;
 /// Slots of a Redis Cluster that move while the map is used.
 mod slots;
+/// Which Redis servers are the map, and which could lose it.
+mod which_servers;
