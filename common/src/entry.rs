@@ -4,8 +4,6 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::json;
-
 /// The largest body that a logging instance accepts for one batch, in bytes.
 ///
 /// The facade keeps its batches below it, and refuses a `--max-message` that could not fit.
@@ -22,13 +20,6 @@ pub struct Entry {
     pub uuid: Uuid,
     /// The message, exactly as it was posted.
     pub msg: String,
-}
-
-impl Entry {
-    /// Appends the entry as one line of NDJSON, with its newline.
-    pub fn write_line(&self, out: &mut Vec<u8>) {
-        json::write_line(out, self);
-    }
 }
 
 /// An entry on its way to a logging instance.

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use bytes::{Bytes, BytesMut};
-use common::entry::{MAX_BATCH_BYTES, MAX_JSON_EXPANSION};
+use common::entry::MAX_BATCH_BYTES;
 use common::read::{Bounds, EntryLine, StreamEnd};
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
@@ -13,8 +13,8 @@ use uuid::Uuid;
 
 use crate::client::UpstreamError;
 
-/// A longer line is no entry's: one that was accepted can be as large as a batch, in JSON.
-const MAX_LINE: usize = MAX_BATCH_BYTES * MAX_JSON_EXPANSION;
+/// A longer line is no entry's: one can be as large as a batch, which was JSON too.
+const MAX_LINE: usize = MAX_BATCH_BYTES + 1024;
 
 /// The bytes of an answer, as they come. A break or a hang is an error.
 pub type Chunks = BoxStream<'static, Result<Bytes, UpstreamError>>;

@@ -237,7 +237,7 @@ fn logging_of(system_entries: usize) -> Server {
         msg: n.to_string(),
     });
     let mut body = Vec::new();
-    entries.for_each(|entry| entry.write_line(&mut body));
+    entries.for_each(|entry| common::json::write_line(&mut body, &entry));
     body.extend_from_slice(format!("{{\"count\":{system_entries}}}\n").as_bytes());
     serve_instance(Router::new().route("/", get(async move || body)))
 }

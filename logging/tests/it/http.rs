@@ -142,7 +142,9 @@ async fn list_streams_lines_and_a_count_within_bounds() {
     };
     let lines = |entries: &[&Entry], end: &str| {
         let mut text = Vec::new();
-        entries.iter().for_each(|entry| entry.write_line(&mut text));
+        entries
+            .iter()
+            .for_each(|entry| common::json::write_line(&mut text, entry));
         String::from_utf8(text).unwrap() + end + "\n"
     };
     let whole = lines(&[first, second, third], r#"{"count":3}"#);

@@ -13,7 +13,7 @@ use common::server::Check;
 
 use super::store::MAX_READERS;
 
-/// A read of a page takes milliseconds. One that holds its transaction for longer than this, while
+/// A read of a piece takes milliseconds. One that holds its transaction for longer than this, while
 /// others write, is reported.
 const MAX_READ: Duration = Duration::from_secs(1);
 
