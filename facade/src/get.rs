@@ -1,6 +1,7 @@
 //! GET: bounds, the choice of a format, and single entries. The body itself is made in `merge`.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use axum::body::HttpBody;
 use axum::extract::rejection::{PathRejection, QueryRejection};
@@ -19,6 +20,7 @@ use uuid::Uuid;
 
 use crate::client::UpstreamError;
 use crate::merge::{self, Read};
+use crate::moment::Moment;
 use crate::pool::{Instance, is_worth_waiting};
 use crate::post::{RETRY_AFTER, body_limit};
 use crate::{App, too_many};
@@ -92,9 +94,29 @@ fn essence_and_quality(range: &str) -> Option<String> {
 pub(crate) struct ListQuery {
     after: Option<Uuid>,
     before: Option<Uuid>,
+    /// Only entries of this time or later.
+    since: Option<Moment>,
+    /// Only entries of an earlier time.
+    until: Option<Moment>,
     #[serde(default)]
     order: Order,
     limit: Option<u64>,
+}
+
+impl ListQuery {
+    fn bounds(&self, now: SystemTime) -> Bounds {
+        let last_uuid_before = |since: Moment| {
+            let first = since.first_uuid(now);
+            Uuid::from_u128(first.as_u128().saturating_sub(1))
+        };
+        let since = self.since.map(last_uuid_before);
+        let until = self.until.map(|until| until.first_uuid(now));
+        Bounds {
+            after: self.after.max(since),
+            before: [self.before, until].into_iter().flatten().min(),
+            order: self.order,
+        }
+    }
 }
 
 /// `GET /`: all messages within the bounds, merged with the messages service's reply.
@@ -108,11 +130,7 @@ pub(crate) async fn list(
         return Err(Problem::bad_request("limit must be at least 1"));
     }
     let read = Read {
-        bounds: Bounds {
-            after: query.after,
-            before: query.before,
-            order: query.order,
-        },
+        bounds: query.bounds(SystemTime::now()),
         limit: query.limit,
         format: negotiate(&headers, &[Format::Json, Format::Ndjson, Format::Text])?,
         request_id: server::request_id(&headers).map(str::to_owned),

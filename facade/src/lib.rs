@@ -13,6 +13,7 @@ pub mod health;
 pub mod identifiers;
 mod judge;
 mod merge;
+mod moment;
 pub mod pool;
 pub mod post;
 mod readiness;

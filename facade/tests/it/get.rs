@@ -4,18 +4,18 @@ use std::collections::VecDeque;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::get;
-use common::entry::Entry;
+use common::entry::{Entry, unix_millis};
 use futures_util::StreamExt;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
-use uuid::Uuid;
+use uuid::{Builder, Uuid};
 
 use crate::system::{Server, System, nobody, problem, serve, serve_instance};
 
@@ -143,6 +143,53 @@ async fn bounds_are_exclusive_and_unknown_fields_ignored() {
     ];
     for query in malformed {
         problem(system.get(&format!("/?{query}")).await, 400).await;
+    }
+}
+
+#[tokio::test]
+async fn since_is_inclusive_and_until_is_not() {
+    let system = System::start().await;
+    let now = unix_millis(Uuid::now_v7());
+    let times = [now - 6_000, now - 4_000, now - 2_000];
+    for (time, msg) in times.iter().zip(["a", "b", "c"]) {
+        let key = Builder::from_unix_timestamp_millis(*time, &[0; 10]).into_uuid();
+        let post = system.post().header("idempotency-key", key.to_string());
+        assert_eq!(post.body(msg).send().await.unwrap().status(), 200);
+    }
+    let at = |millis: u64| {
+        let time = SystemTime::UNIX_EPOCH + Duration::from_millis(millis);
+        humantime::format_rfc3339_millis(time).to_string()
+    };
+    let [_, b, c] = times;
+    for (query, expected) in [
+        (format!("since={}", at(b)), "bc"),
+        (format!("since={}", at(b + 1)), "c"),
+        (format!("until={}", at(b)), "a"),
+        (format!("until={}", at(b + 1)), "ab"),
+        (format!("since={}&until={}", at(b), at(c)), "b"),
+        (format!("since={}&until={}", at(c), at(b)), ""),
+        (format!("since={}&order=desc&limit=1", at(b)), "c"),
+        ("since=1h".to_owned(), "abc"),
+        ("until=1h".to_owned(), ""),
+        (
+            "since=2026-01-01T02:00:00%2B02:00&until=0s".to_owned(),
+            "abc",
+        ),
+        ("since=100years".to_owned(), "abc"),
+    ] {
+        let read = system.read(&format!("?{query}")).await.logging_service;
+        let msgs: String = read.into_iter().map(|entry| entry.msg).collect();
+        assert_eq!(msgs, expected, "{query}");
+    }
+    let first = system.read("?limit=1").await.next.unwrap();
+    let rest = system.read(&format!("?after={first}&since=1h")).await;
+    assert_eq!(rest.count, 2);
+    let rest = system.read(&format!("?before={first}&until=0s")).await;
+    assert_eq!(rest.count, 0);
+    for query in ["since=", "since=yesterday", "until=2026-11-24"] {
+        let answer = problem(system.get(&format!("/?{query}")).await, 400).await;
+        let detail = answer["detail"].as_str().unwrap();
+        assert!(detail.contains("2026-11-24T20:00:00Z"), "{detail}");
     }
 }
 
