@@ -10,7 +10,6 @@ use std::time::Duration;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Command, Parser};
 
-use crate::healthcheck::Task;
 use crate::telemetry::LogFormat;
 
 /// The exit code for wrong configuration, as `clap` itself uses it.
@@ -29,10 +28,6 @@ pub struct ServiceConfig {
     /// Format of the log on standard output; RUST_LOG sets what is logged (default: info)
     #[arg(long, value_enum, default_value = "text")]
     pub log_format: LogFormat,
-
-    /// What to do instead of serving.
-    #[command(subcommand)]
-    pub task: Option<Task>,
 }
 
 /// Parses the command line and environment, or ends the process: `--help` and `--version` with

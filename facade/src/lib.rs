@@ -31,6 +31,7 @@ use bytesize::ByteSize;
 use clap::Parser;
 use common::config::{self, ServiceConfig};
 use common::entry::{MAX_BATCH_BYTES, MAX_JSON_EXPANSION};
+use common::healthcheck::Task;
 use common::problem::Problem;
 use common::server::{self, Limits, RequestLog};
 use rand::rngs::StdRng;
@@ -111,6 +112,10 @@ pub struct Config {
 
     #[command(flatten)]
     pub service: ServiceConfig,
+
+    /// What to do instead of serving.
+    #[command(subcommand)]
+    pub task: Option<Task>,
 }
 
 fn service_url(text: &str) -> Result<Url, String> {

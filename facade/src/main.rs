@@ -14,7 +14,7 @@ async fn main() -> ExitCode {
 
 async fn run() -> anyhow::Result<()> {
     let config: Config = config::parse();
-    if let Some(Task::Healthcheck) = config.service.task {
+    if let Some(Task::Healthcheck) = config.task {
         return healthcheck(config.listen).await.map_err(anyhow::Error::msg);
     }
     let _log =

@@ -5,6 +5,7 @@
 
 mod get;
 pub mod map;
+pub mod transfer;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,11 +17,12 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::map_response_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing;
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use common::api::{MARK, Mark};
 use common::body::{BodyError, NoMemory, Reservation, holding, read_body};
 use common::config::{self, ServiceConfig};
 use common::entry::{self, Entry, MAX_BATCH_BYTES, Outcome, PutEntry, PutResult};
+use common::healthcheck::Task;
 use common::json::JsonLine;
 use common::problem::Problem;
 use common::server::{self, Check, Limits, RequestLog};
@@ -29,6 +31,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::get::MAX_READS;
 use crate::map::{DistributedMap, Location, MapError};
+use crate::transfer::Transfer;
 
 /// Memory for batches on their way to the map, in bytes of bodies; what comes on top gets a 503.
 const MAX_POSTED_BYTES: usize = 64 * 1024 * 1024;
@@ -44,28 +47,46 @@ pub struct Config {
     /// The shared map, the same for all instances: lmdb:FOLDER, a folder of this machine;
     /// redis://HOST:PORT, a Redis server (7.0 or later); or redis://HOST:PORT,HOST:PORT…, some
     /// members of a Redis Cluster. USER:PASSWORD@ goes before the hosts; rediss:// is for TLS
-    #[arg(long, default_value = "lmdb:data/map", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        default_value = "lmdb:data/map",
+        hide_env_values = true
+    )]
     pub map: Location,
 
     /// Replicas that must hold an entry before it is acknowledged; an lmdb map has none
     /// [default: 1 on a Redis Cluster, otherwise 0]
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub backups: Option<u16>,
 
     /// How long storing a batch may take before its entries are answered as refused or unknown
-    #[arg(long, default_value = "800ms", value_parser = config::timeout)]
+    #[arg(long, global = true, default_value = "800ms", value_parser = config::timeout)]
     pub store_timeout: Duration,
 
     /// How old the time in a new entry's UUID may be; what is older never changes
-    #[arg(long, default_value = "10s", value_parser = config::duration)]
+    #[arg(long, global = true, default_value = "10s", value_parser = config::duration)]
     pub settle: Duration,
 
     #[command(flatten)]
     pub service: ServiceConfig,
+
+    /// What to do instead of serving.
+    #[command(subcommand)]
+    pub task: Option<LoggingTask>,
+}
+
+/// What the binary does instead of serving.
+#[derive(Clone, Debug, Subcommand)]
+pub enum LoggingTask {
+    #[command(flatten)]
+    Service(Task),
+    #[command(flatten)]
+    Transfer(Transfer),
 }
 
 impl Config {
-    /// What the map needs to know.
+    /// What the map needs to know to be served.
     ///
     /// # Errors
     /// A line for the person who started the service when flags do not go together.
@@ -77,6 +98,7 @@ impl Config {
             store_timeout: self.store_timeout,
             settle: self.settle,
             backups: self.backups,
+            create: true,
         })
     }
 }

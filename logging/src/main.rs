@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use common::healthcheck::{Task, healthcheck};
 use common::server::Limits;
 use common::{config, server, telemetry};
-use logging::{App, Config, map};
+use logging::{App, Config, LoggingTask, map};
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -14,14 +14,20 @@ async fn main() -> ExitCode {
 
 async fn run() -> anyhow::Result<()> {
     let config: Config = config::parse();
-    if let Some(Task::Healthcheck) = config.service.task {
-        return healthcheck(config.listen).await.map_err(anyhow::Error::msg);
-    }
-    let _log =
-        telemetry::init(config.service.log_format).unwrap_or_else(|line| config::fail(&line));
     let options = config
         .map_options()
         .unwrap_or_else(|line| config::fail(&line));
+    match config.task {
+        None => {}
+        Some(LoggingTask::Service(Task::Healthcheck)) => {
+            return healthcheck(config.listen).await.map_err(anyhow::Error::msg);
+        }
+        Some(LoggingTask::Transfer(transfer)) => {
+            return transfer.run(&config.map, options).await;
+        }
+    }
+    let _log =
+        telemetry::init(config.service.log_format).unwrap_or_else(|line| config::fail(&line));
     let stop = server::stop_on_signal()?;
     let map = map::open(&config.map, options)?;
     let listener = config::bind(config.listen).map_err(anyhow::Error::msg)?;

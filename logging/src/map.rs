@@ -176,10 +176,11 @@ pub struct Options {
     /// Replicas that must hold an entry before it is acknowledged. By default none for LMDB and
     /// one Redis server, one for a Redis Cluster.
     pub backups: Option<u16>,
+    /// Whether a map is made where there is none yet.
+    pub create: bool,
 }
 
-/// Opens the map at `location`, creating it if it is not there. A Redis map is opened without
-/// waiting for its servers.
+/// Opens the map at `location`. A Redis map is opened without waiting for its servers.
 ///
 /// # Errors
 /// When it cannot be opened, in words for the person who started the service.
@@ -188,6 +189,24 @@ pub fn open(location: &Location, options: Options) -> anyhow::Result<Arc<dyn Dis
         Location::Lmdb(folder) => Ok(Arc::new(lmdb::LmdbMap::open(folder, options)?)),
         Location::Redis(servers) => Ok(Arc::new(redis::RedisMap::open(servers.clone(), options))),
     }
+}
+
+/// Reads what each engine keeps as the map's id: `LAYOUT ID`, where the layout is the version of how
+/// entries are stored.
+///
+/// # Errors
+/// When it is not the layout that this version reads and writes, and what to do then.
+fn parse_id(text: &str, layout: u32) -> Result<Uuid, String> {
+    let (found, id) = text.split_once(' ').unwrap_or(("0", text));
+    if found != layout.to_string() {
+        return Err(format!(
+            "holds a map with another layout ({found:?}; this version reads and writes {layout}): \
+             export it with the version that wrote it (`logging export`) and import it into an \
+             empty map"
+        ));
+    }
+    id.parse()
+        .map_err(|_| format!("has {text:?} where the map's id should be"))
 }
 
 /// Why an entry of this UUID may not be new to the map when its clock shows `now`, if so.

@@ -9,6 +9,7 @@ use axum::response::Response;
 use axum::routing::get;
 use clap::Parser;
 use common::config::{self, ServiceConfig};
+use common::healthcheck::Task;
 use common::server::{self, RequestLog};
 use tokio_util::sync::CancellationToken;
 
@@ -25,6 +26,10 @@ pub struct Config {
 
     #[command(flatten)]
     pub service: ServiceConfig,
+
+    /// What to do instead of serving.
+    #[command(subcommand)]
+    pub task: Option<Task>,
 }
 
 /// All routes of the service. Readiness fails once `stop` is cancelled.

@@ -207,6 +207,7 @@ pub(crate) async fn instances(count: usize) -> (Vec<Server>, EmptyMap) {
         store_timeout: Duration::from_secs(30),
         settle: Duration::from_secs(10),
         backups: None,
+        create: true,
     };
     let location: Location = empty.location.parse().unwrap();
     let map = open(&location, options).unwrap();

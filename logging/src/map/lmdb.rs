@@ -36,7 +36,7 @@ pub(super) struct LmdbMap {
 
 impl LmdbMap {
     pub(super) fn open(folder: &Path, options: Options) -> anyhow::Result<Self> {
-        let store = Arc::new(Store::open(folder)?);
+        let store = Arc::new(Store::open(folder, options.create)?);
         let (jobs, queued_jobs) = mpsc::channel();
         let writer = Writer {
             store: store.clone(),

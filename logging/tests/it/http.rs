@@ -29,6 +29,7 @@ impl Instance {
             store_timeout: Duration::from_secs(30),
             settle: Duration::from_secs(10),
             backups: None,
+            create: true,
         };
         let map = open(&Location::Lmdb(folder.path().into()), options).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

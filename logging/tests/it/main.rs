@@ -26,5 +26,7 @@ mod redis_servers;
 mod requirements;
 /// Slots of a Redis Cluster that move while the map is used.
 mod slots;
+/// The tasks `export` and `import`.
+mod transfer;
 /// Which Redis servers are the map, and which could lose it.
 mod which_servers;

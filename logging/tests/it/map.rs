@@ -46,6 +46,7 @@ fn options() -> Options {
         store_timeout: Duration::from_secs(30),
         settle: SETTLE,
         backups: None,
+        create: true,
     }
 }
 

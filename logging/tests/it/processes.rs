@@ -121,7 +121,7 @@ async fn failed_meta_page_is_unknown_and_the_map_is_opened_again() {
     );
 }
 
-async fn mark_of(http: &Client, url: &str) -> Mark {
+pub(crate) async fn mark_of(http: &Client, url: &str) -> Mark {
     let answer = http.get(format!("{url}/livez")).send().await.unwrap();
     let mark = answer.headers()[MARK].to_str().unwrap();
     mark.parse().unwrap()

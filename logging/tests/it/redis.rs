@@ -26,6 +26,7 @@ pub(crate) fn open_at(location: &str, backups: Option<u16>) -> Arc<dyn Distribut
         store_timeout: Duration::from_millis(800),
         settle: SETTLE,
         backups,
+        create: true,
     };
     open(&location.parse().unwrap(), options).unwrap()
 }

@@ -67,6 +67,22 @@ async fn server_that_may_evict_entries_is_not_the_map() {
     assert_eq!(read, stored);
 }
 
+/// A map that another version wrote is neither read nor written.
+#[tokio::test]
+async fn map_of_another_layout_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = RedisServer::single(folder.path());
+    let id = "2 01a203b3-3bb1-7319-90b9-a08e864b5eeb";
+    let _: () = server.ask(&["SET", "id:{0}", id]);
+    let map = open_at(&format!("redis://{}", server.address()), None);
+    wait_until_missing(&map, "another layout (\"2\"").await;
+    let outcomes = put(&map, &entries(10)).await;
+    assert!(!outcomes.contains(&Outcome::Stored), "{outcomes:?}");
+    assert!(read(&*map, Bounds::default()).await.is_err());
+    assert_eq!(server.ask::<String>(&["GET", "id:{0}"]), id);
+    assert!(server.ask::<Vec<String>>(&["KEYS", "entries:*"]).is_empty());
+}
+
 /// A member that would evict once it is promoted.
 #[tokio::test]
 async fn member_that_may_evict_entries_makes_the_cluster_unready() {

@@ -16,7 +16,7 @@ use heed::{AnyTls, Database, Env, EnvOpenOptions, MdbError, RoTxn, RwTxn, Withou
 use uuid::Uuid;
 
 use super::readers::Readers;
-use crate::map::{MapError, Piece, PieceLimit};
+use crate::map::{MapError, Piece, PieceLimit, parse_id};
 
 /// Address space reserved once for the memory map. It costs nothing until it is used; a map that
 /// grows beyond it refuses entries.
@@ -31,9 +31,15 @@ const MAX_CLOSING: Duration = Duration::from_secs(5);
 /// With less space than this, in bytes, the disk counts as full: one group commit's worth.
 const MIN_SPACE: u64 = 4 * 1024 * 1024;
 
+/// The file in which LMDB keeps everything.
+const DATA_FILE: &str = "data.mdb";
+
+/// The version of how entries are stored.
+const LAYOUT: u32 = 1;
+
 const CHECKSUM_BYTES: usize = 4;
 
-/// The key of the map's id. It is shorter than a UUID and all zero, so it comes before every entry.
+/// The key of the map's id, see [`parse_id`]. It is shorter than a UUID and all zero, so it comes before every entry.
 const ID_KEY: &[u8] = &[0];
 
 /// No entry comes before this key, and the map's id does.
@@ -66,7 +72,10 @@ pub(super) struct Opened {
 }
 
 impl Store {
-    pub(super) fn open(folder: &Path) -> anyhow::Result<Self> {
+    pub(super) fn open(folder: &Path, create: bool) -> anyhow::Result<Self> {
+        if !create && !folder.join(DATA_FILE).exists() {
+            bail!("there is no map in the folder {}", folder.display());
+        }
         fs::create_dir_all(folder)
             .with_context(|| format!("cannot create the map's folder {}", folder.display()))?;
         let namespace = claim_namespace(folder)?;
@@ -278,8 +287,8 @@ impl Opened {
     }
 
     /// The id in the map, if one was committed.
-    fn id(&self) -> heed::Result<Option<Uuid>> {
-        let txn = self.env.read_txn()?;
+    fn id(&self) -> Result<Option<Uuid>, MapError> {
+        let txn = self.env.read_txn().map_err(unavailable)?;
         read_id(self.entries, &txn)
     }
 
@@ -292,18 +301,24 @@ impl Opened {
     }
 }
 
-fn read_id(entries: Entries, txn: &RoTxn<'_, AnyTls>) -> heed::Result<Option<Uuid>> {
-    let id = entries.get(txn, ID_KEY)?;
-    Ok(id.and_then(|id| Uuid::from_slice(id).ok()))
+fn read_id(entries: Entries, txn: &RoTxn<'_, AnyTls>) -> Result<Option<Uuid>, MapError> {
+    let Some(id) = entries.get(txn, ID_KEY).map_err(unavailable)? else {
+        return Ok(None);
+    };
+    let id = parse_id(&String::from_utf8_lossy(id), LAYOUT);
+    let described = |reason| MapError::Unavailable(format!("the map's folder {reason}"));
+    id.map(Some).map_err(described)
 }
 
 /// Finds the map's id, or gives the map one with this transaction.
-pub(super) fn find_or_make_id(entries: Entries, txn: &mut RwTxn<'_>) -> heed::Result<Uuid> {
+pub(super) fn find_or_make_id(entries: Entries, txn: &mut RwTxn<'_>) -> Result<Uuid, MapError> {
     if let Some(id) = read_id(entries, txn)? {
         return Ok(id);
     }
     let id = Uuid::now_v7();
-    entries.put(txn, ID_KEY, id.as_bytes())?;
+    let text = format!("{LAYOUT} {id}");
+    let put = entries.put(txn, ID_KEY, text.as_bytes());
+    put.map_err(unavailable)?;
     Ok(id)
 }
 

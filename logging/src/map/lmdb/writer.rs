@@ -117,7 +117,7 @@ impl Writer {
         let mut written = Written {
             id: match self.store.id() {
                 Some(id) => id,
-                None => find_or_make_id(entries, txn).map_err(Failure::before_commit)?,
+                None => find_or_make_id(entries, txn).map_err(Failure::no_turn)?,
             },
             outcomes: Vec::with_capacity(group.len()),
             oldest_new: None,

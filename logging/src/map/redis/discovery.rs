@@ -216,6 +216,7 @@ impl Discovery {
         };
         let found = match &answer.map_id {
             Ok(MapId::Made(id)) => Ok(*id),
+            Ok(MapId::Missing) if !members.options.create => Err("holds no map".to_owned()),
             Ok(MapId::Missing | MapId::Making(_)) => {
                 let mut shards = topology.shards.iter();
                 if !topology.is_whole() || shards.any(|shard| shard.lane.trouble().is_some()) {

@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use super::link;
 use super::partition::{self, LAYOUT, Member, entries_key, fence_key};
+use crate::map::parse_id;
 
 /// The partition in whose slot the id is.
 pub(super) const PARTITION: u16 = 0;
@@ -48,18 +49,7 @@ pub(super) fn parse(reply: &Value) -> Result<MapId, String> {
         other => return Err(partition::strange(std::slice::from_ref(other)).to_string()),
     };
     let made = text.strip_prefix("making ");
-    let (layout, id) = made
-        .unwrap_or(&text)
-        .split_once(' ')
-        .unwrap_or(("0", &text));
-    if layout != LAYOUT.to_string() {
-        return Err(format!(
-            "holds a map with layout {layout}, this version reads and writes layout {LAYOUT}: start \
-             the version that wrote it, or give this one an empty map"
-        ));
-    }
-    let id = id.parse();
-    let id = id.map_err(|_| format!("the key {} is not a map's id", key()))?;
+    let id = parse_id(made.unwrap_or(&text), LAYOUT)?;
     Ok(made.map_or(MapId::Made(id), |_| MapId::Making(id)))
 }
 

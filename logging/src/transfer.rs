@@ -1,0 +1,469 @@
+//! The tasks `export` and `import`: a map as a file of lines, and such a file into a map of any engine.
+//! That is backup and restore, and the way to another engine or layout.
+//!
+//! A file has the form of a stream, see [`common::read`]: its last line, with the count, tells that it
+//! is whole. Both tasks can be killed and run again.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, anyhow, bail, ensure};
+use clap::{Args, Subcommand};
+use common::entry::{self, Entry, MAX_BATCH_BYTES, Outcome};
+use common::json;
+use common::read::{Bounds, EntryLine, StreamEnd};
+use common::server;
+use serde::Deserialize;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::map::{self, DistributedMap, Location, MapError, Options, PieceLimit};
+
+/// How long a map may refuse, in one go, before a task gives up: longer than a failover takes.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Pause before a map that refused is asked again.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// How often progress is told, and how often an import looks whether somebody else writes.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// The settle window of an import, longer than UUIDs reach back (their time has 48 bits).
+const ANY_AGE: Duration = Duration::from_millis(1 << 48);
+
+/// A longer line is no entry's.
+const MAX_LINE: usize = MAX_BATCH_BYTES;
+
+const EXPORT_PIECE: usize = 256 * 1024;
+
+/// A batch of an import ends with the entry that reaches this many bytes of lines.
+const IMPORT_BATCH: usize = 512 * 1024;
+
+/// What is done with the map instead of serving it.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Transfer {
+    /// Write all entries of --map as lines of JSON (NDJSON), in order, with a last line that counts
+    /// them. Run it again after it was interrupted: it goes on behind the last whole line of FILE
+    Export {
+        /// Where to; without it to standard output
+        file: Option<PathBuf>,
+    },
+    /// Put all entries of an export, or of the body of a GET to the facade (JSON or NDJSON), into
+    /// --map, however old they are. Run it again after it was interrupted: what is there stays once
+    Import(Import),
+}
+
+/// What is imported.
+#[derive(Args, Clone, Debug)]
+pub struct Import {
+    /// Where from; without it from standard input
+    file: Option<PathBuf>,
+
+    /// Import though instances store new entries meanwhile. Whoever reads the log in parts, or
+    /// follows it, then misses what was added behind the place it had reached; and a message that
+    /// was answered as "never stored" (409) may be in the file
+    #[arg(long)]
+    force: bool,
+}
+
+impl Transfer {
+    /// Does it, until it is done or the process is told to stop.
+    ///
+    /// # Errors
+    /// In words for the person who started it.
+    pub async fn run(&self, location: &Location, options: Options) -> anyhow::Result<()> {
+        let stop = server::stop_on_signal()?;
+        match self {
+            Self::Export { file } => {
+                let options = Options {
+                    create: false,
+                    ..options
+                };
+                let map = map::open(location, options)?;
+                export(&*map, file.as_deref(), &stop).await
+            }
+            Self::Import(what) => {
+                let quiet = options.settle;
+                let options = Options {
+                    settle: ANY_AGE,
+                    ..options
+                };
+                let map = map::open(location, options)?;
+                import(&*map, what, quiet, &stop).await
+            }
+        }
+    }
+}
+
+/// Writes the map to a file, or to standard output. Its end is where the map ended when this began.
+///
+/// # Errors
+/// When the map cannot be read or the file not be written, and when `stop` is cancelled.
+async fn export(
+    map: &dyn DistributedMap,
+    file: Option<&Path>,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    let (mut out, mut count, mut last): (Box<dyn Write>, u64, Option<Uuid>) = match file {
+        Some(path) => {
+            let begun = Begun::open(path).with_context(|| path.display().to_string())?;
+            (Box::new(begun.file), begun.count, begun.last)
+        }
+        None => (Box::new(io::stdout()), 0, None),
+    };
+    let mut out = BufWriter::with_capacity(EXPORT_PIECE, &mut out);
+    let newest = patiently(map, async || map.last().await).await?;
+    let end = newest.map_or(0, |newest| newest.as_u128().saturating_add(1));
+    let bounds = Bounds::default().ending_before(Uuid::from_u128(end));
+    let limit = PieceLimit {
+        entries: u64::MAX,
+        bytes: EXPORT_PIECE,
+    };
+    let mut progress = Progress::begin();
+    let mut cursor = None;
+    loop {
+        let rest = last.map_or(bounds, |last| bounds.resumed_from(last));
+        let piece = patiently(map, async || {
+            let mut reading = cursor.take().unwrap_or_else(|| map.read(rest));
+            let piece = reading.next(limit).await?;
+            cursor = Some(reading);
+            Ok(piece)
+        });
+        let piece = piece.await?;
+        out.write_all(&piece.lines).context("cannot write")?;
+        if piece.count == 0 {
+            break;
+        }
+        count += piece.count;
+        last = piece.last;
+        if stop.is_cancelled() {
+            out.flush().context("cannot write")?;
+            bail!("stopped after {count} entries; the same command goes on with a file");
+        }
+        progress.tell(|| format!("{count} entries exported"));
+    }
+    let mut line = Vec::new();
+    let end = StreamEnd {
+        count,
+        ..StreamEnd::default()
+    };
+    json::write_line(&mut line, &end);
+    out.write_all(&line)
+        .and_then(|()| out.flush())
+        .context("cannot write")?;
+    if let Some(path) = file {
+        let synced = File::open(path).and_then(|file| file.sync_all());
+        synced.with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    eprintln!("exported {count} entries");
+    Ok(())
+}
+
+/// A file with the beginning of an export, to be gone on with.
+struct Begun {
+    file: File,
+    count: u64,
+    last: Option<Uuid>,
+}
+
+impl Begun {
+    /// Opens a file that is new, or cuts a line off that is not whole.
+    fn open(path: &Path) -> anyhow::Result<Self> {
+        let mut options = File::options();
+        let options = options.read(true).write(true).create(true).truncate(false);
+        let mut lines = Lines::new(BufReader::new(options.open(path)?));
+        let (mut count, mut last, mut whole) = (0, None, 0);
+        while let Some(line) = lines.next()? {
+            let Some(line) = line.strip_suffix(b"\n") else {
+                ensure!(line.starts_with(b"{"), "this is no export");
+                break;
+            };
+            let Some(entry) = EntryLine::parse(line) else {
+                let end = serde_json::from_slice::<StreamEnd>(line);
+                ensure!(end.is_err(), "this export is finished; choose another file");
+                bail!("line {} is not an entry's; this is no export", count + 1);
+            };
+            ensure!(
+                last < Some(entry.uuid),
+                "line {} is out of order; this is no export",
+                count + 1
+            );
+            last = Some(entry.uuid);
+            count += 1;
+            whole += line.len() as u64 + 1;
+        }
+        let mut file = lines.reader.into_inner();
+        file.set_len(whole)?;
+        file.seek(SeekFrom::End(0))?;
+        if count > 0 {
+            eprintln!("going on behind {count} entries");
+        }
+        Ok(Self { file, count, last })
+    }
+}
+
+/// Puts the entries of a file, or of standard input, into the map, which must have the settle window
+/// [`ANY_AGE`]. `quiet` is how old the newest entry must be for nobody to be writing.
+///
+/// # Errors
+/// When an entry is refused or conflicts, when the file cannot be read or is cut, when somebody else
+/// writes, and when `stop` is cancelled.
+async fn import(
+    map: &dyn DistributedMap,
+    Import { file, force }: &Import,
+    quiet: Duration,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    let reader: Box<dyn BufRead> = match file {
+        Some(path) => {
+            let file = File::open(path);
+            let file = file.with_context(|| format!("cannot read {}", path.display()))?;
+            Box::new(BufReader::new(file))
+        }
+        None => Box::new(io::stdin().lock()),
+    };
+    let mut source = Source {
+        lines: Lines::new(reader),
+        count: 0,
+        is_finished: false,
+    };
+    let mut newest = match force {
+        true => None,
+        false => wait_until_quiet(map, quiet, stop).await?,
+    };
+    let (mut stored, mut known, mut conflicts) = (0, 0, Vec::new());
+    let mut progress = Progress::begin();
+    loop {
+        let batch = source.next_batch()?;
+        let is_last = batch.is_empty();
+        newest = newest.max(batch.iter().map(|entry| entry.uuid).max());
+        for (uuid, outcome) in put_all(map, batch).await? {
+            match outcome {
+                Outcome::Stored => stored += 1,
+                Outcome::Duplicate => known += 1,
+                _ => conflicts.push(uuid),
+            }
+        }
+        let told = || format!("{stored} entries stored, {known} were there");
+        let is_told = progress.tell(told);
+        if (is_told || is_last) && !force && map.last().await? > newest {
+            bail!("{}; {WRITTEN_MEANWHILE}", told());
+        }
+        if is_last {
+            eprintln!("imported: {}", told());
+            break;
+        }
+        ensure!(
+            !stop.is_cancelled(),
+            "stopped: {}; the same command goes on",
+            told()
+        );
+    }
+    match conflicts.first() {
+        None => Ok(()),
+        Some(first) => bail!(
+            "the map holds another message under {} of the file's UUIDs, and kept it; the first is \
+             {first}",
+            conflicts.len()
+        ),
+    }
+}
+
+const WRITTEN_MEANWHILE: &str = "somebody else stores entries in this map: stop the facades and \
+    instances that write, or give --force (see --help for what that risks)";
+
+/// Waits until the newest entry is old enough for nobody to be writing, and gives it.
+async fn wait_until_quiet(
+    map: &dyn DistributedMap,
+    quiet: Duration,
+    stop: &CancellationToken,
+) -> anyhow::Result<Option<Uuid>> {
+    let newest = patiently(map, async || map.last().await).await?;
+    let time = newest.map_or(0, entry::unix_millis);
+    let old_enough = UNIX_EPOCH + Duration::from_millis(time) + quiet;
+    if let Ok(wait) = old_enough.duration_since(SystemTime::now()) {
+        eprintln!(
+            "looking for {wait:.1?} whether somebody else writes, as the newest entry is new"
+        );
+        tokio::select! {
+            () = sleep(wait) => {}
+            () = stop.cancelled() => bail!("stopped; nothing was imported"),
+        }
+        ensure!(map.last().await? == newest, WRITTEN_MEANWHILE);
+    }
+    Ok(newest)
+}
+
+/// Puts a batch, however often that takes. Each entry is stored, a duplicate or a conflict then.
+async fn put_all(
+    map: &dyn DistributedMap,
+    batch: Vec<Entry>,
+) -> anyhow::Result<Vec<(Uuid, Outcome)>> {
+    let mut put = Vec::with_capacity(batch.len());
+    let mut rest: Arc<[Entry]> = batch.into();
+    let begin = Instant::now();
+    while !rest.is_empty() {
+        let outcomes = map.put(rest.clone()).await;
+        let mut again = Vec::new();
+        let mut reason = String::new();
+        for (entry, outcome) in rest.iter().zip(outcomes) {
+            match outcome {
+                Outcome::Stored | Outcome::Duplicate | Outcome::Conflict => {
+                    put.push((entry.uuid, outcome));
+                }
+                Outcome::Stale { .. } => {
+                    bail!(
+                        "the time in {} lies in the future of the map's clock",
+                        entry.uuid
+                    )
+                }
+                Outcome::Refused { detail, .. } | Outcome::Unknown { detail } => {
+                    again.push(entry.clone());
+                    reason = detail;
+                }
+            }
+        }
+        ensure!(
+            again.is_empty() || begin.elapsed() < PATIENCE,
+            "the map takes no entries: {reason}; the same command goes on once it does"
+        );
+        if !again.is_empty() {
+            sleep(PAUSE).await;
+        }
+        rest = again.into();
+    }
+    Ok(put)
+}
+
+/// Entries on their way in.
+struct Source {
+    lines: Lines<Box<dyn BufRead>>,
+    count: u64,
+    is_finished: bool,
+}
+
+/// The last line of an export or of a GET's body; of what else stands there nothing is needed.
+#[derive(Deserialize)]
+struct Tail {
+    count: u64,
+}
+
+impl Source {
+    /// The next entries; none at the end.
+    fn next_batch(&mut self) -> anyhow::Result<Vec<Entry>> {
+        let mut batch = Vec::new();
+        let mut bytes = 0;
+        while bytes < IMPORT_BATCH && !self.is_finished {
+            let number = self.lines.number + 1;
+            let Some(line) = self.lines.next().context("cannot read")? else {
+                bail!(
+                    "the file is cut: after {} entries comes no line that says how many they are",
+                    self.count
+                );
+            };
+            bytes += line.len();
+            // The lines of JSON's body are those of NDJSON with what makes one value of them.
+            let line = line.trim_ascii_end();
+            let line = line.strip_suffix(b",").unwrap_or(line);
+            if line == br#"{"logging_service":["# {
+                continue;
+            }
+            let tail = match line.strip_prefix(b"],") {
+                Some(members) => serde_json::from_slice(&[b"{", members].concat()),
+                None => serde_json::from_slice(line),
+            };
+            if let Ok(Tail { count }) = tail {
+                ensure!(
+                    count == self.count,
+                    "the file has {} entries, but its last line says {count}",
+                    self.count
+                );
+                self.is_finished = true;
+                break;
+            }
+            let entry: Entry = serde_json::from_slice(line).with_context(|| {
+                format!(
+                    "line {number} is not an entry's; import takes an export, or a GET's body as \
+                     JSON or NDJSON"
+                )
+            })?;
+            let uuid = entry::require_entry_uuid(entry.uuid);
+            uuid.map_err(|reason| anyhow!("line {number}: {reason}"))?;
+            ensure!(!entry.msg.is_empty(), "line {number}: the message is empty");
+            self.count += 1;
+            batch.push(entry);
+        }
+        Ok(batch)
+    }
+}
+
+/// The lines of a file, one at a time.
+struct Lines<R> {
+    reader: R,
+    line: Vec<u8>,
+    number: u64,
+}
+
+impl<R: BufRead> Lines<R> {
+    fn new(reader: R) -> Self {
+        Self {
+            reader,
+            line: Vec::new(),
+            number: 0,
+        }
+    }
+
+    /// The next line with its newline, unless it is cut.
+    fn next(&mut self) -> io::Result<Option<&[u8]>> {
+        self.line.clear();
+        let mut limited = self.reader.by_ref().take(MAX_LINE as u64);
+        limited.read_until(b'\n', &mut self.line)?;
+        self.number += 1;
+        Ok(Some(&*self.line).filter(|line| !line.is_empty()))
+    }
+}
+
+/// Asks the map until it can be read, within [`PATIENCE`].
+async fn patiently<T>(
+    map: &dyn DistributedMap,
+    mut read: impl AsyncFnMut() -> Result<T, MapError>,
+) -> anyhow::Result<T> {
+    let begin = Instant::now();
+    loop {
+        match read().await {
+            Ok(read) => return Ok(read),
+            Err(error @ MapError::Damaged(_)) => return Err(error.into()),
+            Err(error) if begin.elapsed() > PATIENCE => {
+                bail!(map.health().await.missing.unwrap_or(error.to_string()))
+            }
+            Err(_) => sleep(PAUSE).await,
+        }
+    }
+}
+
+/// Tells on stderr how a task gets on.
+struct Progress {
+    told: Instant,
+}
+
+impl Progress {
+    fn begin() -> Self {
+        Self {
+            told: Instant::now(),
+        }
+    }
+
+    /// Says it, unless that was done just now.
+    fn tell(&mut self, how: impl FnOnce() -> String) -> bool {
+        let is_time = self.told.elapsed() >= INTERVAL;
+        if is_time {
+            eprintln!("{}", how());
+            self.told = Instant::now();
+        }
+        is_time
+    }
+}

@@ -1,0 +1,281 @@
+//! The tasks `export` and `import`: out of one engine into another and back, interrupted ones, and what
+//! is refused.
+
+use std::fs;
+use std::io::Write;
+use std::ops::Range;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use common::entry::Outcome;
+use common::read::write_entry;
+use reqwest::Client;
+use tokio::time::{sleep, timeout};
+use uuid::{Builder, Uuid};
+
+use crate::command_line::one_line;
+use crate::engine::Engine;
+use crate::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
+use crate::processes::{LOGGING, all, entry, location, logging, mark_of, put_one};
+
+/// Entries of many years, as lines; their messages are small and large.
+fn lines(range: Range<u64>) -> Vec<u8> {
+    let mut lines = Vec::new();
+    for n in range {
+        let uuid = Builder::from_unix_timestamp_millis(n * 100_000_000, &[7; 10]).into_uuid();
+        write_entry(&mut lines, uuid, &"größe \"".repeat(1 + n as usize % 200));
+    }
+    lines
+}
+
+/// An export of the first entries.
+fn exported(count: u64) -> Vec<u8> {
+    let mut file = lines(0..count);
+    writeln!(file, "{{\"count\":{count}}}").unwrap();
+    file
+}
+
+fn run(task: &str, file: &Path, map: &str) -> Output {
+    let command = Command::new(LOGGING)
+        .args(["--map", map, task])
+        .arg(file)
+        .output();
+    command.unwrap()
+}
+
+#[track_caller]
+fn succeed(task: &str, file: &Path, map: &str) -> String {
+    let output = run(task, file, map);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{said}");
+    said
+}
+
+/// The last line on stderr of a task that failed.
+#[track_caller]
+fn fail(output: &Output) -> String {
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr.clone()).unwrap();
+    said.lines().last().unwrap().to_owned()
+}
+
+/// Entries that are older than any settle window go from engine to engine, and come back as they were.
+#[test]
+fn map_moves_from_engine_to_engine() {
+    let folder = tempfile::tempdir().unwrap();
+    let original = exported(10_000);
+    let mut file = folder.path().join("original");
+    fs::write(&file, &original).unwrap();
+    for engine in [
+        Engine::Lmdb,
+        Engine::RedisCluster,
+        Engine::RedisServer,
+        Engine::Lmdb,
+    ] {
+        let map = engine.empty_map();
+        let said = succeed("import", &file, &map.location);
+        assert!(
+            said.contains("10000 entries stored, 0 were there"),
+            "{said}"
+        );
+        let said = succeed("import", &file, &map.location);
+        assert!(
+            said.contains("0 entries stored, 10000 were there"),
+            "{said}"
+        );
+        file = folder.path().join(format!("from {engine:?}"));
+        fs::remove_file(&file).ok();
+        succeed("export", &file, &map.location);
+        assert!(fs::read(&file).unwrap() == original, "{engine:?}");
+    }
+    let to_stdout = run("export", Path::new("/dev/stdout"), "lmdb:nowhere/map");
+    assert!(fail(&to_stdout).contains("there is no map in the folder nowhere/map"));
+}
+
+/// Wherever an export was cut, the next one goes on; but it harms no other file.
+#[test]
+fn export_goes_on_behind_the_last_whole_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let map = location(folder.path());
+    let whole = exported(100);
+    let file = folder.path().join("file");
+    fs::write(&file, &whole).unwrap();
+    succeed("import", &file, &map);
+    assert!(fail(&run("export", &file, &map)).contains("this export is finished"));
+    let first_line = lines(0..1).len();
+    let cuts = [
+        0,
+        1,
+        first_line - 1,
+        first_line,
+        whole.len() / 2,
+        whole.len() - 1,
+    ];
+    for length in cuts {
+        fs::write(&file, &whole[..length]).unwrap();
+        succeed("export", &file, &map);
+        assert!(fs::read(&file).unwrap() == whole, "{length}");
+    }
+    let second_first = [lines(1..2), lines(0..1)].concat();
+    for other in [b"notes", &b"notes\n"[..], b"{}\n", &second_first] {
+        fs::write(&file, other).unwrap();
+        assert!(fail(&run("export", &file, &map)).contains("this is no export"));
+        assert_eq!(fs::read(&file).unwrap(), other);
+    }
+}
+
+/// An import that is killed in the middle is run again.
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_import_is_run_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let http = Client::new();
+    for engine in [Engine::Lmdb, Engine::RedisCluster] {
+        let map = engine.empty_map();
+        let serving = || {
+            let mut command = Command::new(LOGGING);
+            command.args(["--map", &map.location]);
+            Process::start(command, free_address())
+        };
+        let whole = exported(10_000);
+        let mut killed = Command::new(LOGGING)
+            .args(["--map", &map.location, "import"])
+            .stdin(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let half = &whole[..whole.len() / 2];
+        killed.stdin.as_mut().unwrap().write_all(half).unwrap();
+        let watching = serving();
+        watching.wait_until_ready();
+        let imported = async {
+            while all(&http, &watching.url()).await.is_empty() {
+                sleep(LOOK_AGAIN).await;
+            }
+        };
+        timeout(PATIENCE, imported).await.unwrap();
+        killed.kill().unwrap();
+        killed.wait().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, &whole).unwrap();
+        let said = succeed("import", &file, &map.location);
+        assert!(!said.contains(" 0 were there"), "{said}");
+        let copy = folder.path().join(format!("{engine:?}"));
+        succeed("export", &copy, &map.location);
+        assert!(fs::read(&copy).unwrap() == whole, "{engine:?}");
+    }
+}
+
+/// Nothing is added to the history of a log that others write, unless they say so.
+#[tokio::test(flavor = "multi_thread")]
+async fn import_is_refused_while_others_write() {
+    let folder = tempfile::tempdir().unwrap();
+    let map = location(folder.path());
+    let file = folder.path().join("file");
+    fs::write(&file, exported(3)).unwrap();
+    let http = Client::new();
+    let process = Process::start(logging(folder.path()), free_address());
+    let url = process.url();
+    let stored = entry("first");
+    assert_eq!(put_one(&http, &url, &stored).await, Outcome::Stored);
+    let writing = tokio::spawn({
+        let (http, url) = (http.clone(), url.clone());
+        async move {
+            loop {
+                put_one(&http, &url, &entry("one of many")).await;
+            }
+        }
+    });
+    let import = |flags: &[&str]| {
+        let mut command = Command::new(LOGGING);
+        command.args(["--map", &map, "--settle", "300ms", "import"]);
+        command.args(flags).arg(&file).output().unwrap()
+    };
+    let refused = import(&[]);
+    assert!(fail(&refused).contains("--force"), "{refused:?}");
+    assert_eq!(all(&http, &url).await[0], stored);
+    let forced = import(&["--force"]);
+    assert!(forced.status.success(), "{forced:?}");
+    assert_ne!(all(&http, &url).await[0], stored);
+    writing.abort();
+}
+
+#[test]
+fn what_cannot_be_imported_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let map = location(folder.path());
+    let file = folder.path().join("file");
+    let import = |content: &[u8]| {
+        fs::write(&file, content).unwrap();
+        run("import", &file, &map)
+    };
+    let line = |uuid: Uuid, msg: &str| {
+        let mut line = Vec::new();
+        write_entry(&mut line, uuid, msg);
+        [&line[..], b"{\"count\":1}\n"].concat()
+    };
+    let (v7, v4) = (Uuid::now_v7(), Uuid::from_u128(4 << 76 | 2 << 62));
+    let of_2100 = Builder::from_unix_timestamp_millis(4_102_444_800_000, &[7; 10]).into_uuid();
+    for (content, reason) in [
+        (lines(0..3), "the file is cut: after 3 entries"),
+        (
+            [lines(0..3), b"{\"count\":4}\n".to_vec()].concat(),
+            "has 3 entries, but its last line says 4",
+        ),
+        (
+            [lines(0..3), b"hello\n".to_vec()].concat(),
+            "line 4 is not an entry's",
+        ),
+        (
+            format!("{v7} hello\n1 messages\n").into(),
+            "as JSON or NDJSON",
+        ),
+        (line(v4, "a"), "is not a version 7 UUID"),
+        (line(v7, ""), "line 1: the message is empty"),
+        (line(of_2100, "a"), "in the future"),
+    ] {
+        let refused = fail(&import(&content));
+        assert!(refused.contains(reason), "{refused}");
+    }
+    let old = Builder::from_unix_timestamp_millis(1, &[7; 10]).into_uuid();
+    assert!(import(&line(old, "a")).status.success());
+    let conflict = fail(&import(&line(old, "b")));
+    assert!(
+        conflict.contains(&format!("the first is {old}")),
+        "{conflict}"
+    );
+    let missing = run("import", Path::new("no/such/file"), &map);
+    assert!(one_line(&missing).contains("cannot read no/such/file"));
+}
+
+/// A folder that another version wrote is not touched.
+#[tokio::test]
+async fn other_layout_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut process = Process::start(logging(folder.path()), free_address());
+    process.wait_until_ready();
+    let id = mark_of(&Client::new(), &process.url()).await.map.unwrap();
+    process.kill();
+    let file = folder.path().join("map/data.mdb");
+    let mut data = fs::read(&file).unwrap();
+    let text = format!("1 {id}");
+    let found = data.windows(text.len()).enumerate();
+    let found: Vec<usize> = found
+        .filter(|(_, at)| *at == text.as_bytes())
+        .map(|(at, _)| at)
+        .collect();
+    assert!(!found.is_empty());
+    for at in found {
+        data[at] = b'2';
+    }
+    fs::write(&file, data).unwrap();
+    let output = logging(folder.path())
+        .args(["--listen", "127.0.0.1:0"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let line = one_line(&output);
+    assert!(
+        line.contains("layout") && line.contains("logging export"),
+        "{line}"
+    );
+}
