@@ -21,29 +21,14 @@ fi
 command -v wrk >/dev/null || { echo "error: please install wrk (apt-get install wrk)" >&2; exit 1; }
 cargo build --release --locked --workspace --examples --bins
 
+source scripts/system.sh
 folder=$(mktemp -d)
-pids=()
 stop_all() {
-    kill "${pids[@]}" 2>/dev/null || true
-    wait
+    stop_system
     if [[ $engine == cluster ]]; then scripts/cluster.sh wipe "$folder/cluster"; fi
     rm -rf "$folder"
 }
 trap stop_all EXIT
-
-free_port() {
-    local candidate
-    while true; do
-        candidate=$((10000 + RANDOM % 20000))
-        (exec 3<>"/dev/tcp/127.0.0.1/$candidate") 2>/dev/null || break
-    done
-    echo "$candidate"
-}
-
-start() {
-    "$@" >"$folder/${#pids[@]}.log" 2>&1 &
-    pids+=($!)
-}
 
 case $engine in
     lmdb) map=lmdb:$folder/map ;;
@@ -54,19 +39,9 @@ case $engine in
         ;;
 esac
 
-messages=127.0.0.1:$(free_port)
+start_system "$map"
 bare=127.0.0.1:$(free_port)
-facade=127.0.0.1:$(free_port)
-start target/release/messages --listen "$messages"
 start target/release/examples/bare "$bare"
-urls=()
-for _ in 1 2 3; do
-    address=127.0.0.1:$(free_port)
-    urls+=("http://$address")
-    start target/release/logging --listen "$address" --map "$map"
-done
-start target/release/facade --listen "$facade" --messages "http://$messages" \
-    --logging "$(IFS=,; echo "${urls[*]}")"
 curl --silent --output /dev/null --retry 100 --retry-delay 1 --retry-connrefused \
     --data warm-up "http://$facade/" --output /dev/null "http://$bare/"
 
@@ -83,19 +58,16 @@ end
 LUA
 rate() { wrk -t2 -c256 -d"${seconds}s" -s "$folder/post.lua" "http://$1/" 2>&1 >/dev/null; }
 
-echo "commit:  $(git rev-parse --short HEAD)$(git diff --quiet HEAD || echo ' with changes')"
-echo "machine: $(nproc) cores, $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1), Linux $(uname -r)"
-echo "command: bench/post.sh $rounds $seconds $engine"
-echo
+describe_run "bench/post.sh $rounds $seconds $engine"
 echo "| bare, req/s | facade, req/s | facade p99, ms | failed | share |"
 echo "|---|---|---|---|---|"
 shares=()
 for ((round = 0; round < rounds; round++)); do
     read -r bare_rate _ _ < <(rate "$bare")
     read -r facade_rate failed p99 < <(rate "$facade")
-    share=$(awk "BEGIN { printf \"%.2f\", $facade_rate / $bare_rate }")
+    share=$(ratio "$facade_rate" "$bare_rate")
     shares+=("$share")
     echo "| $bare_rate | $facade_rate | $p99 | $failed | $share |"
 done
 echo
-echo "median share: $(printf '%s\n' "${shares[@]}" | sort -n | sed -n "$((rounds / 2 + 1))p")"
+echo "median share: $(median "${shares[@]}")"

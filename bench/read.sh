@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# The time of a GET of a million messages, as a ratio to redis-cli reading the same data from one
-# server, in pairs in one run.
+# What reading costs, side by side in one run: whole GETs, the newest ten, slow readers, large messages.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,118 +8,268 @@ count=${2:-1000000}
 
 if [[ $rounds == --help || $rounds == -h ]]; then
     cat <<'HELP'
-usage: bench/read.sh [ROUNDS] [MESSAGES]
+usage: bench/read.sh [ROUNDS] [MESSAGES] [PART…]
 
-Stores MESSAGES (1000000) of 65 bytes on a Redis Cluster of three primaries and three replicas, and
-the same on one Redis server. Then reads, ROUNDS times (5) in turn: all partitions of the one server
-by redis-cli (not merged, so in no order), and the whole log by a GET of the facade in front of the
-cluster, in both orders. Prints the ratio of each pair and their medians.
+Measures on an LMDB map, on one Redis server and on a Redis Cluster of three primaries and three
+replicas, each filled with the same messages. Parts, all of them unless some are named:
+
+  full    a GET of MESSAGES (1000000) of 65 bytes through the facade, ROUNDS times (5) in turn with:
+          nginx serving the same bytes from a file (with sendfile, as Debian sets it, and without); a
+          logging instance asked directly; redis-cli reading one hash of the same entries
+  newest  ?order=desc&limit=10, and the first byte of a whole GET, at 1000, 100000 and ten times
+          MESSAGES
+  slow    how much RssAnon grows while 64 readers of 1 KiB/s read MESSAGES of 65 bytes, and 2000 of
+          64 KiB
+  large   64 readers at once of 2000 messages of 60 KB, and POSTs meanwhile
+
+Needs nginx, redis-server and redis-cli. Prints tables; results/ keeps some.
 HELP
     exit 0
 fi
+parts=("${@:3}")
+((${#parts[@]})) || parts=(full newest slow large)
 
+for program in nginx redis-server redis-cli; do
+    command -v "$program" >/dev/null || { echo "error: please install $program" >&2; exit 1; }
+done
 cargo build --release --locked --workspace --bins
 
+source scripts/system.sh
 folder=$(mktemp -d)
-pids=()
+chmod a+x "$folder"
 stop_all() {
-    kill "${pids[@]}" 2>/dev/null || true
-    wait
-    scripts/cluster.sh wipe "$folder/cluster"
-    rm -rf "$folder"
+    stop_system
+    if [[ -d $folder/cluster ]]; then scripts/cluster.sh wipe "$folder/cluster"; fi
 }
-trap stop_all EXIT
+trap 'stop_all; rm -rf "$folder"' EXIT
+trap 'exit 130' INT TERM
 
-free_port() {
-    local candidate
-    while true; do
-        candidate=$((21000 + RANDOM % 8000))
-        (exec 3<>"/dev/tcp/127.0.0.1/$candidate") 2>/dev/null || break
-    done
-    echo "$candidate"
-}
-
-start() {
-    "$@" >"$folder/${#pids[@]}.log" 2>&1 &
-    pids+=($!)
-}
-
-# start_system MAP: sets facade to its address.
-start_system() {
-    local address messages urls=()
-    messages=127.0.0.1:$(free_port)
-    start target/release/messages --listen "$messages"
-    for _ in 1 2 3; do
-        address=127.0.0.1:$(free_port)
-        start target/release/logging --listen "$address" --map "$1"
-        curl --silent --output /dev/null --fail --retry 60 --retry-delay 1 --retry-all-errors \
-            "http://$address/readyz"
-        urls+=("http://$address")
-    done
-    facade=127.0.0.1:$(free_port)
-    start target/release/facade --listen "$facade" --messages "http://$messages" \
-        --logging "$(IFS=,; echo "${urls[*]}")"
-    curl --silent --output /dev/null --retry 60 --retry-delay 1 --retry-connrefused \
-        "http://$facade/livez"
+# entries FIRST COUNT BYTES: an export of messages of so many bytes, one a millisecond.
+entries() {
+    awk -v first="$1" -v count="$2" -v bytes="$3" 'BEGIN {
+        padding = ""
+        while (length(padding) < bytes - 65) padding = padding "sixteen bytes..."
+        padding = substr(padding, 1, bytes - 65)
+        begin = 1700000000000
+        for (n = first; n < first + count; n++) {
+            high = int((begin + n) / 65536)
+            low = (begin + n) % 65536
+            printf "{\"uuid\":\"%08x-%04x-7%03x-%04x-%06x%06x\",\"msg\":\"message %07d, of the usual length, about sixty-five bytes of text%s\"}\n",
+                high, low, rand() * 4096, 32768 + rand() * 16384, rand() * 16777216,
+                rand() * 16777216, n, padding
+        }
+        printf "{\"count\":%d}\n", count
+    }'
 }
 
-upload() {
-    awk "BEGIN { for (n = 0; n < $count; n++)
-        printf \"\\\"message %07d, of the usual length, about sixty-five bytes of text\\\"\\n\", n }" |
-        curl --silent --show-error --header 'content-type: application/x-ndjson' \
-            --upload-file - --request POST "http://$1/"
+# fill MAP FIRST COUNT BYTES
+fill() { entries "$2" "$3" "$4" | target/release/logging import --map "$1" --settle 0s 2>>"$folder/import.log"; }
+
+# start_map ENGINE: sets map.
+start_map() {
+    rm -rf "$folder/map"
+    mkdir "$folder/map"
+    case $1 in
+        lmdb) map=lmdb:$folder/map ;;
+        'one Redis server')
+            redis_port=$(free_port)
+            start redis-server scripts/redis.conf --cluster-enabled no --min-replicas-to-write 0 \
+                --bind 127.0.0.1 --port "$redis_port" --dir "$folder/map"
+            map=redis://127.0.0.1:$redis_port
+            ;;
+        cluster) map=$(scripts/cluster.sh start "$folder/cluster" $((10000 + RANDOM % 10000)) 2>"$folder/cluster.log") ;;
+    esac
 }
 
-single_port=$(free_port)
-mkdir "$folder/single"
-start redis-server scripts/redis.conf --cluster-enabled no --min-replicas-to-write 0 \
-    --bind 127.0.0.1 --port "$single_port" --dir "$folder/single"
-cluster=$(scripts/cluster.sh start "$folder/cluster" $((10000 + RANDOM % 10000)))
-echo "storing $count messages twice"
-start_system "redis://127.0.0.1:$single_port"
-upload "$facade"
-start_system "$cluster"
-upload "$facade"
-echo
-
+# seconds COMMAND…
 seconds() {
     local begin=$EPOCHREALTIME
-    "$@" >"$folder/out"
-    awk "BEGIN { printf \"%.2f\", $EPOCHREALTIME - $begin }"
-}
-by_redis_cli() {
-    for ((partition = 0; partition < 271; partition++)); do
-        echo "ZRANGE entries:{$partition} 0 -1"
-    done | redis-cli -p "$single_port"
-}
-by_get() {
-    curl --silent --header 'accept: application/x-ndjson' "http://$facade/?order=$1"
-}
-expect() {
-    local found
-    found=$(grep --count --text "$1" "$folder/out")
-    ((found == count)) || { echo "error: $found of $count were read" >&2; exit 1; }
+    "$@" >/dev/null
+    awk "BEGIN { printf \"%.3f\", $EPOCHREALTIME - $begin }"
 }
 
-echo "commit:  $(git rev-parse --short HEAD)$(git diff --quiet HEAD || echo ' with changes')"
-echo "machine: $(nproc) cores, $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1), Linux $(uname -r)"
-echo "command: bench/read.sh $rounds $count"
-echo
-echo "| redis-cli, s | GET asc, s | GET desc, s | ratio asc | ratio desc |"
-echo "|---|---|---|---|---|"
-ascending=()
-descending=()
-for ((round = 0; round < rounds; round++)); do
-    cli=$(seconds by_redis_cli)
-    expect 'of the usual length'
-    asc=$(seconds by_get asc)
-    expect '^{"uuid"'
-    desc=$(seconds by_get desc)
-    expect '^{"uuid"'
-    ascending+=("$(awk "BEGIN { printf \"%.2f\", $asc / $cli }")")
-    descending+=("$(awk "BEGIN { printf \"%.2f\", $desc / $cli }")")
-    echo "| $cli | $asc | $desc | ${ascending[-1]} | ${descending[-1]} |"
-done
-median() { printf '%s\n' "$@" | sort -n | sed -n "$((rounds / 2 + 1))p"; }
-echo
-echo "median ratio: $(median "${ascending[@]}") ascending, $(median "${descending[@]}") descending"
+get() { curl --silent --show-error --fail --header "accept: application/$1" "http://$2"; }
+
+# A hash of the same entries on a server of its own, and nginx with the two bodies as files.
+start_yardsticks() {
+    hash_port=$(free_port)
+    mkdir -p "$folder/hash" "$folder/nginx"
+    start redis-server --save '' --bind 127.0.0.1 --port "$hash_port" --dir "$folder/hash"
+    nginx_port=$(free_port)
+    slow_nginx_port=$(free_port)
+    cat >"$folder/nginx.conf" <<NGINX
+daemon off;
+pid $folder/nginx.pid;
+error_log $folder/nginx.log;
+events {}
+http {
+    access_log off;
+    server { listen 127.0.0.1:$nginx_port; root $folder/nginx; sendfile on; tcp_nopush on; }
+    server { listen 127.0.0.1:$slow_nginx_port; root $folder/nginx; }
+}
+NGINX
+    start nginx -c "$folder/nginx.conf"
+    get json "$facade/" >"$folder/nginx/json"
+    get x-ndjson "$facade/" >"$folder/nginx/ndjson"
+    sed -n 's/^{"uuid":"\(.*\)","msg":\(.*\)}$/HSET log \1 \2/p' "$folder/nginx/ndjson" |
+        redis-cli -p "$hash_port" --pipe >/dev/null
+    [[ $(redis-cli -p "$hash_port" hlen log) == "$count" ]]
+}
+
+full() {
+    local engine command columns round
+    echo "Whole GETs of $count messages, in seconds:"
+    echo
+    echo "| map | JSON | NDJSON | NDJSON, newest first | the instance directly | nginx, JSON | nginx, NDJSON | nginx without sendfile, NDJSON | hgetall |"
+    echo "|---|---|---|---|---|---|---|---|---|"
+    local ratios=()
+    for engine in lmdb 'one Redis server' cluster; do
+        start_map "$engine"
+        start_system "$map"
+        fill "$map" 0 "$count" 65
+        start_yardsticks
+        columns=(
+            "get json $facade/" "get x-ndjson $facade/" "get x-ndjson $facade/?order=desc"
+            "get x-ndjson ${instances[0]}/" "get json 127.0.0.1:$nginx_port/json"
+            "get x-ndjson 127.0.0.1:$nginx_port/ndjson"
+            "get x-ndjson 127.0.0.1:$slow_nginx_port/ndjson" "redis-cli -p $hash_port hgetall log"
+        )
+        local -A times=()
+        for ((round = 0; round < rounds; round++)); do
+            for ((column = 0; column < ${#columns[@]}; column++)); do
+                times[$column]+=" $(seconds ${columns[column]})"
+            done
+        done
+        local medians=()
+        for ((column = 0; column < ${#columns[@]}; column++)); do
+            medians+=("$(median ${times[$column]})")
+        done
+        printf '| %s' "$engine" "${medians[@]}"
+        echo ' |'
+        case $engine in
+            lmdb)
+                ratios+=(
+                    "JSON to nginx: $(ratio "${medians[0]}" "${medians[4]}")"
+                    "NDJSON to nginx: $(ratio "${medians[1]}" "${medians[5]}"), without sendfile $(ratio "${medians[1]}" "${medians[6]}")"
+                    "NDJSON to the instance directly: $(ratio "${medians[1]}" "${medians[3]}"), JSON $(ratio "${medians[0]}" "${medians[3]}")"
+                )
+                ;;
+            *) ratios+=("$engine to hgetall: JSON $(ratio "${medians[0]}" "${medians[7]}"), NDJSON $(ratio "${medians[1]}" "${medians[7]}"), newest first $(ratio "${medians[2]}" "${medians[7]}")") ;;
+        esac
+        stop_all
+    done
+    echo
+    printf -- '- %s\n' "${ratios[@]}"
+    echo
+}
+
+# median_of_gets FIELD TIMES PATH: of curl's field, in milliseconds; the body's end is not waited for.
+median_of_gets() {
+    local times=() time
+    for ((time = 0; time < $2; time++)); do
+        times+=("$(curl --silent --output /dev/full --write-out "%{$1}" "http://$facade$3" || true)")
+    done
+    awk "BEGIN { printf \"%.1f\", 1000 * $(median "${times[@]}") }"
+}
+
+newest() {
+    local engine size stored
+    echo "The newest ten, and the first byte of a whole GET, medians of 50, in milliseconds:"
+    echo
+    echo "| map | messages | newest ten | first byte |"
+    echo "|---|---|---|---|"
+    for engine in lmdb cluster; do
+        start_map "$engine"
+        start_system "$map"
+        stored=0
+        for size in 1000 100000 $((10 * count)); do
+            fill "$map" "$stored" $((size - stored)) 65
+            stored=$size
+            median_of_gets time_total 5 '/?order=desc&limit=10' >/dev/null
+            echo "| $engine | $size | $(median_of_gets time_total 50 '/?order=desc&limit=10') | $(median_of_gets time_starttransfer 50 /) |"
+        done
+        stop_all
+    done
+    echo
+}
+
+# anonymous PID: its RssAnon in KiB.
+anonymous() { awk '/^RssAnon/ { print $2 }' "/proc/$1/status"; }
+
+slow() {
+    local engine shape bytes messages readers reader pid
+    echo "RssAnon with 64 readers of 1 KiB/s after 30 s, in MiB (growth since no reader was there):"
+    echo
+    echo "| map | messages | facade | instances |"
+    echo "|---|---|---|---|"
+    for engine in lmdb 'one Redis server' cluster; do
+        for shape in "$count 65" '2000 65536'; do
+            read -r messages bytes <<<"$shape"
+            start_map "$engine"
+            start_system "$map"
+            fill "$map" 0 "$messages" "$bytes"
+            # The last ones that start_system started.
+            local services=("${pids[@]: -4}") before=() grown=()
+            for pid in "${services[@]}"; do before+=("$(anonymous "$pid")"); done
+            readers=()
+            for ((reader = 0; reader < 64; reader++)); do
+                curl --silent --limit-rate 1k --max-time 60 --output /dev/null "http://$facade/" &
+                readers+=($!)
+            done
+            sleep 30
+            for ((n = 0; n < 4; n++)); do
+                local now
+                now=$(anonymous "${services[n]}")
+                grown+=("$((now / 1024)) (+$(((now - before[n]) / 1024)))")
+            done
+            kill "${readers[@]}"
+            echo "| $engine | $messages of $bytes bytes | ${grown[3]} | ${grown[*]::3} |"
+            stop_all
+        done
+    done
+    echo
+}
+
+large() {
+    local engine readers reader refused posts
+    echo "64 readers at once of 2000 messages of 60 KB:"
+    echo
+    echo "| map | one reader, s | 64 readers, s | not whole | POSTs meanwhile that were refused | answers of `/readyz?verbose` with a member that is down |"
+    echo "|---|---|---|---|---|---|"
+    for engine in lmdb cluster; do
+        start_map "$engine"
+        start_system "$map"
+        fill "$map" 0 2000 60000
+        local one begin failed=0 down=0 address
+        one=$(seconds get x-ndjson "$facade/")
+        begin=$EPOCHREALTIME
+        readers=()
+        for ((reader = 0; reader < 64; reader++)); do
+            get x-ndjson "$facade/?before=01a00000-0000-0000-0000-000000000000" | tail -n 1 >"$folder/tail-$reader" &
+            readers+=($!)
+        done
+        refused=0
+        posts=0
+        while kill -0 "${readers[-1]}" 2>/dev/null; do
+            posts=$((posts + 1))
+            curl --silent --fail --output /dev/null --data msg=meanwhile "http://$facade/" || refused=$((refused + 1))
+            for address in "${instances[@]}"; do
+                if curl --silent "http://$address/readyz?verbose" | grep --quiet '"ok":false'; then
+                    down=$((down + 1))
+                fi
+            done
+        done
+        for reader in "${readers[@]}"; do wait "$reader"; done
+        local all
+        all=$(awk "BEGIN { printf \"%.1f\", $EPOCHREALTIME - $begin }")
+        for ((reader = 0; reader < 64; reader++)); do
+            grep --quiet '"count":2000' "$folder/tail-$reader" || failed=$((failed + 1))
+        done
+        echo "| $engine | $one | $all | $failed | $refused of $posts | $down |"
+        stop_all
+    done
+    echo
+}
+
+describe_run "bench/read.sh $rounds $count ${parts[*]}"
+for part in "${parts[@]}"; do "$part"; done
