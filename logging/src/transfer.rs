@@ -1,8 +1,8 @@
-//! The tasks `export` and `import`: a map as a file of lines, and such a file into a map of any engine.
-//! That is backup and restore, and the way to another engine or layout.
+//! The tasks `export` and `import`: a map is written to a file of JSON lines, and such a file is put into
+//! a map of any engine. Together they are backup, restore, and the way to another engine or layout.
 //!
-//! A file has the form of a stream, see [`common::read`]: its last line, with the count, tells that it
-//! is whole. Both tasks can be killed and run again.
+//! A file has the form of a stream, see [`common::read`]: its last line, with the count, proves that it
+//! is complete. Both tasks can be killed and run again.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
@@ -15,22 +15,19 @@ use clap::{Args, Subcommand};
 use common::entry::{self, Entry, MAX_BATCH_BYTES, Outcome};
 use common::json;
 use common::read::{Bounds, EntryLine, StreamEnd};
-use common::server;
 use serde::Deserialize;
 use tokio::time::sleep;
-use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::map::{self, DistributedMap, Location, MapError, Options, PieceLimit};
 
-/// How long a map may refuse, in one go, before a task gives up: longer than a failover takes.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a task retries one read or one batch before it gives up: longer than a failover takes.
+const RETRY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Pause before a map that refused is asked again.
-const PAUSE: Duration = Duration::from_millis(200);
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
-/// How often progress is told, and how often an import looks whether somebody else writes.
-const INTERVAL: Duration = Duration::from_secs(1);
+/// How often progress is printed, and how often an import checks whether other processes write.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The settle window of an import, longer than UUIDs reach back (their time has 48 bits).
 const ANY_AGE: Duration = Duration::from_millis(1 << 48);
@@ -46,37 +43,37 @@ const IMPORT_BATCH: usize = 512 * 1024;
 /// What is done with the map instead of serving it.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Transfer {
-    /// Write all entries of --map as lines of JSON (NDJSON), in order, with a last line that counts
-    /// them. Run it again after it was interrupted: it goes on behind the last whole line of FILE
+    /// Write all entries of --map as lines of JSON (NDJSON), in order, and a last line with their count.
+    /// After an interruption, the same command continues behind the last complete line of FILE
     Export {
-        /// Where to; without it to standard output
+        /// The file to write [default: standard output]
         file: Option<PathBuf>,
     },
     /// Put all entries of an export, or of the body of a GET to the facade (JSON or NDJSON), into
-    /// --map, however old they are. Run it again after it was interrupted: what is there stays once
+    /// --map, however old they are. After an interruption run the same command again: entries that
+    /// are in the map already are not stored twice
     Import(Import),
 }
 
 /// What is imported.
 #[derive(Args, Clone, Debug)]
 pub struct Import {
-    /// Where from; without it from standard input
+    /// The file to read [default: standard input]
     file: Option<PathBuf>,
 
-    /// Import though instances store new entries meanwhile. Whoever reads the log in parts, or
-    /// follows it, then misses what was added behind the place it had reached; and a message that
-    /// was answered as "never stored" (409) may be in the file
+    /// Import although other processes store entries meanwhile. Clients that continue from a cursor,
+    /// or follow the log, then miss the imported entries behind their position; and a message whose
+    /// POST was answered with 409, never to be stored, may be in the file
     #[arg(long)]
     force: bool,
 }
 
 impl Transfer {
-    /// Does it, until it is done or the process is told to stop.
+    /// Runs the task. A signal ends it at once, as it may be killed at any time.
     ///
     /// # Errors
     /// In words for the person who started it.
     pub async fn run(&self, location: &Location, options: Options) -> anyhow::Result<()> {
-        let stop = server::stop_on_signal()?;
         match self {
             Self::Export { file } => {
                 let options = Options {
@@ -84,7 +81,7 @@ impl Transfer {
                     ..options
                 };
                 let map = map::open(location, options)?;
-                export(&*map, file.as_deref(), &stop).await
+                export(&*map, file.as_deref()).await
             }
             Self::Import(what) => {
                 let quiet = options.settle;
@@ -93,7 +90,7 @@ impl Transfer {
                     ..options
                 };
                 let map = map::open(location, options)?;
-                import(&*map, what, quiet, &stop).await
+                import(&*map, what, quiet).await
             }
         }
     }
@@ -102,12 +99,8 @@ impl Transfer {
 /// Writes the map to a file, or to standard output. Its end is where the map ended when this began.
 ///
 /// # Errors
-/// When the map cannot be read or the file not be written, and when `stop` is cancelled.
-async fn export(
-    map: &dyn DistributedMap,
-    file: Option<&Path>,
-    stop: &CancellationToken,
-) -> anyhow::Result<()> {
+/// When the map cannot be read or the file cannot be written.
+async fn export(map: &dyn DistributedMap, file: Option<&Path>) -> anyhow::Result<()> {
     let (mut out, mut count, mut last): (Box<dyn Write>, u64, Option<Uuid>) = match file {
         Some(path) => {
             let begun = Begun::open(path).with_context(|| path.display().to_string())?;
@@ -116,7 +109,7 @@ async fn export(
         None => (Box::new(io::stdout()), 0, None),
     };
     let mut out = BufWriter::with_capacity(EXPORT_PIECE, &mut out);
-    let newest = patiently(map, async || map.last().await).await?;
+    let newest = newest_uuid(map).await?;
     let end = newest.map_or(0, |newest| newest.as_u128().saturating_add(1));
     let bounds = Bounds::default().ending_before(Uuid::from_u128(end));
     let limit = PieceLimit {
@@ -127,7 +120,7 @@ async fn export(
     let mut cursor = None;
     loop {
         let rest = last.map_or(bounds, |last| bounds.resumed_from(last));
-        let piece = patiently(map, async || {
+        let piece = read_with_retries(map, async || {
             let mut reading = cursor.take().unwrap_or_else(|| map.read(rest));
             let piece = reading.next(limit).await?;
             cursor = Some(reading);
@@ -140,10 +133,6 @@ async fn export(
         }
         count += piece.count;
         last = piece.last;
-        if stop.is_cancelled() {
-            out.flush().context("cannot write")?;
-            bail!("stopped after {count} entries; the same command goes on with a file");
-        }
         progress.tell(|| format!("{count} entries exported"));
     }
     let mut line = Vec::new();
@@ -163,7 +152,7 @@ async fn export(
     Ok(())
 }
 
-/// A file with the beginning of an export, to be gone on with.
+/// A file with the first part of an export.
 struct Begun {
     file: File,
     count: u64,
@@ -171,7 +160,7 @@ struct Begun {
 }
 
 impl Begun {
-    /// Opens a file that is new, or cuts a line off that is not whole.
+    /// Opens a new file, or an interrupted export, whose last line is removed if it is incomplete.
     fn open(path: &Path) -> anyhow::Result<Self> {
         let mut options = File::options();
         let options = options.read(true).write(true).create(true).truncate(false);
@@ -200,23 +189,22 @@ impl Begun {
         file.set_len(whole)?;
         file.seek(SeekFrom::End(0))?;
         if count > 0 {
-            eprintln!("going on behind {count} entries");
+            eprintln!("continuing behind {count} entries");
         }
         Ok(Self { file, count, last })
     }
 }
 
 /// Puts the entries of a file, or of standard input, into the map, which must have the settle window
-/// [`ANY_AGE`]. `quiet` is how old the newest entry must be for nobody to be writing.
+/// [`ANY_AGE`]. With a newest entry younger than `quiet`, other processes may be writing.
 ///
 /// # Errors
-/// When an entry is refused or conflicts, when the file cannot be read or is cut, when somebody else
-/// writes, and when `stop` is cancelled.
+/// When an entry is refused or conflicts, when the file cannot be read or is truncated, and when
+/// other processes write.
 async fn import(
     map: &dyn DistributedMap,
     Import { file, force }: &Import,
     quiet: Duration,
-    stop: &CancellationToken,
 ) -> anyhow::Result<()> {
     let reader: Box<dyn BufRead> = match file {
         Some(path) => {
@@ -233,9 +221,10 @@ async fn import(
     };
     let mut newest = match force {
         true => None,
-        false => wait_until_quiet(map, quiet, stop).await?,
+        false => wait_until_quiet(map, quiet).await?,
     };
-    let (mut stored, mut known, mut conflicts) = (0, 0, Vec::new());
+    let (mut stored, mut known, mut conflicts) = (0, 0, 0);
+    let mut first_conflict = None;
     let mut progress = Progress::begin();
     loop {
         let batch = source.next_batch()?;
@@ -245,60 +234,55 @@ async fn import(
             match outcome {
                 Outcome::Stored => stored += 1,
                 Outcome::Duplicate => known += 1,
-                _ => conflicts.push(uuid),
+                _ => {
+                    conflicts += 1;
+                    first_conflict.get_or_insert(uuid);
+                }
             }
         }
-        let told = || format!("{stored} entries stored, {known} were there");
-        let is_told = progress.tell(told);
-        if (is_told || is_last) && !force && map.last().await? > newest {
-            bail!("{}; {WRITTEN_MEANWHILE}", told());
+        let so_far = || format!("{stored} entries stored, {known} were there");
+        let is_check_due = progress.tell(so_far) || is_last;
+        if is_check_due && !force && newest_uuid(map).await? > newest {
+            bail!("{}; {OTHERS_WRITE}", so_far());
         }
         if is_last {
-            eprintln!("imported: {}", told());
+            eprintln!("imported: {}", so_far());
             break;
         }
-        ensure!(
-            !stop.is_cancelled(),
-            "stopped: {}; the same command goes on",
-            told()
-        );
     }
-    match conflicts.first() {
+    match first_conflict {
         None => Ok(()),
         Some(first) => bail!(
-            "the map holds another message under {} of the file's UUIDs, and kept it; the first is \
-             {first}",
-            conflicts.len()
+            "the map holds another message under {conflicts} of the file's UUIDs, and kept it; the \
+             first is {first}"
         ),
     }
 }
 
-const WRITTEN_MEANWHILE: &str = "somebody else stores entries in this map: stop the facades and \
-    instances that write, or give --force (see --help for what that risks)";
+const OTHERS_WRITE: &str = "other processes store entries in this map: stop the facades and the \
+    instances that write, or give --force (--help says what that risks)";
 
-/// Waits until the newest entry is old enough for nobody to be writing, and gives it.
+/// Waits until the newest entry is as old as `quiet`, and returns its UUID. If a newer entry appears
+/// meanwhile, other processes write.
 async fn wait_until_quiet(
     map: &dyn DistributedMap,
     quiet: Duration,
-    stop: &CancellationToken,
 ) -> anyhow::Result<Option<Uuid>> {
-    let newest = patiently(map, async || map.last().await).await?;
+    let newest = newest_uuid(map).await?;
     let time = newest.map_or(0, entry::unix_millis);
     let old_enough = UNIX_EPOCH + Duration::from_millis(time) + quiet;
     if let Ok(wait) = old_enough.duration_since(SystemTime::now()) {
         eprintln!(
-            "looking for {wait:.1?} whether somebody else writes, as the newest entry is new"
+            "the newest entry is recent: checking for {wait:.1?} whether other processes write"
         );
-        tokio::select! {
-            () = sleep(wait) => {}
-            () = stop.cancelled() => bail!("stopped; nothing was imported"),
-        }
-        ensure!(map.last().await? == newest, WRITTEN_MEANWHILE);
+        sleep(wait).await;
+        ensure!(newest_uuid(map).await? == newest, OTHERS_WRITE);
     }
     Ok(newest)
 }
 
-/// Puts a batch, however often that takes. Each entry is stored, a duplicate or a conflict then.
+/// Puts a batch, and what was refused or is unknown again. On success each entry is stored, a
+/// duplicate or a conflict.
 async fn put_all(
     map: &dyn DistributedMap,
     batch: Vec<Entry>,
@@ -328,11 +312,11 @@ async fn put_all(
             }
         }
         ensure!(
-            again.is_empty() || begin.elapsed() < PATIENCE,
-            "the map takes no entries: {reason}; the same command goes on once it does"
+            again.is_empty() || begin.elapsed() < RETRY_TIMEOUT,
+            "the map takes no entries: {reason}; run the same command again once it does"
         );
         if !again.is_empty() {
-            sleep(PAUSE).await;
+            sleep(RETRY_PAUSE).await;
         }
         rest = again.into();
     }
@@ -361,7 +345,7 @@ impl Source {
             let number = self.lines.number + 1;
             let Some(line) = self.lines.next().context("cannot read")? else {
                 bail!(
-                    "the file is cut: after {} entries comes no line that says how many they are",
+                    "the file is truncated: its {} entries are not followed by a line with their count",
                     self.count
                 );
             };
@@ -427,8 +411,12 @@ impl<R: BufRead> Lines<R> {
     }
 }
 
-/// Asks the map until it can be read, within [`PATIENCE`].
-async fn patiently<T>(
+async fn newest_uuid(map: &dyn DistributedMap) -> anyhow::Result<Option<Uuid>> {
+    read_with_retries(map, async || map.last().await).await
+}
+
+/// Reads from the map, again after an error that may pass, for at most [`RETRY_TIMEOUT`].
+async fn read_with_retries<T>(
     map: &dyn DistributedMap,
     mut read: impl AsyncFnMut() -> Result<T, MapError>,
 ) -> anyhow::Result<T> {
@@ -437,15 +425,15 @@ async fn patiently<T>(
         match read().await {
             Ok(read) => return Ok(read),
             Err(error @ MapError::Damaged(_)) => return Err(error.into()),
-            Err(error) if begin.elapsed() > PATIENCE => {
+            Err(error) if begin.elapsed() > RETRY_TIMEOUT => {
                 bail!(map.health().await.missing.unwrap_or(error.to_string()))
             }
-            Err(_) => sleep(PAUSE).await,
+            Err(_) => sleep(RETRY_PAUSE).await,
         }
     }
 }
 
-/// Tells on stderr how a task gets on.
+/// Prints progress to stderr.
 struct Progress {
     told: Instant,
 }
@@ -457,11 +445,11 @@ impl Progress {
         }
     }
 
-    /// Says it, unless that was done just now.
-    fn tell(&mut self, how: impl FnOnce() -> String) -> bool {
-        let is_time = self.told.elapsed() >= INTERVAL;
+    /// Prints a line, at most once an interval; returns whether it did.
+    fn tell(&mut self, line: impl FnOnce() -> String) -> bool {
+        let is_time = self.told.elapsed() >= PROGRESS_INTERVAL;
         if is_time {
-            eprintln!("{}", how());
+            eprintln!("{}", line());
             self.told = Instant::now();
         }
         is_time

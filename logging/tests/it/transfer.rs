@@ -216,7 +216,7 @@ fn what_cannot_be_imported_is_named() {
     let (v7, v4) = (Uuid::now_v7(), Uuid::from_u128(4 << 76 | 2 << 62));
     let of_2100 = Builder::from_unix_timestamp_millis(4_102_444_800_000, &[7; 10]).into_uuid();
     for (content, reason) in [
-        (lines(0..3), "the file is cut: after 3 entries"),
+        (lines(0..3), "the file is truncated: its 3 entries"),
         (
             [lines(0..3), b"{\"count\":4}\n".to_vec()].concat(),
             "has 3 entries, but its last line says 4",
