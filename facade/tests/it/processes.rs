@@ -439,3 +439,41 @@ fn help_names_each_flag_with_its_environment_twin() {
     ];
     assert_help(&binary("messages"), &flags);
 }
+
+/// What a GET gave can be put into another map, as JSON and as NDJSON.
+#[tokio::test]
+async fn body_of_a_get_can_be_imported() {
+    let system = System::start().await;
+    for msg in ["hello", "\"],\"count\":3}\n", "größe,", &"x".repeat(60_000)] {
+        system.store(msg).await;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let logging = |map: &str| {
+        let mut command = Command::new(binary("logging"));
+        command.args([
+            "--map",
+            &format!("lmdb:{}", folder.path().join(map).display()),
+        ]);
+        command
+    };
+    for format in ["json", "x-ndjson"] {
+        let request = system.http.get(&system.url);
+        let request = request.header("accept", format!("application/{format}"));
+        let body = request.send().await.unwrap().bytes().await.unwrap();
+        let file = folder.path().join("body");
+        std::fs::write(&file, body).unwrap();
+        let import = logging(format)
+            .args(["--settle", "0s", "import"])
+            .arg(&file)
+            .output();
+        let import = import.unwrap();
+        assert!(import.status.success(), "{import:?}");
+        let export = logging(format).arg("export").output().unwrap();
+        let lines = String::from_utf8(export.stdout).unwrap();
+        let mut lines: Vec<&str> = lines.lines().collect();
+        assert_eq!(lines.pop(), Some("{\"count\":4}"));
+        let entries = lines.iter().map(|line| serde_json::from_str(line).unwrap());
+        let entries: Vec<Entry> = entries.collect();
+        assert_eq!(entries, system.read("").await.logging_service);
+    }
+}
