@@ -17,7 +17,10 @@ use common::entry::{Entry, MAX_BATCH_BYTES, PutResult};
 use common::read::{Bounds, READ_END};
 use common::server::REQUEST_ID;
 use futures_util::{StreamExt, stream};
-use reqwest::{Client, RequestBuilder, Response, StatusCode, Url, header};
+use hyper_util::client::legacy;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use reqwest::{Body, Client, RequestBuilder, Response, StatusCode, Url, header};
 use serde::Serialize;
 use tokio::time::timeout;
 use uuid::Uuid;
@@ -37,6 +40,9 @@ const MAX_OUTCOMES_BODY: usize = MAX_BATCH_BYTES;
 
 /// The longest reply of the messages service that is passed on.
 const MAX_REPLY_BYTES: usize = 64 * 1024;
+
+/// How many bytes of a stream hyper may hold for one GET.
+const STREAM_BUFFER: usize = 64 * 1024;
 
 /// What lies behind an [`UpstreamError`], for the log.
 pub type Cause = Box<dyn Error + Send + Sync>;
@@ -127,7 +133,16 @@ impl From<reqwest::Error> for UpstreamError {
     }
 }
 
-/// The HTTP client that all calls share. It goes straight to the services: proxies from the
+impl From<legacy::Error> for UpstreamError {
+    fn from(error: legacy::Error) -> Self {
+        match error.is_connect() {
+            true => Self::Unreachable(error.into()),
+            false => Self::Lost(error.into()),
+        }
+    }
+}
+
+/// The HTTP client for all calls but streams. It goes straight to the services: proxies from the
 /// environment and redirects are off, and so are retries, except of requests that were never
 /// written because a kept connection had been closed.
 ///
@@ -142,6 +157,21 @@ pub fn http_client(connect_timeout: Duration) -> reqwest::Result<Client> {
         .connect_timeout(connect_timeout)
         .pool_idle_timeout(IDLE_CONNECTION)
         .build()
+}
+
+/// The HTTP client for streams. It is the one inside reqwest, built here because reqwest cannot bound
+/// hyper's read buffer, which grows to half a mebibyte for each GET whose caller is slow.
+type StreamClient = legacy::Client<HttpConnector, Body>;
+
+fn stream_client(connect_timeout: Duration) -> StreamClient {
+    let mut connector = HttpConnector::new();
+    connector.set_nodelay(true);
+    connector.set_connect_timeout(Some(connect_timeout));
+    legacy::Client::builder(TokioExecutor::new())
+        .pool_timer(TokioTimer::new())
+        .pool_idle_timeout(IDLE_CONNECTION)
+        .http1_max_buf_size(STREAM_BUFFER)
+        .build(connector)
 }
 
 /// The answer to a read.
@@ -185,6 +215,7 @@ pub trait Logging: fmt::Debug + Send + Sync {
 #[derive(Clone, Debug)]
 pub struct LoggingClient {
     http: Client,
+    streams: StreamClient,
     name: String,
     base: Url,
     timeout: Duration,
@@ -201,6 +232,7 @@ impl LoggingClient {
         let base = Url::parse(&format!("http://{address}")).expect("an address makes a URL");
         Self {
             http,
+            streams: stream_client(timeout / 2),
             name: address.to_string(),
             base,
             timeout,
@@ -258,7 +290,12 @@ impl Logging for LoggingClient {
         if let Some(id) = request_id {
             request = request.header(REQUEST_ID, id);
         }
-        let asked = async { require_success(self.check(request.send().await?)?).await };
+        let request = request.build()?.try_into()?;
+        let asked = async {
+            let response = self.streams.request(request).await?;
+            let response = Response::from(response.map(Body::wrap));
+            require_success(self.check(response)?).await
+        };
         let asked = timeout(self.timeout, asked).await;
         let response = asked.unwrap_or(Err(UpstreamError::TimedOut))?;
         let end = response.headers().get(READ_END).map(|end| {
