@@ -1,10 +1,20 @@
-//! The mark by which a facade knows that an answer comes from a logging instance, and not from
-//! something else that listens at its address or stands in between.
+//! The wire between facade and logging: HTTP whose answers bear a mark. `put` has the batches and their
+//! results, `stream` what a read is answered with.
+//!
+//! A logging instance answers 429 when it is busy and did nothing, and 503 when its map cannot serve now.
+//! With the mark, both prove that nothing was executed; without it nothing does, as the answer may come from
+//! a proxy or from another server at the address.
+
+mod put;
+mod stream;
 
 use std::fmt;
 use std::str::FromStr;
 
 use uuid::Uuid;
+
+pub use put::{Batch, EncodedEntry, MAX_BATCH_BYTES, PutEntry, PutResult};
+pub use stream::{EntryLine, READ_END, ReadQuery, StreamEnd, write_entry};
 
 /// The header of every answer of a logging instance. Its value is a [`Mark`].
 pub const MARK: &str = "x-message-log";

@@ -123,7 +123,7 @@ fn explain_unbound(error: &io::Error) -> String {
 }
 
 /// Turns what a service's `main` did into its exit code: an error is one line on stderr, code 1.
-pub fn report<E: Display>(result: Result<(), E>) -> ExitCode {
+pub fn exit_code<E: Display>(result: Result<(), E>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

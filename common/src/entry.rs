@@ -1,13 +1,7 @@
-//! The entry of the log, and what the logging service says about each entry that it was asked to
-//! put. These are the types of the internal API between facade and logging.
+//! The entry of the log, and what becomes of one that is to be put into the map.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
-
-/// The largest body that a logging instance accepts for one batch, in bytes.
-///
-/// The facade keeps its batches below it, and refuses a `--max-message` that could not fit.
-pub const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
 
 /// How many bytes one byte of a message can become in JSON: a control character is `\u001b`.
 pub const MAX_JSON_EXPANSION: usize = 6;
@@ -22,32 +16,8 @@ pub struct Entry {
     pub msg: String,
 }
 
-/// An entry on its way to a logging instance.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-pub struct PutEntry {
-    /// The identifier under which the message is to be stored.
-    pub uuid: Uuid,
-    /// The message.
-    pub msg: String,
-    /// The `x-request-id` of the POST that brought it, for the logs.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub request_id: Option<String>,
-}
-
-/// The answer of a logging instance about one entry.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
-pub struct PutResult {
-    /// The identifier that was asked for.
-    pub uuid: Uuid,
-    /// What became of it.
-    #[serde(flatten)]
-    pub outcome: Outcome,
-}
-
 /// What became of one entry that was to be put into the map.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
-#[serde(tag = "outcome", rename_all = "lowercase")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It is in the map now, durably.
     Stored,
@@ -55,20 +25,23 @@ pub enum Outcome {
     Duplicate,
     /// The map holds another message under this UUID; nothing was changed.
     Conflict,
-    /// It is not in the map, and its UUID's time lies outside the settle window.
-    Stale {
-        /// On which side of the window that time lies; without a word it is [`Staleness::Past`].
-        #[serde(default, skip_serializing_if = "Staleness::is_past")]
-        when: Staleness,
-    },
+    /// It is not in the map and never will be: its UUID's time is in the past of the settle window.
+    Stale,
+    /// It is not in the map, and its UUID's time has just left the settle window. A server whose clock
+    /// is behind this one's may still add it, so nothing is final.
+    Leaving,
+    /// It is not in the map now, and its UUID's time is in the future: it may be added later.
+    Early,
     /// It was certainly not executed; the same or another instance may be asked again.
     Refused {
         /// Why, for the caller.
         detail: String,
-        /// Whether only the entry's partition cannot take it now: another UUID may be in one that
-        /// can, and no load is to be taken off this instance.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        is_partition_down: bool,
+    },
+    /// It was certainly not executed because no primary takes its partition: another UUID may be in
+    /// a partition that has one. It says nothing about the load on this instance.
+    PartitionDown {
+        /// Why, for the caller.
+        detail: String,
     },
     /// It may or may not be in the map; asking again with the same UUID is safe.
     Unknown {
@@ -77,40 +50,18 @@ pub enum Outcome {
     },
 }
 
-/// Where the time of an entry lies that is not in the map and was not added.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Staleness {
-    /// In the future: the entry may be added later.
-    Ahead,
-    /// Just outside the window. A server whose clock is behind this one's may still add the entry, so
-    /// nothing is final.
-    Leaving,
-    /// In the past: the entry is not in the map and never will be.
-    #[default]
-    Past,
-}
-
-impl Staleness {
-    fn is_past(&self) -> bool {
-        *self == Self::Past
-    }
-}
-
 impl Outcome {
     /// A [`Outcome::Refused`] for this reason.
     pub fn refused(detail: impl Into<String>) -> Self {
         Self::Refused {
             detail: detail.into(),
-            is_partition_down: false,
         }
     }
 
-    /// A [`Outcome::Refused`] because the entry's partition has nobody who could take it now.
+    /// A [`Outcome::PartitionDown`] for this reason.
     pub fn partition_down(detail: impl Into<String>) -> Self {
-        Self::Refused {
+        Self::PartitionDown {
             detail: detail.into(),
-            is_partition_down: true,
         }
     }
 
@@ -120,16 +71,6 @@ impl Outcome {
             detail: detail.into(),
         }
     }
-}
-
-/// Whether a character could change how a line looks or where it ends: control characters,
-/// Unicode's line ends, and the marks that change the direction of text.
-pub fn is_control(character: char) -> bool {
-    character.is_control()
-        || matches!(
-            character,
-            '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
-        )
 }
 
 /// The time of a version 7 UUID, in milliseconds since the Unix epoch (RFC 9562, section 5.7).

@@ -1,4 +1,4 @@
-//! What at least two of the services need: the entry and its encodings, reads, problem+json
+//! What at least two of the services need: the entry, the wire between facade and logging, problem+json
 //! answers, configuration, serving, health checks and telemetry.
 //!
 //! Nothing that only one service uses lives here.
@@ -7,11 +7,13 @@
 
 pub mod api;
 pub mod body;
+pub mod bounds;
 pub mod config;
 pub mod entry;
-pub mod healthcheck;
+pub mod escape;
+pub mod health;
 pub mod json;
+pub mod middleware;
 pub mod problem;
-pub mod read;
-pub mod server;
+pub mod serve;
 pub mod telemetry;

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use axum::extract::rejection::QueryRejection;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use problem_details::ProblemDetails;
@@ -15,12 +16,18 @@ use crate::json;
 const MAX_DETAIL: usize = 500;
 
 /// Cuts a text that may quote what a caller sent, so that errors stay small.
-pub fn shortened(mut text: String) -> String {
+pub fn truncate_detail(mut text: String) -> String {
     if text.len() > MAX_DETAIL {
         text.truncate(text.floor_char_boundary(MAX_DETAIL));
         text.push('…');
     }
     text
+}
+
+impl From<QueryRejection> for Problem {
+    fn from(rejection: QueryRejection) -> Self {
+        Self::bad_request(rejection.body_text())
+    }
 }
 
 /// An error answer: a status, a detail, further members, and when to come back.
@@ -34,7 +41,7 @@ impl Problem {
     /// A problem with this status and a detail meant for the caller.
     pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
         let details = ProblemDetails::from_status_code(status)
-            .with_detail(shortened(detail.into()))
+            .with_detail(truncate_detail(detail.into()))
             .with_extensions(Map::new());
         Self {
             details: Box::new(details),

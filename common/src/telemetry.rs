@@ -11,7 +11,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use crate::entry::is_control;
+use crate::escape::needs_escape;
 
 /// Lines that may wait for standard output. A line can hold a message, so the bound in bytes is
 /// this times the largest message.
@@ -62,7 +62,7 @@ impl<W: Write> Write for Escaped<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         // ASCII's other control characters are the line's own newline and a terminal's colours.
         let is_escaped = |character: char| {
-            character == '\u{7f}' || (!character.is_ascii() && is_control(character))
+            character == '\u{7f}' || (!character.is_ascii() && needs_escape(character))
         };
         match std::str::from_utf8(bytes) {
             Ok(text) if text.contains(is_escaped) => {

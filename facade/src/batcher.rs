@@ -8,16 +8,18 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use common::entry::{Outcome, PutEntry, PutResult};
+use common::api::{Batch, EncodedEntry, PutEntry, PutResult};
+use common::entry::Outcome;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
-use crate::client::{Certainty, Logging, UpstreamError};
+use crate::client::LoggingApi;
 use crate::health::Health;
+use crate::upstream::{MaybeStored, UpstreamError};
 
 /// A batch takes no further entry once it has this many bytes: one group commit's worth, which an
 /// instance stores well within its store timeout.
-pub(crate) const MAX_BATCH: usize = 1024 * 1024;
+pub(crate) const TARGET_BATCH_BYTES: usize = 1024 * 1024;
 
 /// Batches begin with this limit in bytes, and double it while they are answered in less than half
 /// of [`LONG_BATCH`], like TCP's slow start: an instance that stores a few hundred entries a second
@@ -67,7 +69,7 @@ struct Queue {
 
 #[derive(Debug)]
 struct Queued {
-    json: Vec<u8>,
+    entry: EncodedEntry,
     reply: Reply,
     since: Instant,
     _held: Held,
@@ -81,7 +83,7 @@ pub struct BatchFailure {
     /// For the caller.
     pub detail: String,
     /// Whether the batch may have been executed.
-    pub certainty: Certainty,
+    pub maybe_stored: MaybeStored,
     /// Whether the instance is down because of it; otherwise the instance itself refused the batch.
     pub is_down: bool,
 }
@@ -89,7 +91,7 @@ pub struct BatchFailure {
 impl Batcher {
     /// Starts the task that sends the batches. It ends when the batcher is dropped and what was
     /// queued is answered.
-    pub fn start(client: Arc<dyn Logging>, health: Arc<Health>) -> Self {
+    pub fn start(client: Arc<dyn LoggingApi>, health: Arc<Health>) -> Self {
         let shared = Arc::new(Shared {
             queue: Mutex::new(Queue {
                 entries: VecDeque::new(),
@@ -110,12 +112,12 @@ impl Batcher {
         entry: &PutEntry,
         held: Held,
     ) -> impl Future<Output = Result<Outcome, BatchFailure>> + Send + use<> {
-        let json = serde_json::to_vec(entry).expect("an entry is plain JSON");
+        let entry = entry.encode();
         let (reply, outcome) = oneshot::channel();
         let mut queue = self.shared.lock();
-        queue.bytes += json.len();
+        queue.bytes += entry.len();
         queue.entries.push_back(Queued {
-            json,
+            entry,
             reply,
             since: Instant::now(),
             _held: held,
@@ -176,9 +178,9 @@ impl Queue {
         while bytes < self.batch_limit
             && let Some(queued) = self.entries.pop_front()
         {
-            self.bytes -= queued.json.len();
+            self.bytes -= queued.entry.len();
             if !queued.reply.is_closed() {
-                bytes += queued.json.len();
+                bytes += queued.entry.len();
                 batch.push(queued);
             }
         }
@@ -195,7 +197,7 @@ impl Queue {
         if took > LONG_BATCH {
             self.batch_limit = (self.batch_limit / 2).max(SMALLEST_BATCH);
         } else if took < LONG_BATCH / 2 && bytes >= self.batch_limit {
-            self.batch_limit = (self.batch_limit * 2).min(MAX_BATCH);
+            self.batch_limit = (self.batch_limit * 2).min(TARGET_BATCH_BYTES);
         }
     }
 
@@ -204,11 +206,16 @@ impl Queue {
     }
 }
 
-async fn send_batches(client: Arc<dyn Logging>, health: Arc<Health>, shared: Arc<Shared>) {
+async fn send_batches(client: Arc<dyn LoggingApi>, health: Arc<Health>, shared: Arc<Shared>) {
     while let Some(batch) = shared.next_batch().await {
-        let (array, replies) = encode(batch);
-        let (bytes, began) = (array.len(), Instant::now());
-        match require_all(client.put(array).await, replies.len()) {
+        let mut body = Batch::default();
+        let mut replies = Vec::with_capacity(batch.len());
+        for queued in batch {
+            body.push(&queued.entry);
+            replies.push(queued.reply);
+        }
+        let (bytes, began) = (body.len(), Instant::now());
+        match require_all(client.put(body).await, replies.len()) {
             Ok(results) => {
                 health.note_success();
                 shared.lock().note_answered(bytes, began.elapsed());
@@ -228,20 +235,6 @@ async fn send_batches(client: Arc<dyn Logging>, health: Arc<Health>, shared: Arc
             }
         }
     }
-}
-
-/// A batch as a JSON array, and where the outcome of each entry goes.
-fn encode(batch: Vec<Queued>) -> (Vec<u8>, Vec<Reply>) {
-    let bytes: usize = batch.iter().map(|queued| queued.json.len() + 1).sum();
-    let mut array = Vec::with_capacity(bytes + 1);
-    let mut replies = Vec::with_capacity(batch.len());
-    for queued in batch {
-        array.push(if replies.is_empty() { b'[' } else { b',' });
-        array.extend_from_slice(&queued.json);
-        replies.push(queued.reply);
-    }
-    array.push(b']');
-    (array, replies)
 }
 
 /// An answer without a result for each entry is worth nothing: nobody knows whose the results are.
@@ -268,7 +261,7 @@ fn refuse_queued(shared: &Shared, failure: &BatchFailure) {
         queue.take_all()
     };
     let never_sent = BatchFailure {
-        certainty: Certainty::No,
+        maybe_stored: MaybeStored::No,
         ..failure.clone()
     };
     for queued in waiting {
@@ -280,7 +273,7 @@ impl BatchFailure {
     fn of(error: &UpstreamError) -> Self {
         Self {
             detail: error.to_string(),
-            certainty: error.certainty(),
+            maybe_stored: error.maybe_stored(),
             is_down: !error.is_refusal(),
         }
     }

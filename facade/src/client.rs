@@ -4,7 +4,6 @@
 //! An answer counts as a logging instance's only when it bears the instance's mark: a proxy, or
 //! another server at the address, may answer anything after it forwarded a request or not.
 
-use std::error::Error;
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -12,21 +11,20 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use common::api::{MARK, Mark};
-use common::entry::{Entry, MAX_BATCH_BYTES, PutResult};
-use common::read::{Bounds, READ_END};
-use common::server::REQUEST_ID;
+use common::api::{Batch, MARK, MAX_BATCH_BYTES, Mark, PutResult, READ_END, ReadQuery};
+use common::entry::Entry;
+use common::middleware::REQUEST_ID;
 use futures_util::{StreamExt, stream};
 use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use reqwest::{Body, Client, RequestBuilder, Response, StatusCode, Url, header};
-use serde::Serialize;
 use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::entry_stream::Chunks;
 use crate::served_map::ServedMap;
+use crate::upstream::UpstreamError;
 
 /// Idle connections are dropped after this time, well before the services behind drop theirs.
 const IDLE_CONNECTION: Duration = Duration::from_secs(10);
@@ -43,104 +41,6 @@ const MAX_REPLY_BYTES: usize = 64 * 1024;
 
 /// How many bytes of a stream hyper may hold for one GET.
 const STREAM_BUFFER: usize = 64 * 1024;
-
-/// What lies behind an [`UpstreamError`], for the log.
-pub type Cause = Box<dyn Error + Send + Sync>;
-
-/// Why a service behind the facade gave no usable answer.
-#[derive(Debug, thiserror::Error)]
-pub enum UpstreamError {
-    /// No connection: the request was certainly not executed.
-    #[error("cannot be reached")]
-    Unreachable(#[source] Cause),
-    /// No complete answer in time.
-    #[error("did not answer in time")]
-    TimedOut,
-    /// The connection was lost before the answer was complete.
-    #[error("broke the connection off")]
-    Lost(#[source] Cause),
-    /// The service itself answered that it does not do this.
-    #[error("answered {0}: {1}")]
-    Status(StatusCode, String),
-    /// The answer came from something else: a proxy in between, or another server at the address.
-    /// The request may have been executed.
-    #[error("gave an answer ({0}) that is not a logging instance's: {1}")]
-    Unmarked(StatusCode, String),
-    /// The instance serves another map than the facade.
-    #[error("{0}")]
-    OtherMap(String),
-    /// Its answer is not in the form that was agreed on.
-    #[error("gave an answer that cannot be read: {0}")]
-    Garbled(String),
-}
-
-/// What is known about a request that failed, or a message after several, from less doubt to more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Certainty {
-    /// It was certainly not executed.
-    No,
-    /// It may have been executed.
-    Unknown,
-}
-
-impl Certainty {
-    /// The word for it in answers.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::No => "no",
-            Self::Unknown => "unknown",
-        }
-    }
-}
-
-impl UpstreamError {
-    /// Whether the request may have been executed. Only a connection that was refused and the
-    /// instance's own word, with its mark, prove that it was not.
-    pub fn certainty(&self) -> Certainty {
-        match self {
-            Self::Unreachable(_) => Certainty::No,
-            Self::Status(..) if self.is_refusal() => Certainty::No,
-            Self::Status(..)
-            | Self::Unmarked(..)
-            | Self::OtherMap(_)
-            | Self::TimedOut
-            | Self::Lost(_)
-            | Self::Garbled(_) => Certainty::Unknown,
-        }
-    }
-
-    /// Whether a logging instance itself says that it executed nothing: it is busy, or it does not
-    /// take such a request. Such an instance is well.
-    pub fn is_refusal(&self) -> bool {
-        matches!(self, Self::Status(status, _) if status.is_client_error() || status.as_u16() == 503)
-    }
-
-    /// Whether an instance serves, but its map cannot be read now, as while a failover lasts.
-    pub fn is_map_unavailable(&self) -> bool {
-        matches!(self, Self::Status(status, _) if status.as_u16() == 503)
-    }
-}
-
-impl From<reqwest::Error> for UpstreamError {
-    fn from(error: reqwest::Error) -> Self {
-        if error.is_connect() {
-            Self::Unreachable(error.into())
-        } else if error.is_timeout() {
-            Self::TimedOut
-        } else {
-            Self::Lost(error.into())
-        }
-    }
-}
-
-impl From<legacy::Error> for UpstreamError {
-    fn from(error: legacy::Error) -> Self {
-        match error.is_connect() {
-            true => Self::Unreachable(error.into()),
-            false => Self::Lost(error.into()),
-        }
-    }
-}
 
 /// The HTTP client for all calls but streams. It goes straight to the services: proxies from the
 /// environment and redirects are off, and so are retries, except of requests that were never
@@ -192,15 +92,14 @@ impl fmt::Debug for ReadAnswer {
 /// One logging instance, as the pool, the batcher and reads see it. Tests of failover put a
 /// simulated one in its place, whose network loses and delays what the test says.
 #[async_trait]
-pub trait Logging: fmt::Debug + Send + Sync {
-    /// Puts a batch, a JSON array of entries, and returns what became of each, in order.
-    async fn put(&self, batch: Vec<u8>) -> Result<Vec<PutResult>, UpstreamError>;
+pub trait LoggingApi: fmt::Debug + Send + Sync {
+    /// Puts a batch and returns what became of each entry, in order.
+    async fn put(&self, batch: Batch) -> Result<Vec<PutResult>, UpstreamError>;
 
-    /// Begins to read the entries within the bounds, at most `limit`; waits until the answer begins.
+    /// Begins to read entries; waits until the answer begins.
     async fn read(
         &self,
-        bounds: Bounds,
-        limit: Option<u64>,
+        query: ReadQuery,
         request_id: Option<&str>,
     ) -> Result<ReadAnswer, UpstreamError>;
 
@@ -260,13 +159,13 @@ impl LoggingClient {
 }
 
 #[async_trait]
-impl Logging for LoggingClient {
-    async fn put(&self, batch: Vec<u8>) -> Result<Vec<PutResult>, UpstreamError> {
+impl LoggingApi for LoggingClient {
+    async fn put(&self, batch: Batch) -> Result<Vec<PutResult>, UpstreamError> {
         let request = self
             .http
             .post(self.base.clone())
             .header(header::CONTENT_TYPE, "application/json")
-            .body(batch);
+            .body(batch.into_body());
         let response = require_success(self.send(request).await?).await?;
         let body = read_body(response, MAX_OUTCOMES_BODY).await?;
         serde_json::from_slice(&body).map_err(garbled)
@@ -274,18 +173,9 @@ impl Logging for LoggingClient {
 
     async fn read(
         &self,
-        bounds: Bounds,
-        limit: Option<u64>,
+        query: ReadQuery,
         request_id: Option<&str>,
     ) -> Result<ReadAnswer, UpstreamError> {
-        #[derive(Serialize)]
-        struct Query {
-            #[serde(flatten)]
-            bounds: Bounds,
-            #[serde(skip_serializing_if = "Option::is_none")]
-            limit: Option<u64>,
-        }
-        let query = Query { bounds, limit };
         let mut request = self.http.get(self.base.clone()).query(&query);
         if let Some(id) = request_id {
             request = request.header(REQUEST_ID, id);

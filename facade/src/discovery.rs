@@ -11,7 +11,7 @@ use reqwest::{Client, Url};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use crate::client::{Logging, LoggingClient};
+use crate::client::{LoggingApi, LoggingClient};
 use crate::pool::Pool;
 
 /// How often host names are looked up again.
@@ -62,7 +62,7 @@ impl Origin {
         let found = addresses.into_iter().map(|address| {
             let (http, served) = (self.http.clone(), pool.served_map.clone());
             let client = LoggingClient::new(http, address, self.try_timeout, served);
-            (address.to_string(), Arc::new(client) as Arc<dyn Logging>)
+            (address.to_string(), Arc::new(client) as Arc<dyn LoggingApi>)
         });
         let origin = format!("{}:{}", self.host, self.port);
         pool.set_instances(&origin, found.collect());

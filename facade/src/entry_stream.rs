@@ -3,15 +3,15 @@
 use std::fmt;
 
 use bytes::{Bytes, BytesMut};
-use common::entry::MAX_BATCH_BYTES;
-use common::read::{Bounds, EntryLine, StreamEnd};
+use common::api::{EntryLine, MAX_BATCH_BYTES, StreamEnd};
+use common::bounds::Bounds;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use memchr::{memchr, memchr_iter, memrchr};
 use reqwest::StatusCode;
 use uuid::Uuid;
 
-use crate::client::UpstreamError;
+use crate::upstream::UpstreamError;
 
 /// A longer line is no entry's: one can be as large as a batch, which was JSON too.
 const MAX_LINE: usize = MAX_BATCH_BYTES + 1024;
@@ -160,7 +160,7 @@ fn garbled(reason: &str) -> UpstreamError {
 
 #[cfg(test)]
 mod tests {
-    use common::read::write_entry;
+    use common::api::write_entry;
     use futures_util::stream;
 
     use super::*;

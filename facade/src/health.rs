@@ -8,11 +8,13 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use common::api::Batch;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
-use crate::client::{Logging, UpstreamError};
+use crate::client::LoggingApi;
 use crate::served_map::ServedMap;
+use crate::upstream::UpstreamError;
 
 /// Pause before the next trial of an instance that is down: the longest time for which one that is
 /// well again gets nothing.
@@ -22,14 +24,11 @@ const TRIAL_PAUSE: Duration = Duration::from_millis(200);
 /// the pause before, at most this many times doubled: 3.2 s.
 const MAX_DOUBLINGS: u32 = 4;
 
-/// A batch without entries: the trial.
-const EMPTY_BATCH: &[u8] = b"[]";
-
 /// Whether an instance is believed to be up. It is until a request finds otherwise.
 #[derive(Debug)]
 pub struct Health {
     name: String,
-    client: Arc<dyn Logging>,
+    client: Arc<dyn LoggingApi>,
     is_up: AtomicBool,
     /// How often it went down since it last answered a batch with entries.
     relapses: AtomicU32,
@@ -44,7 +43,7 @@ impl Health {
     /// The health of a new instance, which gets its first trial at once.
     pub(crate) fn start(
         name: String,
-        client: Arc<dyn Logging>,
+        client: Arc<dyn LoggingApi>,
         readmitted: Arc<Notify>,
         served_map: Arc<ServedMap>,
     ) -> Arc<Self> {
@@ -80,9 +79,9 @@ impl Health {
         }
     }
 
-    /// Gives the instance a trial. One that refuses it is well: it says so itself.
+    /// Gives the instance a trial, a batch without entries. One that refuses it is well: it says so itself.
     async fn try_once(&self) -> Result<(), UpstreamError> {
-        match self.client.put(EMPTY_BATCH.to_vec()).await {
+        match self.client.put(Batch::default()).await {
             Ok(_) => Ok(()),
             Err(error) if error.is_refusal() => Ok(()),
             Err(error) => {

@@ -1,20 +1,17 @@
 //! What one try of a message means for it: a pure function of the answer and of what is known from the
-//! other tries. When and where the next try begins is the subject of `store`.
+//! other tries. When and where the next try begins is the subject of `delivery`.
 
-use common::entry::{Outcome, Staleness};
+use common::entry::Outcome;
 use uuid::Uuid;
 
 use crate::batcher::BatchFailure;
-use crate::client::Certainty;
-
-const CLOCKS_DIFFER: &str = "does not accept the time: the clocks of this facade and of the map \
-                             differ by more than the map tolerates; set them";
+use crate::upstream::MaybeStored;
 
 /// Whose UUID a message gets: only one of ours may ever be replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Key {
     /// The facade makes one.
-    Own,
+    Generated,
     /// The caller's; repeats of it are the same entry.
     Caller(Uuid),
 }
@@ -33,7 +30,7 @@ pub enum NotStored {
         /// To repeat the message with.
         uuid: Uuid,
         /// Whether one of the tries may have stored it after all.
-        certainty: Certainty,
+        maybe_stored: MaybeStored,
         /// What the last try said.
         detail: String,
     },
@@ -54,12 +51,12 @@ impl NotStored {
                             from the current time, and post again with a new key"
                 .to_owned(),
             Self::GaveUp {
-                certainty: Certainty::No,
+                maybe_stored: MaybeStored::No,
                 detail,
                 ..
             } => format!("the message was not stored, post it again: {detail}"),
             Self::GaveUp {
-                certainty: Certainty::Unknown,
+                maybe_stored: MaybeStored::Unknown,
                 detail,
                 ..
             } => format!(
@@ -75,14 +72,26 @@ impl NotStored {
 pub(crate) struct Doubt {
     pub(crate) key: Key,
     /// From the tries that ended before.
-    pub(crate) certainty: Certainty,
+    pub(crate) maybe_stored: MaybeStored,
     /// Whether other tries of it may still be executed.
     pub(crate) others_pending: bool,
 }
 
 impl Doubt {
     fn may_be_stored(self) -> bool {
-        self.certainty == Certainty::Unknown || self.others_pending
+        self.maybe_stored == MaybeStored::Unknown || self.others_pending
+    }
+
+    /// Why a message under the caller's key is not stored, when an earlier try may still store it.
+    fn gave_up(self, uuid: Uuid, detail: &str) -> NotStored {
+        NotStored::GaveUp {
+            uuid,
+            maybe_stored: match self.may_be_stored() {
+                true => MaybeStored::Unknown,
+                false => MaybeStored::No,
+            },
+            detail: detail.to_owned(),
+        }
     }
 }
 
@@ -90,7 +99,7 @@ impl Doubt {
 #[derive(Debug)]
 pub(crate) struct Judged {
     pub(crate) verdict: Verdict,
-    pub(crate) certainty: Certainty,
+    pub(crate) maybe_stored: MaybeStored,
 }
 
 #[derive(Debug)]
@@ -120,12 +129,12 @@ pub(crate) enum Trouble {
 
 /// Judges one try of a message.
 pub(crate) fn judge(answer: Result<Outcome, BatchFailure>, doubt: Doubt) -> Judged {
-    let before = doubt.certainty;
+    let before = doubt.maybe_stored;
     let outcome = match answer {
         Ok(outcome) => outcome,
         Err(BatchFailure {
             detail,
-            certainty,
+            maybe_stored,
             is_down,
         }) => {
             let trouble = match is_down {
@@ -134,12 +143,12 @@ pub(crate) fn judge(answer: Result<Outcome, BatchFailure>, doubt: Doubt) -> Judg
             };
             return Judged {
                 verdict: Verdict::Again(trouble, detail),
-                certainty: before.max(certainty),
+                maybe_stored: before.max(maybe_stored),
             };
         }
     };
-    let (verdict, certainty) = match (outcome, doubt.key) {
-        (Outcome::Stored, _) | (Outcome::Duplicate, Key::Own) => {
+    let (verdict, maybe_stored) = match (outcome, doubt.key) {
+        (Outcome::Stored, _) | (Outcome::Duplicate, Key::Generated) => {
             let is_duplicate = false;
             (Verdict::Stored { is_duplicate }, before)
         }
@@ -150,60 +159,42 @@ pub(crate) fn judge(answer: Result<Outcome, BatchFailure>, doubt: Doubt) -> Judg
             (Verdict::Stored { is_duplicate }, before)
         }
         (Outcome::Conflict, Key::Caller(_)) => (Verdict::Final(NotStored::Conflict), before),
-        (Outcome::Conflict, Key::Own) => {
+        (Outcome::Conflict, Key::Generated) => {
             let detail = "holds another message under this UUID".to_owned();
-            (Verdict::Again(Trouble::NotTaken, detail), Certainty::No)
+            (Verdict::Again(Trouble::NotTaken, detail), MaybeStored::No)
         }
-        (Outcome::Stale { when }, Key::Caller(uuid)) => {
-            (Verdict::Final(stale_key(uuid, when, doubt)), before)
+        (Outcome::Stale, Key::Caller(_)) => (Verdict::Final(NotStored::Stale), before),
+        (Outcome::Leaving, Key::Caller(uuid)) => {
+            let detail = "this key is leaving the settle window, take a new one";
+            (Verdict::Final(doubt.gave_up(uuid, detail)), before)
         }
-        (Outcome::Stale { when }, Key::Own) => {
-            // When its time has passed, no earlier try of it will ever be stored either.
-            let certainty = match when {
-                Staleness::Past => Certainty::No,
-                Staleness::Leaving | Staleness::Ahead => before,
-            };
-            let detail = CLOCKS_DIFFER.to_owned();
-            (Verdict::Again(Trouble::ClocksDiffer, detail), certainty)
+        (Outcome::Early, Key::Caller(uuid)) if doubt.may_be_stored() => {
+            let detail = "this key's time is in the future";
+            (Verdict::Final(doubt.gave_up(uuid, detail)), before)
         }
-        (
-            Outcome::Refused {
-                detail,
-                is_partition_down,
-            },
-            _,
-        ) => {
-            let trouble = match is_partition_down {
-                true => Trouble::PartitionDown,
-                false => Trouble::Refused,
-            };
-            (Verdict::Again(trouble, detail), before)
+        (Outcome::Early, Key::Caller(_)) => (Verdict::Final(NotStored::Early), before),
+        // No earlier try of it will ever be stored either.
+        (Outcome::Stale, Key::Generated) => (clocks_differ(), MaybeStored::No),
+        (Outcome::Leaving | Outcome::Early, Key::Generated) => (clocks_differ(), before),
+        (Outcome::Refused { detail }, _) => (Verdict::Again(Trouble::Refused, detail), before),
+        (Outcome::PartitionDown { detail }, _) => {
+            (Verdict::Again(Trouble::PartitionDown, detail), before)
         }
         (Outcome::Unknown { detail }, _) => (
             Verdict::Again(Trouble::NotTaken, detail),
-            Certainty::Unknown,
+            MaybeStored::Unknown,
         ),
     };
-    Judged { verdict, certainty }
+    Judged {
+        verdict,
+        maybe_stored,
+    }
 }
 
-/// Why a message under the caller's key is not stored. Unless its time has passed for good, an
-/// earlier try that is still on its way may be stored after all.
-fn stale_key(uuid: Uuid, when: Staleness, doubt: Doubt) -> NotStored {
-    let gave_up = |detail: &str| NotStored::GaveUp {
-        uuid,
-        certainty: match doubt.may_be_stored() {
-            true => Certainty::Unknown,
-            false => Certainty::No,
-        },
-        detail: detail.to_owned(),
-    };
-    match when {
-        Staleness::Past => NotStored::Stale,
-        Staleness::Leaving => gave_up("this key is leaving the settle window, take a new one"),
-        Staleness::Ahead if doubt.may_be_stored() => gave_up("this key's time is in the future"),
-        Staleness::Ahead => NotStored::Early,
-    }
+fn clocks_differ() -> Verdict {
+    let detail = "does not accept the time: the clocks of this facade and of the map differ by more \
+                  than the map tolerates; set them";
+    Verdict::Again(Trouble::ClocksDiffer, detail.to_owned())
 }
 
 #[cfg(test)]
@@ -216,12 +207,12 @@ mod tests {
     fn verdict(
         answer: Result<Outcome, BatchFailure>,
         key: Key,
-        certainty: Certainty,
+        maybe_stored: MaybeStored,
         others_pending: bool,
-    ) -> (&'static str, Certainty) {
+    ) -> (&'static str, MaybeStored) {
         let doubt = Doubt {
             key,
-            certainty,
+            maybe_stored,
             others_pending,
         };
         let judged = judge(answer, doubt);
@@ -233,9 +224,9 @@ mod tests {
             Verdict::Final(NotStored::Conflict) => "conflict",
             Verdict::Final(NotStored::Stale) => "stale",
             Verdict::Final(NotStored::Early) => "early",
-            Verdict::Final(NotStored::GaveUp { certainty, .. }) => match certainty {
-                Certainty::No => "not stored",
-                Certainty::Unknown => "may be stored",
+            Verdict::Final(NotStored::GaveUp { maybe_stored, .. }) => match maybe_stored {
+                MaybeStored::No => "not stored",
+                MaybeStored::Unknown => "may be stored",
             },
             Verdict::Again(trouble, _) => match trouble {
                 Trouble::InstanceDown => "instance down",
@@ -245,34 +236,41 @@ mod tests {
                 Trouble::NotTaken => "not taken",
             },
         };
-        (word, judged.certainty)
-    }
-
-    fn stale(when: Staleness) -> Outcome {
-        Outcome::Stale { when }
+        (word, judged.maybe_stored)
     }
 
     #[test]
     fn each_outcome_means_one_thing() {
-        use Certainty::{No, Unknown};
-        use Staleness::{Ahead, Leaving, Past};
+        use MaybeStored::{No, Unknown};
         let table = [
-            (Outcome::Stored, Key::Own, No, "stored", No),
+            (Outcome::Stored, Key::Generated, No, "stored", No),
             (Outcome::Stored, KEY, Unknown, "stored", Unknown),
-            (Outcome::Duplicate, Key::Own, No, "stored", No),
+            (Outcome::Duplicate, Key::Generated, No, "stored", No),
             (Outcome::Duplicate, KEY, No, "duplicate", No),
             (Outcome::Duplicate, KEY, Unknown, "stored", Unknown),
             (Outcome::Conflict, KEY, Unknown, "conflict", Unknown),
-            (Outcome::Conflict, Key::Own, Unknown, "not taken", No),
-            (stale(Past), KEY, No, "stale", No),
-            (stale(Past), KEY, Unknown, "stale", Unknown),
-            (stale(Leaving), KEY, No, "not stored", No),
-            (stale(Leaving), KEY, Unknown, "may be stored", Unknown),
-            (stale(Ahead), KEY, No, "early", No),
-            (stale(Ahead), KEY, Unknown, "may be stored", Unknown),
-            (stale(Past), Key::Own, Unknown, "clocks differ", No),
-            (stale(Leaving), Key::Own, Unknown, "clocks differ", Unknown),
-            (stale(Ahead), Key::Own, Unknown, "clocks differ", Unknown),
+            (Outcome::Conflict, Key::Generated, Unknown, "not taken", No),
+            (Outcome::Stale, KEY, No, "stale", No),
+            (Outcome::Stale, KEY, Unknown, "stale", Unknown),
+            (Outcome::Leaving, KEY, No, "not stored", No),
+            (Outcome::Leaving, KEY, Unknown, "may be stored", Unknown),
+            (Outcome::Early, KEY, No, "early", No),
+            (Outcome::Early, KEY, Unknown, "may be stored", Unknown),
+            (Outcome::Stale, Key::Generated, Unknown, "clocks differ", No),
+            (
+                Outcome::Leaving,
+                Key::Generated,
+                Unknown,
+                "clocks differ",
+                Unknown,
+            ),
+            (
+                Outcome::Early,
+                Key::Generated,
+                Unknown,
+                "clocks differ",
+                Unknown,
+            ),
             (Outcome::refused("full"), KEY, No, "refused", No),
             (Outcome::refused("full"), KEY, Unknown, "refused", Unknown),
             (Outcome::partition_down("x"), KEY, No, "partition down", No),
@@ -287,31 +285,31 @@ mod tests {
     /// A try that is still pending may be executed, as one of unknown fate may have been.
     #[test]
     fn pending_tries_are_doubts() {
-        use Certainty::No;
+        use MaybeStored::No;
         let judged = |outcome| verdict(Ok(outcome), KEY, No, true).0;
         assert_eq!(judged(Outcome::Duplicate), "stored");
-        assert_eq!(judged(stale(Staleness::Leaving)), "may be stored");
-        assert_eq!(judged(stale(Staleness::Ahead)), "may be stored");
-        assert_eq!(judged(stale(Staleness::Past)), "stale");
+        assert_eq!(judged(Outcome::Leaving), "may be stored");
+        assert_eq!(judged(Outcome::Early), "may be stored");
+        assert_eq!(judged(Outcome::Stale), "stale");
     }
 
     #[test]
     fn failed_batch_leaves_as_much_doubt_as_it_must() {
-        use Certainty::{No, Unknown};
-        let failure = |certainty, is_down| {
+        use MaybeStored::{No, Unknown};
+        let failure = |maybe_stored, is_down| {
             let detail = String::new();
             Err(BatchFailure {
                 detail,
-                certainty,
+                maybe_stored,
                 is_down,
             })
         };
         for (before, of_batch, after) in
             [(No, No, No), (No, Unknown, Unknown), (Unknown, No, Unknown)]
         {
-            let down = verdict(failure(of_batch, true), Key::Own, before, false);
+            let down = verdict(failure(of_batch, true), Key::Generated, before, false);
             assert_eq!(down, ("instance down", after));
-            let refused = verdict(failure(of_batch, false), Key::Own, before, false);
+            let refused = verdict(failure(of_batch, false), Key::Generated, before, false);
             assert_eq!(refused, ("refused", after));
         }
     }

@@ -1,30 +1,17 @@
-//! The facade binary: configuration, log, socket, serve.
+//! The facade binary.
 
 use std::process::ExitCode;
 
-use common::healthcheck::{Task, healthcheck};
-use common::server::Limits;
-use common::{config, server, telemetry};
-use facade::{App, Config};
+use common::config;
+use common::serve::{self, Timeouts};
+use facade::{App, Config, router};
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    config::report(run().await)
-}
-
-async fn run() -> anyhow::Result<()> {
     let config: Config = config::parse();
-    if let Some(Task::Healthcheck) = config.task {
-        return healthcheck(config.listen).await.map_err(anyhow::Error::msg);
-    }
-    let _log =
-        telemetry::init(config.service.log_format).unwrap_or_else(|line| config::fail(&line));
-    let stop = server::stop_on_signal()?;
-    let limits = Limits::default();
-    let app = App::new(&config, limits, rand::make_rng(), stop.clone())?;
-    let listener = config::bind(config.listen).map_err(anyhow::Error::msg)?;
-    tracing::info!(address = %listener.local_addr()?, "serving the log");
-    let router = facade::router(app);
-    server::serve(listener, router, limits, stop, config.service.grace).await?;
-    Ok(())
+    let service = |stop| {
+        let app = App::new(&config, Timeouts::default(), rand::make_rng(), stop)?;
+        Ok(router(app))
+    };
+    serve::run(&config.service, config.listen, config.task, service).await
 }

@@ -1,5 +1,5 @@
 //! The logging instances: uniform random choice among those that are up, and what to ask next when
-//! a read fails on one. How a POST is repeated is the subject of `store`.
+//! a read fails on one. How a POST is repeated is the subject of `delivery`.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -8,14 +8,16 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use tokio::sync::Notify;
-use tokio::time::{sleep, timeout};
+use tokio::time;
 use tower::retry::budget::TpsBudget;
 
+use crate::backoff::Backoff;
 use crate::batcher::Batcher;
-use crate::client::{Logging, UpstreamError};
+use crate::client::LoggingApi;
 use crate::health::Health;
 use crate::identifiers::Identifiers;
 use crate::served_map::ServedMap;
+use crate::upstream::UpstreamError;
 
 /// Pause before all instances are asked again for what none of them gave, doubled each time up to
 /// [`MAX_PAUSE`].
@@ -34,7 +36,7 @@ const FREE_REPEATS_PER_SECOND: u32 = 10;
 pub struct Instance {
     /// `HOST:PORT`, as callers see it in `x-logging-instance`.
     pub name: String,
-    pub client: Arc<dyn Logging>,
+    pub client: Arc<dyn LoggingApi>,
     pub batcher: Batcher,
     pub health: Arc<Health>,
 }
@@ -44,7 +46,7 @@ impl Instance {
     /// was queued is answered.
     fn new(
         name: String,
-        client: Arc<dyn Logging>,
+        client: Arc<dyn LoggingApi>,
         readmitted: Arc<Notify>,
         served_map: Arc<ServedMap>,
     ) -> Self {
@@ -95,7 +97,7 @@ impl Pool {
     /// Makes these, by name, the instances that were found under `origin`. The pool is the union of
     /// what was found under each origin. Those that were there already stay as they are; those that
     /// no origin has any more get nothing new, and what they have is finished.
-    pub fn set_instances(&self, origin: &str, found: Vec<(String, Arc<dyn Logging>)>) {
+    pub fn set_instances(&self, origin: &str, found: Vec<(String, Arc<dyn LoggingApi>)>) {
         let mut members = self.members.write().unwrap_or_else(PoisonError::into_inner);
         for (name, client) in &found {
             let mut known = members.iter_mut();
@@ -224,13 +226,13 @@ impl Pool {
     }
 
     /// Asks all instances again and again until one answers, while `may_wait` allows it for the
-    /// error, and at most for `patience`.
+    /// error, and at most for `timeout`.
     ///
     /// # Errors
     /// As [`Self::ask`], of the last time.
-    pub async fn ask_patiently<T, F>(
+    pub async fn ask_until_deadline<T, F>(
         &self,
-        patience: Duration,
+        timeout: Duration,
         may_wait: impl Fn(&UpstreamError) -> bool,
         question: impl Fn(Arc<Instance>) -> F,
     ) -> Result<T, UpstreamError>
@@ -239,17 +241,16 @@ impl Pool {
     {
         let mut failure = UpstreamError::TimedOut;
         let asking = async {
-            let mut pause = FIRST_PAUSE;
+            let mut backoff = Backoff::new(FIRST_PAUSE, MAX_PAUSE);
             loop {
                 match self.ask(&question).await {
                     Err(error) if may_wait(&error) => failure = error,
                     answered => return answered,
                 }
-                sleep(pause).await;
-                pause = (pause * 2).min(MAX_PAUSE);
+                backoff.pause().await;
             }
         };
-        let asked = timeout(patience, asking).await;
+        let asked = time::timeout(timeout, asking).await;
         asked.unwrap_or_else(|_| Err(failure))
     }
 }
@@ -315,7 +316,7 @@ mod tests {
             let address = "127.0.0.1:9".parse().expect("an address");
             let served = pool.served_map.clone();
             let client = LoggingClient::new(http.clone(), address, Duration::ZERO, served);
-            (name.to_owned(), Arc::new(client) as Arc<dyn Logging>)
+            (name.to_owned(), Arc::new(client) as Arc<dyn LoggingApi>)
         };
         pool.set_instances("first", vec![found("shared"), found("own")]);
         pool.set_instances("second", vec![found("shared")]);

@@ -2,18 +2,20 @@
 
 use std::time::Duration;
 
-use axum::extract::{RawQuery, State};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State};
 use axum::response::Response;
-use common::server::{self, Check};
+use common::health::{Check, ReadinessQuery, check_running, readiness};
+use common::problem::Problem;
 use futures_util::StreamExt;
 use futures_util::future::join_all;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-use crate::App;
-use crate::client::UpstreamError;
 use crate::pool::Pool;
+use crate::state::App;
+use crate::upstream::UpstreamError;
 
 /// How long an answer counts, so that many who ask at once cost the instances one question.
 const FRESH: Duration = Duration::from_secs(1);
@@ -27,19 +29,23 @@ pub(crate) struct Readiness {
 /// Ready while any logging instance can read and store. With `?verbose` all of them are asked, and
 /// the messages service, which is looked at but not needed. A step of the clock that breaks the order
 /// of messages is told in either case.
-pub(crate) async fn readyz(State(app): State<App>, RawQuery(query): RawQuery) -> Response {
+pub(crate) async fn readyz(
+    State(app): State<App>,
+    query: Result<Query<ReadinessQuery>, QueryRejection>,
+) -> Result<Response, Problem> {
+    let Query(query) = query?;
     let clock_step = app.pool.identifiers.clock_step().map(|step| Check {
         name: "clock".to_owned(),
         ok: false,
         detail: step.to_string(),
     });
-    let (ready, checks) = match server::is_verbose(query.as_deref()) {
+    let (ready, checks) = match query.is_verbose() {
         true => check_all(&app).await,
         false => (app.readiness.any_instance(&app.pool).await, Vec::new()),
     };
     let checks: Vec<Check> = checks.into_iter().chain(clock_step).collect();
-    let ready = server::not_stopping(&app.stop).and(ready);
-    server::readiness(ready, &checks)
+    let ready = check_running(&app.stop).and(ready);
+    Ok(readiness(ready, &checks))
 }
 
 impl Readiness {

@@ -6,26 +6,24 @@ use std::time::SystemTime;
 use axum::body::Body;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use common::api::{READ_END, ReadQuery, StreamEnd};
 use common::body::holding;
+use common::bounds::Order;
 use common::entry::Entry;
 use common::json::{self, JsonLine};
+use common::middleware::answer_not_found;
 use common::problem::Problem;
-use common::read::{Bounds, Order, READ_END, StreamEnd};
-use common::server;
 use futures_util::{StreamExt, stream};
-use serde::Deserialize;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::error::{busy, no_entry, unreadable};
 use crate::map::{Cursor, MapError, PieceLimit, READ_AHEAD};
-use crate::{App, answer_map_error, busy};
-
-/// Reads at once; what comes on top gets a 429. A facade has at most one for each of its own.
-pub(crate) const MAX_READS: usize = 512;
+use crate::state::{App, MAX_READS};
 
 /// Memory for the pieces of all reads, in bytes: the more readers, the smaller their pieces.
 const READ_MEMORY: usize = 24 * 1024 * 1024;
@@ -44,55 +42,36 @@ pub(crate) async fn show(
     path: Result<Path<Uuid>, PathRejection>,
 ) -> Result<Response, Problem> {
     let Ok(Path(uuid)) = path else {
-        return Err(server::answer_not_found().await);
+        return Err(answer_not_found().await);
     };
-    let place = app.reads.clone().try_acquire_owned();
-    let place = place.map_err(|_| busy())?;
-    match app.map.get(uuid).await.map_err(answer_map_error)? {
+    let permit = app.reads.clone().try_acquire_owned();
+    let permit = permit.map_err(|_| busy())?;
+    match app.map.get(uuid).await.map_err(unreadable)? {
         Some(msg) => Ok(holding(
             JsonLine(Entry { uuid, msg }).into_response(),
-            place,
+            permit,
         )),
-        None => Err(Problem::new(
-            StatusCode::NOT_FOUND,
-            format!("there is no entry {uuid}"),
-        )),
+        None => Err(no_entry(uuid)),
     }
 }
 
-/// The query of a read.
-#[derive(Clone, Copy, Debug, Deserialize)]
-pub(crate) struct ListQuery {
-    after: Option<Uuid>,
-    before: Option<Uuid>,
-    #[serde(default)]
-    order: Order,
-    /// At most this many entries.
-    limit: Option<u64>,
-}
-
-/// `GET /`: the entries within the bounds as a stream, see [`common::read`].
+/// `GET /`: the entries within the bounds as a stream, see [`common::api::StreamEnd`].
 pub(crate) async fn list(
     State(app): State<App>,
-    query: Result<Query<ListQuery>, QueryRejection>,
+    query: Result<Query<ReadQuery>, QueryRejection>,
 ) -> Result<Response, Problem> {
-    let Query(query) = query.map_err(|error| Problem::bad_request(error.body_text()))?;
-    let place = app.reads.clone().try_acquire_owned();
-    let place = place.map_err(|_| busy())?;
-    let mut bounds = Bounds {
-        after: query.after,
-        before: query.before,
-        order: query.order,
-    };
+    let Query(ReadQuery { mut bounds, limit }) = query?;
+    let permit = app.reads.clone().try_acquire_owned();
+    let permit = permit.map_err(|_| busy())?;
     if bounds.needs_end(SystemTime::now()) {
         // What comes from now on is left out, or a slow reader would never reach the end.
-        let last = app.map.last().await.map_err(answer_map_error)?;
+        let last = app.map.last().await.map_err(unreadable)?;
         let end = last.map_or(0, |last| last.as_u128().saturating_add(1));
         bounds = bounds.ending_before(Uuid::from_u128(end));
     }
     let mut stream = EntryStream {
         cursor: app.map.read(bounds),
-        left: query.limit.unwrap_or(u64::MAX),
+        left: limit.unwrap_or(u64::MAX),
         count: 0,
         last: None,
         is_finished: false,
@@ -100,7 +79,7 @@ pub(crate) async fn list(
         reads: app.reads,
         stop: app.stop,
     };
-    let first = stream.next_lines().await.map_err(answer_map_error)?;
+    let first = stream.next_lines().await.map_err(unreadable)?;
     let body = match stream.is_finished {
         true => Body::from(first),
         false => {
@@ -119,7 +98,7 @@ pub(crate) async fn list(
         let end = HeaderValue::try_from(end.to_string()).expect("a UUID is plain ASCII");
         response.headers_mut().insert(READ_END, end);
     }
-    Ok(holding(response, place))
+    Ok(holding(response, permit))
 }
 
 /// A stream under way.
@@ -140,14 +119,14 @@ impl EntryStream {
     /// Reads each piece while the one before is sent, until the end or until nobody takes them.
     async fn read_ahead(mut self, pieces: mpsc::Sender<Vec<u8>>) {
         while !self.is_finished {
-            let Ok(place) = pieces.reserve().await else {
+            let Ok(permit) = pieces.reserve().await else {
                 return;
             };
             if self.stop.is_cancelled() {
-                place.send(self.hand_over("this instance is stopping".to_owned()));
+                permit.send(self.hand_over("this instance is stopping".to_owned()));
                 return;
             }
-            place.send(match self.next_lines().await {
+            permit.send(match self.next_lines().await {
                 Ok(lines) => lines,
                 Err(error) => {
                     tracing::warn!(%error, "a read is to go on elsewhere, the map cannot be read");

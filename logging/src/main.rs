@@ -1,40 +1,28 @@
-//! The logging binary: configuration, log, map, socket, serve.
+//! The logging binary.
 
 use std::process::ExitCode;
 
-use common::healthcheck::{Task, healthcheck};
-use common::server::Limits;
-use common::{config, server, telemetry};
-use logging::{App, Config, LoggingTask, map};
+use common::config;
+use common::serve::{self, Timeouts};
+use logging::{App, Config, Task, map, router};
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    config::report(run().await)
-}
-
-async fn run() -> anyhow::Result<()> {
     let config: Config = config::parse();
     let options = config
         .map_options()
         .unwrap_or_else(|line| config::fail(&line));
-    match config.task {
-        None => {}
-        Some(LoggingTask::Service(Task::Healthcheck)) => {
-            return healthcheck(config.listen).await.map_err(anyhow::Error::msg);
+    let task = match config.task {
+        Some(Task::Transfer(transfer)) => {
+            return config::exit_code(transfer.run(&config.map, options).await);
         }
-        Some(LoggingTask::Transfer(transfer)) => {
-            return transfer.run(&config.map, options).await;
-        }
-    }
-    let _log =
-        telemetry::init(config.service.log_format).unwrap_or_else(|line| config::fail(&line));
-    let stop = server::stop_on_signal()?;
-    let map = map::open(&config.map, options)?;
-    let listener = config::bind(config.listen).map_err(anyhow::Error::msg)?;
-    tracing::info!(address = %listener.local_addr()?, map = ?config.map, "serving the map");
-    let stopping = stop.clone();
-    let limits = Limits::default();
-    let router = logging::router(App::new(map, limits, stop));
-    server::serve(listener, router, limits, stopping, config.service.grace).await?;
-    Ok(())
+        Some(Task::Service(task)) => Some(task),
+        None => None,
+    };
+    let service = |stop| {
+        let map = map::open(&config.map, options)?;
+        tracing::info!(map = ?config.map, "opened the map");
+        Ok(router(App::new(map, Timeouts::default(), stop)))
+    };
+    serve::run(&config.service, config.listen, task, service).await
 }

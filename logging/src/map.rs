@@ -1,147 +1,23 @@
-//! The shared distributed map (uuid -> msg) behind one trait, and its engines.
+//! The shared distributed map (uuid -> msg): where it lives, and which engine opens it.
 //!
 //! The data is a grow-only set of immutable entries: nothing is deleted, changed or expired. That
-//! is what makes every repeat safe. No engine's name is known outside this module.
+//! is what makes every repeat safe.
 
-mod job;
+mod contract;
 mod lmdb;
+mod queue;
 mod redis;
+mod rules;
 
-use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
 
-use async_trait::async_trait;
-use common::entry::{self, Entry, Outcome, Staleness};
-use common::read::{self, Bounds};
-use common::server::Check;
-use uuid::Uuid;
-
-pub use self::redis::Servers;
-
-/// How far ahead of the map's clock a new entry's time may lie: room for the clocks of facades on
-/// other machines.
-pub const MAX_AHEAD: Duration = Duration::from_secs(2);
-
-/// How far apart the clocks may be that check the settle window: those of the servers of a shard, and
-/// one clock before and after it was corrected. With clocks further apart, an entry that was said never
-/// to be stored could be stored by the next primary.
-pub const MAX_SKEW: Duration = Duration::from_secs(1);
-
-/// A map of immutable entries that several logging instances share.
-///
-/// Entries are ordered by UUID, the same on every instance and engine.
-#[async_trait]
-pub trait DistributedMap: fmt::Debug + Send + Sync {
-    /// The id that was made together with the map, the same on every instance; `None` while it is
-    /// not known.
-    fn id(&self) -> Option<Uuid>;
-
-    /// Puts a batch and tells for each entry, in the order given, what became of it.
-    ///
-    /// - *Durability*: `Stored` and `Duplicate` are told only once the entry is committed as
-    ///   durably as the engine promises (LMDB: fsynced; Redis: on the primary and on
-    ///   `Options::backups` replicas); every read that begins afterwards, on any instance, sees it.
-    /// - *Duplicates*: the same UUID with the same message is one entry, also within one batch.
-    /// - *Conflicts*: the same UUID with another message changes nothing.
-    /// - *Settle window*: a UUID that is not in the map is added only if its time is at most
-    ///   `settle` behind and [`MAX_AHEAD`] ahead of the map's clock, looked at where the entry is
-    ///   written. Otherwise it is `Stale`: not in the map. It never will be when its time is more than
-    ///   `settle` and [`MAX_SKEW`] behind; until then a server whose clock is behind may still add it.
-    ///   (A commit becomes visible as long after that look as the disk needs for it.)
-    /// - *Failure*: `Refused` means certainly not executed; `Unknown` that it may or may not be
-    ///   stored. Entries of one batch may fare differently: they are in different partitions.
-    ///
-    /// Answers within the engine's store timeout.
-    async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome>;
-
-    /// The message under `uuid`, or `None` if there is none. Answers within the store timeout.
-    async fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError>;
-
-    /// Begins to read the entries within `bounds`, in their order. Nothing is asked of the map before
-    /// the first piece is.
-    fn read(&self, bounds: Bounds) -> Box<dyn Cursor>;
-
-    /// The greatest UUID in the map, or `None` when it is empty. Answers within the store timeout.
-    async fn last(&self) -> Result<Option<Uuid>, MapError>;
-
-    /// How the map fares. Takes as long as a put.
-    async fn health(&self) -> Health;
-}
-
-/// How a map fares, for people and for load balancers.
-#[derive(Debug)]
-pub struct Health {
-    /// Why this instance can serve nobody now, in words; `None` when it is ready.
-    pub missing: Option<String>,
-    /// What an engine can say of its parts. One that is not `ok` makes a map that is ready a
-    /// degraded one; a warning is `ok`.
-    pub checks: Vec<Check>,
-}
-
-/// A read under way. It holds no transaction and no lock of the map while nobody asks it.
-#[async_trait]
-pub trait Cursor: fmt::Debug + Send {
-    /// The entries that come next; none when the read is at its end.
-    ///
-    /// - *Complete*: an entry that was stored before the cursor began to read is in a piece. A part
-    ///   of the map that cannot be read is an error, never a shorter piece.
-    /// - *Bounded*: besides the piece a cursor keeps at most [`READ_AHEAD`] times `limit.bytes`, or
-    ///   half a mebibyte if that is more.
-    /// - *In time*: within the store timeout.
-    ///
-    /// After an error the read is over; go on with a new cursor, behind the last entry.
-    async fn next(&mut self, limit: PieceLimit) -> Result<Piece, MapError>;
-}
-
-/// What a cursor may have read and not yet given, in bytes, as a multiple of a piece.
-pub const READ_AHEAD: usize = 4;
-
-/// How much one piece may hold.
-#[derive(Clone, Copy, Debug)]
-pub struct PieceLimit {
-    /// At most this many entries.
-    pub entries: u64,
-    /// At most about this many bytes of lines, but always one entry.
-    pub bytes: usize,
-}
-
-/// Entries in the order that was asked for, as lines: see [`read::write_entry`].
-#[derive(Debug, Default)]
-pub struct Piece {
-    /// The lines.
-    pub lines: Vec<u8>,
-    /// How many they are.
-    pub count: u64,
-    /// The last one's UUID.
-    pub last: Option<Uuid>,
-}
-
-impl Piece {
-    /// Whether a message of so many bytes still goes in. One always does.
-    fn has_room(&self, limit: PieceLimit, bytes: usize) -> bool {
-        self.count == 0 || (self.count < limit.entries && self.lines.len() + bytes <= limit.bytes)
-    }
-
-    fn push(&mut self, uuid: Uuid, msg: &str) {
-        read::write_entry(&mut self.lines, uuid, msg);
-        self.count += 1;
-        self.last = Some(uuid);
-    }
-}
-
-/// Why the map could not be read.
-#[derive(Debug, thiserror::Error)]
-pub enum MapError {
-    /// It cannot be read now; it may be later, or by another instance.
-    #[error("{0}")]
-    Unavailable(String),
-    /// An entry is not what was put: LMDB's does not match its checksum, Redis's is not UTF-8.
-    #[error("entry {0} is damaged: it is not what was put there")]
-    Damaged(Uuid),
-}
+pub use self::contract::{
+    Cursor, DistributedMap, Health, MAX_AHEAD, MAX_SKEW, MapError, Options, Piece, PieceLimit,
+    READ_AHEAD,
+};
+pub use self::redis::RedisConfig;
 
 /// Where the map lives: which engine, and what that engine needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -149,7 +25,7 @@ pub enum Location {
     /// `lmdb:FOLDER`: one folder shared by the logging processes of one machine.
     Lmdb(PathBuf),
     /// `redis://…`: a Redis server, or members of a Redis Cluster.
-    Redis(Servers),
+    Redis(RedisConfig),
 }
 
 impl FromStr for Location {
@@ -166,20 +42,6 @@ impl FromStr for Location {
     }
 }
 
-/// What every engine needs to know.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// How long a put may take, all in all.
-    pub store_timeout: Duration,
-    /// How far behind the map's clock a new entry's time may lie.
-    pub settle: Duration,
-    /// Replicas that must hold an entry before it is acknowledged. By default none for LMDB and
-    /// one Redis server, one for a Redis Cluster.
-    pub backups: Option<u16>,
-    /// Whether a map is made where there is none yet.
-    pub create: bool,
-}
-
 /// Opens the map at `location`. A Redis map is opened without waiting for its servers.
 ///
 /// # Errors
@@ -189,34 +51,4 @@ pub fn open(location: &Location, options: Options) -> anyhow::Result<Arc<dyn Dis
         Location::Lmdb(folder) => Ok(Arc::new(lmdb::LmdbMap::open(folder, options)?)),
         Location::Redis(servers) => Ok(Arc::new(redis::RedisMap::open(servers.clone(), options))),
     }
-}
-
-/// Reads what each engine keeps as the map's id: `LAYOUT ID`, where the layout is the version of how
-/// entries are stored.
-///
-/// # Errors
-/// When it is not the layout that this version reads and writes, and what to do then.
-fn parse_id(text: &str, layout: u32) -> Result<Uuid, String> {
-    let (found, id) = text.split_once(' ').unwrap_or(("0", text));
-    if found != layout.to_string() {
-        return Err(format!(
-            "holds a map with another layout ({found:?}; this version reads and writes {layout}): \
-             export it with the version that wrote it (`logging export`) and import it into an \
-             empty map"
-        ));
-    }
-    id.parse()
-        .map_err(|_| format!("has {text:?} where the map's id should be"))
-}
-
-/// Why an entry of this UUID may not be new to the map when its clock shows `now`, if so.
-fn staleness(uuid: Uuid, now: SystemTime, settle: Duration) -> Option<Staleness> {
-    let time = SystemTime::UNIX_EPOCH + Duration::from_millis(entry::unix_millis(uuid));
-    if time > now + MAX_AHEAD {
-        return Some(Staleness::Ahead);
-    }
-    if now > time + settle + MAX_SKEW {
-        return Some(Staleness::Past);
-    }
-    (now > time + settle).then_some(Staleness::Leaving)
 }

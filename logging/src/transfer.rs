@@ -1,7 +1,7 @@
 //! The tasks `export` and `import`: a map is written to a file of JSON lines, and such a file is put into
 //! a map of any engine. Together they are backup, restore, and the way to another engine or layout.
 //!
-//! A file has the form of a stream, see [`common::read`]: its last line, with the count, proves that it
+//! A file has the form of a stream, see [`common::api::StreamEnd`]: its last line, with the count, proves that it
 //! is complete. Both tasks can be killed and run again.
 
 use std::fs::File;
@@ -12,9 +12,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow, bail, ensure};
 use clap::{Args, Subcommand};
-use common::entry::{self, Entry, MAX_BATCH_BYTES, Outcome};
+use common::api::{EntryLine, MAX_BATCH_BYTES, StreamEnd};
+use common::bounds::Bounds;
+use common::entry::{self, Entry, Outcome};
 use common::json;
-use common::read::{Bounds, EntryLine, StreamEnd};
 use serde::Deserialize;
 use tokio::time::sleep;
 use uuid::Uuid;
@@ -299,13 +300,15 @@ async fn put_all(
                 Outcome::Stored | Outcome::Duplicate | Outcome::Conflict => {
                     put.push((entry.uuid, outcome));
                 }
-                Outcome::Stale { .. } => {
+                Outcome::Stale | Outcome::Leaving | Outcome::Early => {
                     bail!(
                         "the time in {} lies in the future of the map's clock",
                         entry.uuid
                     )
                 }
-                Outcome::Refused { detail, .. } | Outcome::Unknown { detail } => {
+                Outcome::Refused { detail }
+                | Outcome::PartitionDown { detail }
+                | Outcome::Unknown { detail } => {
                     again.push(entry.clone());
                     reason = detail;
                 }
@@ -426,7 +429,7 @@ async fn read_with_retries<T>(
             Ok(read) => return Ok(read),
             Err(error @ MapError::Damaged(_)) => return Err(error.into()),
             Err(error) if begin.elapsed() > RETRY_TIMEOUT => {
-                bail!(map.health().await.missing.unwrap_or(error.to_string()))
+                bail!(map.health().await.not_ready.unwrap_or(error.to_string()))
             }
             Err(_) => sleep(RETRY_PAUSE).await,
         }

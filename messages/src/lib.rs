@@ -9,8 +9,8 @@ use axum::response::Response;
 use axum::routing::get;
 use clap::Parser;
 use common::config::{self, ServiceConfig};
-use common::healthcheck::Task;
-use common::server::{self, RequestLog};
+use common::health::{self, Task, check_running, livez};
+use common::middleware::{RequestLog, with_middleware};
 use tokio_util::sync::CancellationToken;
 
 /// What every GET is answered with.
@@ -37,10 +37,10 @@ pub fn router(stop: CancellationToken) -> Router {
     let routes = Router::new()
         .route("/", get(reply))
         .route("/{*path}", get(reply))
-        .route("/livez", get(server::livez))
+        .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .with_state(stop);
-    server::with_middleware(routes, RequestLog::On)
+    with_middleware(routes, RequestLog::On)
 }
 
 async fn reply() -> &'static str {
@@ -48,5 +48,5 @@ async fn reply() -> &'static str {
 }
 
 async fn readyz(State(stop): State<CancellationToken>) -> Response {
-    server::readiness(server::not_stopping(&stop), &[])
+    health::readiness(check_running(&stop), &[])
 }

@@ -5,7 +5,7 @@
 use std::net::TcpListener;
 use std::time::Duration;
 
-use common::server::{Limits, serve};
+use common::serve::{Timeouts, serve};
 use reqwest::{Client, Method};
 use tokio_util::sync::CancellationToken;
 
@@ -18,7 +18,7 @@ async fn every_get_is_answered_with_the_sentence() {
     let serving = serve(
         listener,
         router,
-        Limits::default(),
+        Timeouts::default(),
         stop.clone(),
         Duration::ZERO,
     );

@@ -1,4 +1,4 @@
-//! Tests of serving: limits of connections, bodies and answers, panics, and stopping. They talk to
+//! Tests of serving: timeouts of connections, bodies and answers, panics, and stopping. They talk to
 //! the server in bytes, because well-behaved clients do not do such things.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
@@ -11,8 +11,9 @@ use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::routing::{get, post};
 use common::body::{Reservation, read_body};
+use common::middleware::{RequestLog, with_middleware};
 use common::problem::Problem;
-use common::server::{Limits, RequestLog, serve, with_middleware};
+use common::serve::{Timeouts, serve};
 use futures_util::stream;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -25,7 +26,7 @@ const SHORT: Duration = Duration::from_millis(200);
 /// So long that a test which waited for it would hang visibly.
 const NEVER: Duration = Duration::from_secs(3600);
 
-const PATIENT: Limits = Limits {
+const PATIENT: Timeouts = Timeouts {
     head: NEVER,
     body: NEVER,
     write_idle: NEVER,
@@ -38,12 +39,12 @@ struct Server {
 }
 
 impl Server {
-    fn start(routes: Router, limits: Limits, grace: Duration) -> Self {
+    fn start(routes: Router, timeouts: Timeouts, grace: Duration) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
         let router = with_middleware(routes, RequestLog::On);
-        let serving = tokio::spawn(serve(listener, router, limits, stop.clone(), grace));
+        let serving = tokio::spawn(serve(listener, router, timeouts, stop.clone(), grace));
         Self {
             address,
             stop,
@@ -86,11 +87,11 @@ async fn panic_is_a_problem_and_the_server_goes_on() {
 
 #[tokio::test]
 async fn slow_head_and_idle_connection_are_cut() {
-    let limits = Limits {
+    let timeouts = Timeouts {
         head: SHORT,
         ..PATIENT
     };
-    let server = Server::start(Router::new().route("/", get("ok")), limits, NEVER);
+    let server = Server::start(Router::new().route("/", get("ok")), timeouts, NEVER);
     let unfinished = server.send("GET / HTTP/1.1\r\nhost:").await;
     rest(unfinished).await;
     let idle = server.send("GET / HTTP/1.1\r\nhost: h\r\n\r\n").await;
@@ -146,11 +147,11 @@ async fn reader_that_takes_nothing_is_cut() {
             Ok::<_, std::io::Error>(chunk.clone())
         }))
     };
-    let limits = Limits {
+    let timeouts = Timeouts {
         write_idle: SHORT,
         ..PATIENT
     };
-    let server = Server::start(Router::new().route("/", get(endless)), limits, NEVER);
+    let server = Server::start(Router::new().route("/", get(endless)), timeouts, NEVER);
     let connection = server.send("GET / HTTP/1.1\r\nhost: h\r\n\r\n").await;
     assert_eq!(has_ended.recv().await, Some(()));
     drop(connection);

@@ -9,12 +9,13 @@ use async_trait::async_trait;
 use axum::body::{Body, to_bytes};
 use axum::http::{Request, StatusCode};
 use clap::Parser;
-use common::entry::{Entry, Outcome, PutEntry, PutResult};
-use common::read::Bounds;
-use common::server::Limits;
-use facade::client::{Logging, ReadAnswer, UpstreamError};
+use common::api::{Batch, PutResult, ReadQuery};
+use common::entry::{Entry, Outcome};
+use common::serve::Timeouts;
+use facade::client::{LoggingApi, ReadAnswer};
 use facade::identifiers::Identifiers;
 use facade::pool::Pool;
+use facade::upstream::UpstreamError;
 use facade::{App, Config, router};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -50,7 +51,7 @@ async fn overload_is_turned_away_and_not_multiplied() {
         pool.set_instances(&name, vec![(name.clone(), slow)]);
     }
     let config = Config::parse_from(["facade", "--messages", "http://127.0.0.1:9"]);
-    let app = App::with_pool(&config, Limits::default(), pool, Default::default()).unwrap();
+    let app = App::with_pool(&config, Timeouts::default(), pool, Default::default()).unwrap();
     let facade = router(app);
 
     let began = Instant::now();
@@ -97,9 +98,9 @@ struct Slow {
 }
 
 #[async_trait]
-impl Logging for Slow {
-    async fn put(&self, batch: Vec<u8>) -> Result<Vec<PutResult>, UpstreamError> {
-        let entries: Vec<PutEntry> = serde_json::from_slice(&batch).unwrap();
+impl LoggingApi for Slow {
+    async fn put(&self, batch: Batch) -> Result<Vec<PutResult>, UpstreamError> {
+        let entries = Batch::decode(&batch.into_body()).unwrap();
         let count = u32::try_from(entries.len()).unwrap();
         self.sent.fetch_add(count.into(), Ordering::Relaxed);
         let storing = timeout(TRY_TIMEOUT, sleep(COST * count));
@@ -113,8 +114,7 @@ impl Logging for Slow {
 
     async fn read(
         &self,
-        _bounds: Bounds,
-        _limit: Option<u64>,
+        _query: ReadQuery,
         _request_id: Option<&str>,
     ) -> Result<ReadAnswer, UpstreamError> {
         unreachable!("nobody reads")

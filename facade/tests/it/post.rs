@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use common::entry::Entry;
-use facade::post::{BodyFormat, message};
+use facade::message::{BodyFormat, message};
 use futures_util::stream;
 use proptest::prelude::*;
 use serde_json::{Value, json};

@@ -11,7 +11,7 @@ use axum::extract::Request;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
-use common::entry::{Outcome, Staleness};
+use common::entry::Outcome;
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -239,10 +239,7 @@ async fn nine_hanging_instances_of_ten_cost_no_post() {
 /// stored.
 #[tokio::test]
 async fn key_in_the_future_is_unknown_after_a_try_that_was() {
-    let ahead = Outcome::Stale {
-        when: Staleness::Ahead,
-    };
-    let outcomes = [Outcome::unknown("lost"), ahead];
+    let outcomes = [Outcome::unknown("lost"), Outcome::Early];
     let system = System::with_stubs(vec![script(&outcomes)], nobody(), &[]);
     let answer = problem(post_with_key(&system).await, 503).await;
     assert_eq!(answer["stored"], "unknown");

@@ -16,9 +16,9 @@ use std::time::Duration;
 use axum::body::{Body, to_bytes};
 use axum::http::Request;
 use clap::Parser;
+use common::bounds::Order;
 use common::entry::Entry;
-use common::read::Order;
-use common::server::Limits;
+use common::serve::Timeouts;
 use facade::identifiers::Identifiers;
 use facade::pool::Pool;
 use facade::{App, Config, router};
@@ -109,7 +109,7 @@ async fn run(seed: u64) -> Tally {
         pool.set_instances(&name, vec![(name.clone(), Arc::new(instance))]);
     }
     let config = Config::parse_from(["facade", "--messages", "http://127.0.0.1:9"]);
-    let app = App::with_pool(&config, Limits::default(), pool, Default::default()).unwrap();
+    let app = App::with_pool(&config, Timeouts::default(), pool, Default::default()).unwrap();
     let caller = Caller {
         app,
         seed,

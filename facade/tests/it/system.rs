@@ -10,9 +10,9 @@ use std::time::{Duration, SystemTime};
 
 use axum::{Json, Router, routing};
 use clap::Parser;
-use common::api::{MARK, Mark};
-use common::entry::{Entry, Outcome, PutEntry, PutResult};
-use common::server::Limits;
+use common::api::{MARK, Mark, PutEntry, PutResult};
+use common::entry::{Entry, Outcome};
+use common::serve::Timeouts;
 use facade::identifiers::Identifiers;
 use facade::pool::Pool;
 use facade::{App, Config};
@@ -31,7 +31,7 @@ use crate::process::{Process, free_address};
 const SEED: u64 = 8086;
 
 /// As in production, but bodies may not stall for longer than a test waits.
-const LIMITS: Limits = Limits {
+const LIMITS: Timeouts = Timeouts {
     head: Duration::from_secs(30),
     body: Duration::from_secs(3),
     write_idle: Duration::from_secs(180),
@@ -224,7 +224,7 @@ pub(crate) fn serve(router: Router) -> Server {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let stop = CancellationToken::new();
-    let serving = common::server::serve(listener, router, LIMITS, stop.clone(), Duration::ZERO);
+    let serving = common::serve::serve(listener, router, LIMITS, stop.clone(), Duration::ZERO);
     tokio::spawn(serving);
     Server {
         address,

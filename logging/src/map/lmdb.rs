@@ -15,22 +15,22 @@ use std::thread;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use common::bounds::Bounds;
 use common::entry::{Entry, Outcome};
-use common::read::Bounds;
 use tokio::time::timeout;
 use uuid::Uuid;
 
 use self::store::Store;
 use self::writer::Writer;
-use super::job::{Job, Room};
-use super::{Cursor, DistributedMap, Health, MapError, Options, Piece, PieceLimit};
+use super::contract::{Cursor, DistributedMap, Health, MapError, Options, Piece, PieceLimit};
+use super::queue::{Job, WriteBudget};
 
 /// An LMDB environment with its writer thread.
 #[derive(Debug)]
 pub(super) struct LmdbMap {
     store: Arc<Store>,
     jobs: mpsc::Sender<Job>,
-    room: Room,
+    budget: WriteBudget,
     store_timeout: Duration,
 }
 
@@ -49,7 +49,7 @@ impl LmdbMap {
         Ok(Self {
             store,
             jobs,
-            room: Room::default(),
+            budget: WriteBudget::default(),
             store_timeout: options.store_timeout,
         })
     }
@@ -57,11 +57,11 @@ impl LmdbMap {
     /// Has the writer write a batch; an error is the outcome of all its entries. An empty batch
     /// tells whether the writer gets its turn.
     async fn submit(&self, entries: Arc<[Entry]>) -> Result<Vec<Outcome>, Outcome> {
-        let (job, ticket) = self.room.admit(entries)?;
+        let (job, reply) = self.budget.admit(entries)?;
         if self.jobs.send(job).is_err() {
             return Err(Outcome::refused("the map's writer has stopped"));
         }
-        ticket.outcomes(self.store_timeout).await
+        reply.outcomes(self.store_timeout).await
     }
 
     fn reader(&self) -> Reader {
@@ -148,7 +148,7 @@ impl DistributedMap for LmdbMap {
     }
 
     async fn health(&self) -> Health {
-        let missing = match self.reader().read(Store::last).await {
+        let not_ready = match self.reader().read(Store::last).await {
             Err(error) => Some(error.to_string()),
             Ok(_) => match self.submit(Arc::new([])).await {
                 Ok(_) => None,
@@ -157,7 +157,7 @@ impl DistributedMap for LmdbMap {
             },
         };
         Health {
-            missing,
+            not_ready,
             checks: self.store.readers.checks(),
         }
     }

@@ -1,43 +1,43 @@
 //! The engine for more than one machine: a Redis server, or a Redis Cluster whose primaries share
 //! the partitions and whose replicas are the backups.
 //!
-//! `partition` is the layout in Redis, `members` knows which primary has what and `discovery` finds it
-//! out, `lane` writes to a primary, `query` asks partitions, `cursor` merges
-//! reads over all of them.
+//! `partition` is the layout in Redis; `discovery` finds out which primary owns each partition and
+//! publishes it to `cluster`; `primary_writer` writes to a primary, `query` reads from partitions, and
+//! `cursor` merges reads over all of them.
 //!
 //! An entry is acknowledged when its primary and `--backups` replicas have it. In a shard of just
 //! so many members every one of them has every acknowledged entry, so whichever of them serves
 //! reads, also one that was paused or cut off and does not know that it was replaced, gives them
 //! all. That is why more replicas than backups are warned about.
 
+mod cluster;
+mod config;
+mod connection;
 mod cursor;
 mod discovery;
-mod lane;
-mod link;
 mod map_id;
-mod members;
-mod nodes;
 mod partition;
 mod primary;
+mod primary_writer;
 mod query;
-mod servers;
+mod replies;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use common::bounds::Bounds;
 use common::entry::{Entry, Outcome};
-use common::read::Bounds;
 use futures_util::future::join_all;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-pub use self::servers::Servers;
+pub use self::config::RedisConfig;
 
+use self::cluster::Cluster;
 use self::cursor::RedisCursor;
-use self::members::Members;
-use super::job::Room;
-use super::{Cursor, DistributedMap, Health, MapError, Options};
+use super::contract::{Cursor, DistributedMap, Health, MapError, Options};
+use super::queue::WriteBudget;
 
 /// How long one call to a server may take: less than its caller waits, so that what waits behind one
 /// that fails hears the reason, and not only that its time was up.
@@ -54,28 +54,28 @@ fn wait_timeout(answer_timeout: Duration) -> Duration {
 /// A map whose entries are on Redis servers.
 #[derive(Debug)]
 pub(super) struct RedisMap {
-    members: Arc<Members>,
-    room: Room,
+    cluster: Arc<Cluster>,
+    budget: WriteBudget,
     store_timeout: Duration,
 }
 
 impl RedisMap {
     /// Begins to look for the servers; what needs them before they are found fails.
-    pub(super) fn open(servers: Servers, options: Options) -> Self {
+    pub(super) fn open(config: RedisConfig, options: Options) -> Self {
         Self {
             store_timeout: options.store_timeout,
-            members: Members::discover(servers, options),
-            room: Room::default(),
+            cluster: Arc::new(discovery::start(config, options)),
+            budget: WriteBudget::default(),
         }
     }
 }
 
 /// Reads must be answered as fast as puts: the facade gives up on an instance that hangs.
 async fn in_time<T>(
-    patience: Duration,
+    limit: Duration,
     read: impl Future<Output = Result<T, MapError>>,
 ) -> Result<T, MapError> {
-    let result = timeout(patience, read).await;
+    let result = timeout(limit, read).await;
     result.unwrap_or_else(|_| {
         let detail = "redis did not give the entries in time";
         Err(MapError::Unavailable(detail.to_owned()))
@@ -85,19 +85,19 @@ async fn in_time<T>(
 #[async_trait]
 impl DistributedMap for RedisMap {
     fn id(&self) -> Option<Uuid> {
-        self.members.map_id()
+        self.cluster.map_id()
     }
 
     async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome> {
-        let topology = self.members.topology();
+        let topology = self.cluster.topology();
         let mut places: Vec<Vec<usize>> = vec![Vec::new(); topology.shards.len()];
         let mut outcomes = vec![Outcome::unknown("no outcome was told"); entries.len()];
         for (place, entry) in entries.iter().enumerate() {
             match topology.owner(partition::of(entry.uuid)) {
                 Some(shard) => places[shard].push(place),
                 None => {
-                    self.members.refresh_soon();
-                    outcomes[place] = Outcome::partition_down(self.members.trouble());
+                    self.cluster.start_discovery();
+                    outcomes[place] = Outcome::partition_down(self.cluster.unowned_reason());
                 }
             }
         }
@@ -105,7 +105,10 @@ impl DistributedMap for RedisMap {
         let groups = groups.filter(|(_, places)| !places.is_empty());
         let puts = groups.map(async |(shard, places)| {
             let batch = places.iter().map(|place| entries[*place].clone());
-            (places, shard.lane.put(&self.room, batch.collect()).await)
+            (
+                places,
+                shard.writer.put(&self.budget, batch.collect()).await,
+            )
         });
         for (places, put) in join_all(puts).await {
             match put {
@@ -125,23 +128,23 @@ impl DistributedMap for RedisMap {
     }
 
     async fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError> {
-        in_time(self.store_timeout, query::get(&self.members, uuid)).await
+        in_time(self.store_timeout, query::get(&self.cluster, uuid)).await
     }
 
     fn read(&self, bounds: Bounds) -> Box<dyn Cursor> {
-        let members = self.members.clone();
-        Box::new(RedisCursor::new(members, self.store_timeout, bounds))
+        let cluster = self.cluster.clone();
+        Box::new(RedisCursor::new(cluster, self.store_timeout, bounds))
     }
 
     async fn last(&self) -> Result<Option<Uuid>, MapError> {
-        in_time(self.store_timeout, query::last(&self.members)).await
+        in_time(self.store_timeout, query::last(&self.cluster)).await
     }
 
     async fn health(&self) -> Health {
-        let topology = self.members.topology();
-        let lanes = topology.shards.iter().map(|shard| &shard.lane);
-        // A lane remembers what came of it.
-        join_all(lanes.map(|lane| lane.put(&self.room, Arc::new([])))).await;
-        self.members.health()
+        let topology = self.cluster.topology();
+        let writers = topology.shards.iter().map(|shard| &shard.writer);
+        // A writer remembers what came of it.
+        join_all(writers.map(|writer| writer.put(&self.budget, Arc::new([])))).await;
+        self.cluster.health()
     }
 }

@@ -92,7 +92,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Waits until a map can serve.
 pub(crate) async fn wait_until_ready(map: &dyn DistributedMap) {
     let looking = async {
-        while map.health().await.missing.is_some() {
+        while map.health().await.not_ready.is_some() {
             tokio::time::sleep(LOOK_AGAIN).await;
         }
     };

@@ -3,9 +3,9 @@
 use std::net::TcpListener;
 use std::time::Duration;
 
+use common::api::READ_END;
 use common::entry::Entry;
-use common::read::READ_END;
-use common::server::Limits;
+use common::serve::Timeouts;
 use logging::map::{Location, Options, open};
 use logging::{App, router};
 use reqwest::{Client, Response, StatusCode};
@@ -35,12 +35,12 @@ impl Instance {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let stop = CancellationToken::new();
-        let router = router(App::new(map, Limits::default(), stop.clone()));
+        let router = router(App::new(map, Timeouts::default(), stop.clone()));
         let stop_serving = CancellationToken::new();
-        tokio::spawn(common::server::serve(
+        tokio::spawn(common::serve::serve(
             listener,
             router,
-            Limits::default(),
+            Timeouts::default(),
             stop_serving.clone(),
             Duration::ZERO,
         ));
@@ -122,7 +122,7 @@ async fn bad_batches_are_refused_whole() {
             "application/problem+json"
         );
     }
-    let too_large = "x".repeat(common::entry::MAX_BATCH_BYTES + 1);
+    let too_large = "x".repeat(common::api::MAX_BATCH_BYTES + 1);
     let response = instance.post(too_large).await;
     assert_eq!(response.status(), StatusCode::PAYLOAD_TOO_LARGE);
     assert_eq!(instance.text("/").await, "{\"count\":0}\n");

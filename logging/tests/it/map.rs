@@ -7,8 +7,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use common::entry::{Entry, Outcome, Staleness};
-use common::read::{Bounds, Order};
+use common::bounds::{Bounds, Order};
+use common::entry::{Entry, Outcome};
 use logging::map::{
     DistributedMap, Location, MAX_AHEAD, MAX_SKEW, MapError, Options, PieceLimit, open,
 };
@@ -139,7 +139,7 @@ async fn stored_entry_is_read_back() {
         assert_eq!(map.get(entry.uuid).await.unwrap().as_deref(), Some("hello"));
         assert_eq!(map.last().await.unwrap(), Some(entry.uuid));
         assert_eq!(all(&map).await, [entry]);
-        assert_eq!(map.health().await.missing, None);
+        assert_eq!(map.health().await.not_ready, None);
     }
 }
 
@@ -191,13 +191,8 @@ async fn entry_outside_the_settle_window_is_stale() {
         let too_new = entry_at(now + MAX_AHEAD + margin, "too new");
         let entries = [too_old, leaving, old.clone(), new.clone(), too_new];
         let outcomes = put(&map, &entries).await;
-        let stale = |when| Outcome::Stale { when };
-        use Outcome::Stored;
-        use Staleness::{Ahead, Leaving, Past};
-        assert_eq!(
-            outcomes,
-            [stale(Past), stale(Leaving), Stored, Stored, stale(Ahead)]
-        );
+        use Outcome::{Early, Leaving, Stale, Stored};
+        assert_eq!(outcomes, [Stale, Leaving, Stored, Stored, Early]);
         assert_eq!(all(&map).await, [old, new]);
     }
 }
@@ -225,10 +220,8 @@ async fn settled_entry_is_still_recognized() {
         };
         let never_stored = entry_at(SystemTime::now() - 2 * MAX_SKEW, "never");
         let outcomes = put(&map, &[entry, other, never_stored]).await;
-        let stale = Outcome::Stale {
-            when: Staleness::Past,
-        };
-        assert_eq!(outcomes, [Outcome::Duplicate, Outcome::Conflict, stale]);
+        use Outcome::{Conflict, Duplicate, Stale};
+        assert_eq!(outcomes, [Duplicate, Conflict, Stale]);
     }
 }
 

@@ -60,7 +60,7 @@ impl Process {
             address,
             log,
         };
-        process.wait_for_line(|line| line.contains("serving the "));
+        process.wait_for_line(|line| line.contains("serving requests"));
         process
     }
 

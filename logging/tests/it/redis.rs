@@ -6,8 +6,8 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use common::entry::{Entry, Outcome, Staleness};
-use common::read::Bounds;
+use common::bounds::Bounds;
+use common::entry::{Entry, Outcome};
 use logging::map::{DistributedMap, Health, MapError, Options, open};
 use uuid::{NoContext, Timestamp, Uuid};
 
@@ -16,10 +16,6 @@ use crate::process::{LOOK_AGAIN, Process, free_address};
 use crate::redis_servers::{RedisCluster, RedisServer};
 
 const SETTLE: Duration = Duration::from_secs(60);
-
-const PAST: Outcome = Outcome::Stale {
-    when: Staleness::Past,
-};
 
 pub(crate) fn open_at(location: &str, backups: Option<u16>) -> Arc<dyn DistributedMap> {
     let options = Options {
@@ -54,13 +50,7 @@ pub(crate) async fn put(map: &Arc<dyn DistributedMap>, entries: &[Entry]) -> Vec
 }
 
 pub(crate) fn is_partition_down(outcome: &Outcome) -> bool {
-    matches!(
-        outcome,
-        Outcome::Refused {
-            is_partition_down: true,
-            ..
-        }
-    )
+    matches!(outcome, Outcome::PartitionDown { .. })
 }
 
 /// Waits until the map's health is like this, and gives it.
@@ -85,13 +75,13 @@ pub(crate) async fn wait_for(
 }
 
 pub(crate) async fn wait_until_ready(map: &Arc<dyn DistributedMap>) -> Health {
-    wait_for(map, |health| health.missing.is_none()).await
+    wait_for(map, |health| health.not_ready.is_none()).await
 }
 
 pub(crate) async fn wait_until_missing(map: &Arc<dyn DistributedMap>, words: &str) {
     wait_for(map, |health| {
         health
-            .missing
+            .not_ready
             .as_ref()
             .is_some_and(|missing| missing.contains(words))
     })
@@ -100,7 +90,7 @@ pub(crate) async fn wait_until_missing(map: &Arc<dyn DistributedMap>, words: &st
 
 /// All shards serve as they should.
 pub(crate) fn is_whole(health: &Health) -> bool {
-    health.missing.is_none() && health.checks.iter().all(|check| check.ok)
+    health.not_ready.is_none() && health.checks.iter().all(|check| check.ok)
 }
 
 #[tokio::test]
@@ -125,7 +115,7 @@ async fn map_may_be_opened_before_its_server_runs_and_outlives_its_death() {
             matches!(outcome, Outcome::Refused { .. } | Outcome::Unknown { .. });
         assert!(is_not_acknowledged, "{outcome:?}");
     }
-    wait_for(&map, |health| health.missing.is_some()).await;
+    wait_for(&map, |health| health.not_ready.is_some()).await;
     server.restart();
     wait_for(&map, is_whole).await;
     let outcomes = put(&map, &entries).await;
@@ -183,7 +173,7 @@ async fn shard_without_its_backup_is_not_ready_at_first_and_degraded_later() {
     assert_eq!(put(&map, &stored).await, vec![Outcome::Stored; 100]);
     cluster.nodes[3].kill();
     let health = wait_for(&map, |health| !is_whole(health)).await;
-    assert_eq!(health.missing, None);
+    assert_eq!(health.not_ready, None);
     let failed: Vec<_> = health.checks.iter().filter(|check| !check.ok).collect();
     assert_eq!(failed.len(), 1);
     assert_eq!(
@@ -280,7 +270,7 @@ async fn stale_is_final_on_a_server_whose_clock_is_behind() {
         .collect();
     let first = put(&ahead, &entries).await;
     let second = put(&behind, &entries).await;
-    let is_final = |outcome: &Outcome| *outcome == PAST;
+    let is_final = |outcome: &Outcome| *outcome == Outcome::Stale;
     assert!(first.iter().any(is_final), "{first:?}");
     assert!(second.contains(&Outcome::Stored), "{second:?}");
     let both = first.iter().zip(&second);

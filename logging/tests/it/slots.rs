@@ -4,8 +4,8 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::bounds::Bounds;
 use common::entry::{Entry, Outcome};
-use common::read::Bounds;
 use logging::map::{DistributedMap, Health, MapError};
 
 use crate::map::read;
@@ -151,7 +151,7 @@ async fn interrupted_move_is_named_and_its_partition_is_read() {
         checks.any(|check| !check.ok && check.name == name && check.detail.contains("is moving"))
     };
     let health = wait_for(&map, is_named).await;
-    assert_eq!(health.missing, None);
+    assert_eq!(health.not_ready, None);
     let more = entries(1000);
     let outcomes = put(&map, &more).await;
     for (entry, outcome) in more.iter().zip(&outcomes) {

@@ -7,8 +7,8 @@ use std::ops::Range;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use common::api::write_entry;
 use common::entry::Outcome;
-use common::read::write_entry;
 use reqwest::Client;
 use tokio::time::{sleep, timeout};
 use uuid::{Builder, Uuid};

@@ -1,8 +1,8 @@
 //! Which Redis servers are the map: those that could lose entries, are no map, or hold another one, are
 //! warned about or refused in words.
 
+use common::bounds::{Bounds, Order};
 use common::entry::{Entry, Outcome};
-use common::read::{Bounds, Order};
 use logging::map::Health;
 
 use crate::map::read;
@@ -183,7 +183,7 @@ async fn lost_partition_is_not_an_empty_one() {
     let _: i64 = server.ask(&["DEL", "id:{0}"]);
     let late = open_at(&location, None);
     let is_lost_map = |health: &Health| {
-        let missing = health.missing.as_deref().unwrap_or_default();
+        let missing = health.not_ready.as_deref().unwrap_or_default();
         missing.contains("the map's id is not there and partition 0 has entries")
     };
     wait_for(&late, is_lost_map).await;

@@ -8,10 +8,12 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use axum::body::Bytes;
 use axum::http::StatusCode;
-use common::entry::{self, Entry, Outcome, PutEntry, PutResult, Staleness};
+use common::api::{Batch, PutEntry, PutResult, ReadQuery, StreamEnd, write_entry};
+use common::bounds::Order;
+use common::entry::{self, Entry, Outcome};
 use common::json;
-use common::read::{Bounds, Order, StreamEnd, write_entry};
-use facade::client::{Logging, ReadAnswer, UpstreamError};
+use facade::client::{LoggingApi, ReadAnswer};
+use facade::upstream::UpstreamError;
 use futures_util::{StreamExt, stream};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -126,7 +128,7 @@ impl Network {
             Some(msg) if *msg == entry.msg => Outcome::Duplicate,
             Some(_) => Outcome::Conflict,
             None => match self.staleness(entry.uuid) {
-                Some(when) => Outcome::Stale { when },
+                Some(outcome) => outcome,
                 None => Outcome::Stored,
             },
         };
@@ -139,15 +141,15 @@ impl Network {
         outcome
     }
 
-    fn staleness(&self, uuid: Uuid) -> Option<Staleness> {
+    fn staleness(&self, uuid: Uuid) -> Option<Outcome> {
         let time = SystemTime::UNIX_EPOCH + Duration::from_millis(entry::unix_millis(uuid));
         let now = self.clock.now();
         if time > now + MAX_AHEAD {
-            Some(Staleness::Ahead)
+            Some(Outcome::Early)
         } else if now > time + self.settle + MAX_SKEW {
-            Some(Staleness::Past)
+            Some(Outcome::Stale)
         } else {
-            (now > time + self.settle).then_some(Staleness::Leaving)
+            (now > time + self.settle).then_some(Outcome::Leaving)
         }
     }
 
@@ -155,8 +157,7 @@ impl Network {
     /// reliable may be handed over, break off or hang.
     fn read(
         &mut self,
-        mut bounds: Bounds,
-        limit: Option<u64>,
+        ReadQuery { mut bounds, limit }: ReadQuery,
         is_reliable: bool,
     ) -> (Option<Uuid>, Vec<Piece>) {
         let last = self.map.last_key_value();
@@ -360,20 +361,19 @@ fn unmarked<T>(status: StatusCode) -> Result<T, UpstreamError> {
 }
 
 #[async_trait]
-impl Logging for Simulated {
-    async fn put(&self, batch: Vec<u8>) -> Result<Vec<PutResult>, UpstreamError> {
-        let entries: Vec<PutEntry> = serde_json::from_slice(&batch).unwrap();
+impl LoggingApi for Simulated {
+    async fn put(&self, batch: Batch) -> Result<Vec<PutResult>, UpstreamError> {
+        let entries = Batch::decode(&batch.into_body()).unwrap();
         self.call(move |network| network.put(&entries)).await
     }
 
     async fn read(
         &self,
-        bounds: Bounds,
-        limit: Option<u64>,
+        query: ReadQuery,
         _request_id: Option<&str>,
     ) -> Result<ReadAnswer, UpstreamError> {
         let is_reliable = self.is_reliable;
-        let answer = self.call(move |network| network.read(bounds, limit, is_reliable));
+        let answer = self.call(move |network| network.read(query, is_reliable));
         let (end, pieces) = answer.await?;
         let chunks = stream::iter(pieces).then(Piece::arrive).boxed();
         Ok(ReadAnswer { end, chunks })

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use common::server::Check;
+use common::health::Check;
 
 use super::store::MAX_READERS;
 

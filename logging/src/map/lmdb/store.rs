@@ -9,14 +9,15 @@ use std::sync::{OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use common::bounds::{Bounds, Order};
 use common::entry::Entry;
-use common::read::{Bounds, Order};
 use heed::types::Bytes;
 use heed::{AnyTls, Database, Env, EnvOpenOptions, MdbError, RoTxn, RwTxn, WithoutTls};
 use uuid::Uuid;
 
 use super::readers::Readers;
-use crate::map::{MapError, Piece, PieceLimit, parse_id};
+use crate::map::contract::{MapError, Piece, PieceLimit};
+use crate::map::rules::parse_id;
 
 /// Address space reserved once for the memory map. It costs nothing until it is used; a map that
 /// grows beyond it refuses entries.
@@ -58,7 +59,7 @@ pub(super) struct Store {
     /// Known once it was found in the map or committed to it.
     id: OnceLock<Uuid>,
     pub(super) readers: Readers,
-    /// Locked by the process that writes: see [`Store::turn_to_write`].
+    /// Locked by the process that writes: see [`Store::lock_for_writing`].
     turns: File,
     /// Held as long as the map is open: see [`claim_namespace`].
     _namespace: File,
@@ -111,7 +112,7 @@ impl Store {
     /// meanwhile and is killed too, the others wait for ever. A file's lock is the kernel's, which
     /// hands it on however its holder ends; behind it nobody ever waits for LMDB's. Reads still take
     /// a lock of that kind, for as long as it takes to find a free slot, some microseconds.
-    pub(super) fn turn_to_write(&self) -> Result<Turn<'_>, MapError> {
+    pub(super) fn lock_for_writing(&self) -> Result<Turn<'_>, MapError> {
         match self.turns.lock() {
             Ok(()) => Ok(Turn(&self.turns)),
             Err(error) => Err(MapError::Unavailable(format!(

@@ -12,8 +12,9 @@ use uuid::Uuid;
 use super::store::{
     DISK_FULL, Entries, Opened, Store, decode, describe, encode, find_or_make_id, is_panic,
 };
-use crate::map::job::Job;
-use crate::map::{MapError, staleness};
+use crate::map::contract::MapError;
+use crate::map::queue::Job;
+use crate::map::rules::staleness;
 
 /// Readers keep pages from being reused: those of killed processes are cleared this often, and those
 /// that take too long are found.
@@ -69,7 +70,7 @@ impl Writer {
 
     fn write_group(&self, group: &mut Vec<Job>) -> Result<Vec<Vec<Outcome>>, Failure> {
         let Opened { env, entries } = self.store.opened().map_err(Failure::not_open)?;
-        let _turn = self.store.turn_to_write().map_err(Failure::no_turn)?;
+        let _turn = self.store.lock_for_writing().map_err(Failure::no_turn)?;
         self.store.require_folder().map_err(Failure::no_turn)?;
         let mut txn = env.write_txn().map_err(Failure::before_commit)?;
         self.claim_queued(group);
@@ -130,7 +131,7 @@ impl Writer {
                 let outcome = match known.map(|value| compare(entry, value)) {
                     Some(outcome) => outcome,
                     None => match staleness(entry.uuid, now, self.settle) {
-                        Some(when) => Outcome::Stale { when },
+                        Some(outcome) => outcome,
                         None => {
                             let value = encode(entry);
                             let put = entries.put(txn, key, &value);

@@ -9,14 +9,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use common::read::{Bounds, Order};
+use common::bounds::{Bounds, Order};
 use uuid::Uuid;
 
+use super::cluster::Cluster;
 use super::in_time;
-use super::members::Members;
 use super::partition::{self, Member, PARTITIONS};
 use super::query::{Part, rank, read_messages, read_parts};
-use crate::map::{Cursor, MapError, Piece, PieceLimit, READ_AHEAD};
+use crate::map::contract::{Cursor, MapError, Piece, PieceLimit, READ_AHEAD};
 
 /// At least so many members of each partition are asked for at once.
 const MIN_WINDOW: usize = 2;
@@ -24,8 +24,8 @@ const MIN_WINDOW: usize = 2;
 /// A read under way.
 #[derive(Debug)]
 pub(super) struct RedisCursor {
-    members: Arc<Members>,
-    patience: Duration,
+    cluster: Arc<Cluster>,
+    timeout: Duration,
     order: Order,
     /// The rank of the first UUID beyond the bounds.
     end: u128,
@@ -48,7 +48,7 @@ struct Source {
 }
 
 impl RedisCursor {
-    pub(super) fn new(members: Arc<Members>, patience: Duration, bounds: Bounds) -> Self {
+    pub(super) fn new(cluster: Arc<Cluster>, timeout: Duration, bounds: Bounds) -> Self {
         let order = bounds.order;
         let (near, far) = match order {
             Order::Asc => (bounds.after, bounds.before),
@@ -63,8 +63,8 @@ impl RedisCursor {
             is_exhausted: from >= end,
         });
         Self {
-            members,
-            patience,
+            cluster,
+            timeout,
             order,
             end,
             sources: sources.collect(),
@@ -125,7 +125,7 @@ impl RedisCursor {
             count: window - source.members.len(),
         });
         let parts: Vec<Part> = parts.collect();
-        let found = read_parts(&self.members, self.order, &parts).await?;
+        let found = read_parts(&self.cluster, self.order, &parts).await?;
         self.is_dry = false;
         let (mut count, mut bytes) = (0, 0);
         for (part, found) in parts.iter().zip(found) {
@@ -149,7 +149,7 @@ impl RedisCursor {
                 Member::Small(uuid, _) | Member::Large(uuid, _) => *uuid,
                 Member::Mark(map) => {
                     source.is_exhausted = true;
-                    return self.members.require_mark(map);
+                    return self.cluster.require_mark(map);
                 }
             };
             let rank = rank(self.order, uuid);
@@ -172,7 +172,7 @@ impl RedisCursor {
 #[async_trait]
 impl Cursor for RedisCursor {
     async fn next(&mut self, limit: PieceLimit) -> Result<Piece, MapError> {
-        in_time(self.patience, async {
+        in_time(self.timeout, async {
             let picked = self.pick(limit).await?;
             let large = picked.iter().filter_map(|member| match member {
                 Member::Large(uuid, _) => Some(*uuid),
@@ -181,7 +181,7 @@ impl Cursor for RedisCursor {
             let large: Vec<Uuid> = large.collect();
             let mut messages = match large.is_empty() {
                 true => Vec::new(),
-                false => read_messages(&self.members, &large).await?,
+                false => read_messages(&self.cluster, &large).await?,
             }
             .into_iter();
             let mut piece = Piece::default();

@@ -5,24 +5,26 @@
 //! paused or cut off is not believed.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
 use rand::seq::IteratorRandom;
 use redis::{Client, Value};
+use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
-use super::lane::Lane;
-use super::link::Link;
+use super::cluster::{Cluster, ClusterState, Shard, Topology};
+use super::config::{Address, RedisConfig};
+use super::connection::ServerConnection;
 use super::map_id::{self, Making, MapId};
-use super::members::{Known, Members, Shard, Topology};
-use super::nodes::{Direction, Node, ServerInfo};
 use super::partition::{self, PARTITIONS};
 use super::primary::Settings;
-use super::servers::Address;
+use super::primary_writer::PrimaryWriter;
+use super::replies::{Direction, Node, ServerInfo};
 use super::{answer_timeout, wait_timeout};
+use crate::map::contract::Options;
 
 /// How often the members are asked when nothing seems wrong.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(2);
@@ -36,27 +38,21 @@ const MAX_ASKED: usize = 8;
 /// Backups in a Redis Cluster unless `--backups` says otherwise.
 const CLUSTER_BACKUPS: u16 = 1;
 
-/// Asks until the members are dropped.
-pub(super) async fn run(members: Weak<Members>) {
-    let mut discovery = match members.upgrade() {
-        Some(members) => Discovery::new(&members),
-        None => return,
-    };
-    loop {
-        let Some(members) = members.upgrade() else {
-            return;
-        };
-        discovery.refresh(&members).await;
-        let refresh = members.refresh.clone();
-        drop(members);
-        sleep(MIN_INTERVAL).await;
-        let _ = timeout(REFRESH_INTERVAL, refresh.notified()).await;
-    }
+/// Starts discovery; it ends when what is returned is dropped.
+pub(super) fn start(config: RedisConfig, options: Options) -> Cluster {
+    let (publisher, state) = watch::channel(ClusterState::default());
+    let wake_discovery = Arc::<Notify>::default();
+    let discovery = Discovery::new(config, options, wake_discovery.clone());
+    tokio::spawn(discovery.run(publisher));
+    Cluster::new(state, wake_discovery)
 }
 
-/// What is remembered from one refresh to the next.
+/// What is remembered from one wake_discovery to the next.
 struct Discovery {
-    links: HashMap<Address, Arc<Link>>,
+    config: RedisConfig,
+    options: Options,
+    wake: Arc<Notify>,
+    connections: HashMap<Address, Arc<ServerConnection>>,
     /// Whose each partition is.
     owners: Vec<Option<Owner>>,
     shards: HashMap<Address, Arc<Shard>>,
@@ -74,87 +70,97 @@ struct Owner {
 }
 
 impl Discovery {
-    fn new(members: &Members) -> Self {
+    fn new(config: RedisConfig, options: Options, wake: Arc<Notify>) -> Self {
         let mut discovery = Self {
-            links: HashMap::new(),
+            config,
+            options,
+            wake,
+            connections: HashMap::new(),
             owners: vec![None; usize::from(PARTITIONS)],
             shards: HashMap::new(),
             logged: HashSet::new(),
         };
-        for seed in &members.servers.seeds {
-            discovery.link(members, seed);
+        for seed in discovery.config.seeds.clone() {
+            discovery.connection(&seed);
         }
         discovery
     }
 
-    /// Asks some members, and publishes what follows.
-    async fn refresh(&mut self, members: &Members) {
+    async fn run(mut self, publisher: watch::Sender<ClusterState>) {
+        while !publisher.is_closed() {
+            let known = publisher.borrow().clone();
+            let known = self.refresh(known).await;
+            publisher.send_replace(known);
+            sleep(MIN_INTERVAL).await;
+            let _ = timeout(REFRESH_INTERVAL, self.wake.notified()).await;
+        }
+    }
+
+    /// Asks some members, and returns what follows.
+    async fn refresh(&mut self, mut known: ClusterState) -> ClusterState {
         let mut questions = redis::pipe();
         questions.cmd("INFO").cmd("CLUSTER").arg("NODES");
         map_id::question(&mut questions);
-        let links = self.links.values().cloned();
-        let asked = links.sample(&mut rand::rng(), MAX_ASKED);
-        let asked = asked.iter().map(async |link| {
-            let replies = link.ask(&questions).await?;
-            Answer::read(link, &replies, members.servers.is_tls)
+        let connections = self.connections.values().cloned();
+        let asked = connections.sample(&mut rand::rng(), MAX_ASKED);
+        let asked = asked.iter().map(async |connection| {
+            let replies = connection.ask(&questions).await?;
+            Answer::read(connection, &replies, self.config.is_tls)
         });
         let mut answers = Vec::new();
-        let mut known = members.known();
-        known.trouble = None;
+        known.discovery_error = None;
         for answer in join_all(asked).await {
             match answer {
                 Ok(answer) => answers.push(answer),
-                Err(reason) => known.trouble = Some(reason),
+                Err(reason) => known.discovery_error = Some(reason),
             }
         }
         if !answers.is_empty() {
-            known.trouble = self.conclude(members, &answers, &mut known).err();
-            self.learn_map_id(members, &answers, &mut known).await;
+            known.discovery_error = self.conclude(&answers, &mut known).err();
+            self.learn_map_id(&answers, &mut known).await;
         }
         for answer in answers {
             known.infos.insert(answer.address, answer.info);
         }
-        let links = &self.links;
-        known.infos.retain(|address, _| links.contains_key(address));
-        let is_up = |address: &Address| links[address].trouble().is_none();
+        let connections = &self.connections;
+        known
+            .infos
+            .retain(|address, _| connections.contains_key(address));
+        let is_up = |address: &Address| connections[address].down_reason().is_none();
         if let Some(reason) = known.eviction(is_up) {
-            known.trouble = Some(reason);
+            known.discovery_error = Some(reason);
             known.topology = Arc::default();
         }
         self.log_news(&known);
-        members.publish(known);
+        known.was_complete |= known.is_complete();
+        known
     }
 
     /// What follows from at least one answer.
     ///
     /// # Errors
     /// Why none of these servers can hold the map.
-    fn conclude(
-        &mut self,
-        members: &Members,
-        answers: &[Answer],
-        known: &mut Known,
-    ) -> Result<(), String> {
-        let is_cluster = members.servers.seeds.len() > 1 || self.owners.iter().any(Option::is_some);
+    fn conclude(&mut self, answers: &[Answer], known: &mut ClusterState) -> Result<(), String> {
+        let is_cluster = self.config.seeds.len() > 1 || self.owners.iter().any(Option::is_some);
         let mut fitting = Vec::new();
-        let mut misfit = None;
+        let mut incompatibility = None;
         for answer in answers {
-            match answer.misfit(is_cluster) {
+            match answer.incompatibility(is_cluster) {
                 None => fitting.push(answer),
-                Some(reason) => misfit = Some(reason),
+                Some(reason) => incompatibility = Some(reason),
             }
         }
         let Some(first) = fitting.first() else {
             if !is_cluster {
                 known.topology = Arc::default();
             }
-            return misfit.map_or(Ok(()), Err);
+            return incompatibility.map_or(Ok(()), Err);
         };
-        if let Some(reason) = misfit {
+        if let Some(reason) = incompatibility {
             self.log_once(&reason);
         }
         let (owners, default_backups) = if first.info.is_cluster_enabled {
-            self.learn(members, &fitting);
+            self.update_owners(&fitting);
             let owners = self.owners.iter().map(Option::as_ref);
             let owners = owners.map(|owner| Some(owner?.address.clone()));
             let mut owners: Vec<Option<Address>> = owners.collect();
@@ -169,13 +175,13 @@ impl Discovery {
         } else {
             (vec![Some(first.address.clone()); self.owners.len()], 0)
         };
-        known.backups = members.options.backups.unwrap_or(default_backups);
-        known.topology = Arc::new(self.topology(members, &owners, known.backups));
+        known.backups = self.options.backups.unwrap_or(default_backups);
+        known.topology = Arc::new(self.topology(&owners, known.backups));
         Ok(())
     }
 
     /// Takes over from the members' views who has which partition, and who else is a member.
-    fn learn(&mut self, members: &Members, answers: &[&Answer]) {
+    fn update_owners(&mut self, answers: &[&Answer]) {
         let nodes: Vec<&Node> = answers.iter().flat_map(|answer| &answer.nodes).collect();
         for (partition, owner) in partition::all().zip(&mut self.owners) {
             let Some(best) = Node::primary_of(partition::slot(partition), &nodes) else {
@@ -194,35 +200,37 @@ impl Discovery {
             }
         }
         for node in &nodes {
-            self.link(members, &node.address);
+            self.connection(&node.address);
         }
-        let seeds = &members.servers.seeds;
-        self.links.retain(|address, _| {
+        let seeds = &self.config.seeds;
+        self.connections.retain(|address, _| {
             seeds.contains(address) || nodes.iter().any(|node| node.address == *address)
         });
     }
 
     /// Takes the map's id from the primary that has it, or gives a new map one, once that primary
     /// takes entries.
-    async fn learn_map_id(&self, members: &Members, answers: &[Answer], known: &mut Known) {
+    async fn learn_map_id(&self, answers: &[Answer], known: &mut ClusterState) {
         let topology = &known.topology;
         let Some(owner) = topology.owner(map_id::PARTITION) else {
             return;
         };
-        let link = &topology.shards[owner].link;
+        let connection = &topology.shards[owner].connection;
         let mut answers = answers.iter();
-        let Some(answer) = answers.find(|answer| answer.address == link.address) else {
+        let Some(answer) = answers.find(|answer| answer.address == connection.address) else {
             return;
         };
         let found = match &answer.map_id {
             Ok(MapId::Made(id)) => Ok(*id),
-            Ok(MapId::Missing) if !members.options.create => Err("holds no map".to_owned()),
+            Ok(MapId::Missing) if !self.options.create => Err("holds no map".to_owned()),
             Ok(MapId::Missing | MapId::Making(_)) => {
                 let mut shards = topology.shards.iter();
-                if !topology.is_whole() || shards.any(|shard| shard.lane.trouble().is_some()) {
+                if !topology.is_whole()
+                    || shards.any(|shard| shard.writer.closed_reason().is_some())
+                {
                     return;
                 }
-                make_map(members, topology, known.backups).await
+                self.make_map(topology, known.backups).await
             }
             Err(reason) => Err(reason.clone()),
         };
@@ -232,20 +240,38 @@ impl Discovery {
                     tracing::error!(%id, "the redis servers hold another map than before");
                 }
                 known.map_id = Some(id);
-                known.map_id_trouble = None;
+                known.map_id_error = None;
             }
             Err(reason) => {
-                known.map_id_trouble = Some(format!("redis {}: {reason}", link.address));
+                known.map_id_error = Some(format!("redis {}: {reason}", connection.address));
             }
         }
     }
 
-    fn topology(
-        &mut self,
-        members: &Members,
-        owners: &[Option<Address>],
-        backups: u16,
-    ) -> Topology {
+    /// Makes a new map; all its primaries must take entries.
+    async fn make_map(&self, topology: &Topology, backups: u16) -> Result<Uuid, String> {
+        let clients = topology.shards.iter();
+        let clients = clients.map(|shard| self.config.client(&shard.connection.address));
+        let clients: Vec<Client> = clients.collect();
+        let mut primaries: Vec<(&Client, Vec<u16>)> =
+            clients.iter().map(|client| (client, Vec::new())).collect();
+        for partition in partition::all() {
+            if let Some(owner) = topology.owner(partition) {
+                primaries[owner].1.push(partition);
+            }
+        }
+        primaries.sort_by_key(|(_, partitions)| partitions.first().copied());
+        let answer_timeout = answer_timeout(&self.options);
+        let making = Making {
+            primaries,
+            backups,
+            answer_timeout,
+            wait_timeout: wait_timeout(answer_timeout),
+        };
+        making.run().await
+    }
+
+    fn topology(&mut self, owners: &[Option<Address>], backups: u16) -> Topology {
         let mut partitions: BTreeMap<&Address, Vec<u16>> = BTreeMap::new();
         for (partition, owner) in partition::all().zip(owners) {
             if let Some(address) = owner {
@@ -257,7 +283,7 @@ impl Discovery {
         let mut topology = Topology {
             shards: Vec::new(),
             owners: vec![None; owners.len()],
-            links: self.links.clone(),
+            connections: self.connections.clone(),
         };
         for (place, (address, partitions)) in partitions.into_iter().enumerate() {
             for partition in &partitions {
@@ -265,56 +291,61 @@ impl Discovery {
             }
             topology
                 .shards
-                .push(self.shard(members, address, partitions, backups));
+                .push(self.shard(address, partitions, backups));
         }
         topology
     }
 
     /// The shard of a primary, made when it is needed first.
-    fn shard(
-        &mut self,
-        members: &Members,
-        address: &Address,
-        partitions: Vec<u16>,
-        backups: u16,
-    ) -> Arc<Shard> {
+    fn shard(&mut self, address: &Address, partitions: Vec<u16>, backups: u16) -> Arc<Shard> {
         if let Some(shard) = self.shards.get(address) {
-            shard.lane.set_partitions(partitions);
+            shard.writer.set_partitions(partitions);
             return shard.clone();
         }
         let settings = Settings {
-            store_timeout: members.options.store_timeout,
-            answer_timeout: answer_timeout(&members.options),
-            settle: members.options.settle,
+            store_timeout: self.options.store_timeout,
+            answer_timeout: answer_timeout(&self.options),
+            settle: self.options.settle,
             backups,
         };
-        let link = self.link(members, address);
-        let client = members.servers.client(address);
-        let refresh = members.refresh.clone();
-        let lane = Lane::open(link.clone(), client, settings, partitions, refresh);
-        let shard = Arc::new(Shard { link, lane });
+        let connection = self.connection(address);
+        let client = self.config.client(address);
+        let wake_discovery = self.wake.clone();
+        let writer = PrimaryWriter::open(
+            connection.clone(),
+            client,
+            settings,
+            partitions,
+            wake_discovery,
+        );
+        let shard = Arc::new(Shard { connection, writer });
         self.shards.insert(address.clone(), shard.clone());
         shard
     }
 
-    /// The link to a server, made when it is needed first.
-    fn link(&mut self, members: &Members, address: &Address) -> Arc<Link> {
-        let link = self.links.entry(address.clone()).or_insert_with(|| {
-            let client = members.servers.client(address);
-            let patience = answer_timeout(&members.options);
-            let refresh = members.refresh.clone();
-            Arc::new(Link::new(address.clone(), client, patience, refresh))
+    /// The connection to a server, made when it is needed first.
+    fn connection(&mut self, address: &Address) -> Arc<ServerConnection> {
+        let connection = self.connections.entry(address.clone()).or_insert_with(|| {
+            let client = self.config.client(address);
+            let timeout = answer_timeout(&self.options);
+            let wake_discovery = self.wake.clone();
+            Arc::new(ServerConnection::new(
+                address.clone(),
+                client,
+                timeout,
+                wake_discovery,
+            ))
         });
-        link.clone()
+        connection.clone()
     }
 
-    fn log_news(&mut self, known: &Known) {
+    fn log_news(&mut self, known: &ClusterState) {
         for (address, warning) in known.warnings() {
             if self.logged.insert(format!("{address}: {warning}")) {
                 tracing::warn!(%address, warning, "a redis server should be set up otherwise");
             }
         }
-        let troubles = [&known.trouble, &known.map_id_trouble];
+        let troubles = [&known.discovery_error, &known.map_id_error];
         for trouble in troubles.into_iter().flatten() {
             self.log_once(trouble);
         }
@@ -325,29 +356,6 @@ impl Discovery {
             tracing::warn!(trouble, "redis servers are not as they should be");
         }
     }
-}
-
-/// Makes a new map; all its primaries must take entries.
-async fn make_map(members: &Members, topology: &Topology, backups: u16) -> Result<Uuid, String> {
-    let clients = topology.shards.iter();
-    let clients = clients.map(|shard| members.servers.client(&shard.link.address));
-    let clients: Vec<Client> = clients.collect();
-    let mut primaries: Vec<(&Client, Vec<u16>)> =
-        clients.iter().map(|client| (client, Vec::new())).collect();
-    for partition in partition::all() {
-        if let Some(owner) = topology.owner(partition) {
-            primaries[owner].1.push(partition);
-        }
-    }
-    primaries.sort_by_key(|(_, partitions)| partitions.first().copied());
-    let answer_timeout = answer_timeout(&members.options);
-    let making = Making {
-        primaries,
-        backups,
-        answer_timeout,
-        wait_timeout: wait_timeout(answer_timeout),
-    };
-    making.run().await
 }
 
 /// Whether a slot comes to one member while the one that has it does not know so. That is what a
@@ -376,7 +384,7 @@ struct Answer {
 
 impl Answer {
     /// Why this server cannot hold the map, or its part of it, if so.
-    fn misfit(&self, is_cluster: bool) -> Option<String> {
+    fn incompatibility(&self, is_cluster: bool) -> Option<String> {
         let Self { address, info, .. } = self;
         if !info.is_new_enough() {
             let version = &info.version;
@@ -397,15 +405,19 @@ impl Answer {
         }
     }
 
-    fn read(link: &Link, replies: &[Value], is_tls: bool) -> Result<Self, String> {
-        let address = &link.address;
+    fn read(
+        connection: &ServerConnection,
+        replies: &[Value],
+        is_tls: bool,
+    ) -> Result<Self, String> {
+        let address = &connection.address;
         let text = |reply: &Value| match reply {
             Value::BulkString(bytes) => Ok(String::from_utf8_lossy(bytes).into_owned()),
             Value::ServerError(error) => Err(format!("redis {address} refuses: {error}")),
-            _ => Err(partition::strange(replies).to_string()),
+            _ => Err(partition::unexpected_reply(replies).to_string()),
         };
         let [info, nodes, id] = replies else {
-            return Err(partition::strange(replies).to_string());
+            return Err(partition::unexpected_reply(replies).to_string());
         };
         let mut info = ServerInfo::parse(&text(info)?);
         let nodes = if info.is_cluster_enabled {

@@ -11,9 +11,9 @@ use futures_util::future::try_join_all;
 use redis::{Client, Pipeline, Value};
 use uuid::Uuid;
 
-use super::link;
+use super::connection;
 use super::partition::{self, LAYOUT, Member, entries_key, fence_key};
-use crate::map::parse_id;
+use crate::map::rules::parse_id;
 
 /// The partition in whose slot the id is.
 pub(super) const PARTITION: u16 = 0;
@@ -46,7 +46,7 @@ pub(super) fn parse(reply: &Value) -> Result<MapId, String> {
         Value::Nil => return Ok(MapId::Missing),
         Value::BulkString(text) => String::from_utf8_lossy(text),
         Value::ServerError(error) => return Err(format!("refuses GET {}: {error}", key())),
-        other => return Err(partition::strange(std::slice::from_ref(other)).to_string()),
+        other => return Err(partition::unexpected_reply(std::slice::from_ref(other)).to_string()),
     };
     let made = text.strip_prefix("making ");
     let id = parse_id(made.unwrap_or(&text), LAYOUT)?;
@@ -116,7 +116,7 @@ impl Making<'_> {
         let replies = self.send(client, commands, partitions[0]).await?;
         for (partition, reply) in partitions.iter().zip(replies) {
             let Value::Array(mut found) = reply else {
-                return Err(partition::strange(&[reply]).to_string());
+                return Err(partition::unexpected_reply(&[reply]).to_string());
             };
             let Some(first) = found.pop() else {
                 continue;
@@ -148,9 +148,9 @@ impl Making<'_> {
             .arg(self.backups)
             .arg(wait_millis.max(1));
         // A connection of its own: `WAIT` holds up all that comes behind it.
-        let connected = link::connect(client, self.answer_timeout).await;
+        let connected = connection::connect(client, self.answer_timeout).await;
         let mut connection = connected.map_err(|error| error.to_string())?;
-        let sent = link::send(&mut connection, &commands).await;
+        let sent = connection::send(&mut connection, &commands).await;
         let mut replies = sent.map_err(|error| error.to_string())?;
         for reply in &replies {
             if let Value::ServerError(error) = reply {
@@ -163,7 +163,7 @@ impl Making<'_> {
                 "{replicas} of {} backups have the map's id",
                 self.backups
             )),
-            _ => Err(partition::strange(&replies).to_string()),
+            _ => Err(partition::unexpected_reply(&replies).to_string()),
         }
     }
 }

@@ -13,7 +13,7 @@ use crc::{CRC_16_XMODEM, Crc};
 use redis::Value;
 use uuid::Uuid;
 
-use crate::map::MapError;
+use crate::map::contract::MapError;
 
 /// How many partitions the map has. It can never be changed: it decides where entries are found.
 pub(super) const PARTITIONS: u16 = 271;
@@ -40,7 +40,7 @@ pub(super) const INLINE_BYTES: usize = 512;
 /// The first byte of what stands for a large message in the set. No UTF-8 text has it.
 const LARGE: u8 = 0xff;
 
-/// What a line has besides the message: see [`common::read::write_entry`].
+/// What a line has besides the message: see [`common::api::write_entry`].
 pub(super) const LINE_BYTES: usize = 57;
 
 /// What a member costs in memory besides its bytes, about.
@@ -107,10 +107,10 @@ impl Member {
     /// Reads what Redis gave.
     pub(super) fn read(value: Value) -> Result<Self, MapError> {
         let Value::BulkString(mut bytes) = value else {
-            return Err(strange(&[value]));
+            return Err(unexpected_reply(&[value]));
         };
         let Some(uuid) = bytes.first_chunk().copied().map(Uuid::from_bytes) else {
-            return Err(strange(&[Value::BulkString(bytes)]));
+            return Err(unexpected_reply(&[Value::BulkString(bytes)]));
         };
         bytes.drain(..UUID_BYTES);
         if uuid.is_nil() || uuid.is_max() {
@@ -152,7 +152,7 @@ impl Member {
 }
 
 /// A reply that only a fault of ours or somebody else's data explains.
-pub(super) fn strange(replies: &[Value]) -> MapError {
+pub(super) fn unexpected_reply(replies: &[Value]) -> MapError {
     let shown = shown(replies);
     MapError::Unavailable(format!("redis gave an unexpected reply: {shown}"))
 }

@@ -6,15 +6,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use common::entry::{Outcome, Staleness};
+use common::entry::Outcome;
 use redis::aio::MultiplexedConnection;
 use redis::{Client, Pipeline, ServerError, Value};
 
-use super::link::{self, Link};
+use super::connection::{self, ServerConnection};
 use super::partition::{self, entries_key, fence_key, message_key};
 use super::wait_timeout;
-use crate::map::job::Job;
-use crate::map::{MAX_AHEAD, MAX_SKEW};
+use crate::map::contract::{MAX_AHEAD, MAX_SKEW};
+use crate::map::queue::Job;
 
 const PUT_SCRIPT: &str = include_str!("put.lua");
 
@@ -29,11 +29,11 @@ pub(super) struct Settings {
     pub(super) backups: u16,
 }
 
-/// What a lane and its writer both know of the primary.
+/// What a writer and its writer both know of the primary.
 #[derive(Debug)]
 pub(super) struct Shared {
-    /// Why the lane is closed; at first, because nothing was tried yet.
-    pub(super) trouble: Mutex<Option<String>>,
+    /// Why the writer is closed; at first, because nothing was tried yet.
+    pub(super) closed_reason: Mutex<Option<String>>,
     /// The primary's partitions: the fence goes to the slot of one of them.
     pub(super) partitions: Mutex<Vec<u16>>,
     /// Advances to the next partition when the fence's has moved to another primary.
@@ -41,9 +41,12 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn trouble(&self) -> Option<String> {
-        let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
-        trouble.clone()
+    pub(super) fn closed_reason(&self) -> Option<String> {
+        let reason = self
+            .closed_reason
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        reason.clone()
     }
 
     fn fence(&self) -> u16 {
@@ -59,16 +62,19 @@ impl Shared {
     }
 
     /// Gives what was known before.
-    pub(super) fn set_trouble(&self, reason: Option<String>) -> Option<String> {
-        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
-        std::mem::replace(&mut *trouble, reason)
+    pub(super) fn set_closed_reason(&self, reason: Option<String>) -> Option<String> {
+        let mut current = self
+            .closed_reason
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *current, reason)
     }
 }
 
 /// The server that is written to.
 pub(super) struct Primary {
     /// Its other connection, which may find out first that it is down.
-    pub(super) link: Arc<Link>,
+    pub(super) connection: Arc<ServerConnection>,
     pub(super) client: Client,
     pub(super) settings: Settings,
     pub(super) shared: Arc<Shared>,
@@ -77,8 +83,8 @@ pub(super) struct Primary {
 impl Primary {
     /// Connects, and commits a fence to see that the replicas are there.
     pub(super) async fn open(&self) -> Result<MultiplexedConnection, String> {
-        let address = &self.link.address;
-        let connected = link::connect(&self.client, self.settings.answer_timeout).await;
+        let address = &self.connection.address;
+        let connected = connection::connect(&self.client, self.settings.answer_timeout).await;
         let mut connection =
             connected.map_err(|error| format!("redis {address} cannot be reached: {error}"))?;
         let committed = self.commit(&[], &mut connection).await;
@@ -94,8 +100,8 @@ impl Primary {
         group: &[Job],
         connection: &mut MultiplexedConnection,
     ) -> Result<Vec<Outcome>, Failure> {
-        let address = &self.link.address;
-        let sent = link::send(connection, &self.pipeline(group)).await;
+        let address = &self.connection.address;
+        let sent = connection::send(connection, &self.pipeline(group)).await;
         let replies = sent.map_err(|error| {
             Failure::maybe_executed(format!("redis {address} gave no answer: {error}"))
         })?;
@@ -105,7 +111,7 @@ impl Primary {
 
     /// What the replies to a pipeline mean for each of its entries.
     fn outcomes(&self, replies: &[Value], entries: usize) -> Result<Vec<Outcome>, Failure> {
-        let address = &self.link.address;
+        let address = &self.connection.address;
         // A script that was not executed leaves nothing for `WAIT` to tell, also when it fails too:
         // on a primary that steps down it does.
         if let [Value::ServerError(error), ..] = replies {
@@ -115,16 +121,16 @@ impl Primary {
         let (put, replicas) = match replies {
             [put] => (put, 0),
             [put, Value::Int(replicas)] => (put, *replicas),
-            _ => return Err(self.strange(replies)),
+            _ => return Err(self.unexpected_reply(replies)),
         };
         let Value::Array(parts) = put else {
-            return Err(self.strange(replies));
+            return Err(self.unexpected_reply(replies));
         };
         let [Value::BulkString(letters), Value::BulkString(failure)] = &parts[..] else {
-            return Err(self.strange(replies));
+            return Err(self.unexpected_reply(replies));
         };
         if letters.len() != entries {
-            return Err(self.strange(replies));
+            return Err(self.unexpected_reply(replies));
         }
         if replicas < backups {
             return Err(Failure::maybe_executed(format!(
@@ -132,14 +138,13 @@ impl Primary {
             )));
         }
         let failure = String::from_utf8_lossy(failure);
-        let stale = |when| Outcome::Stale { when };
         let outcomes = letters.iter().map(|letter| match letter {
             b's' => Outcome::Stored,
             b'd' => Outcome::Duplicate,
             b'c' => Outcome::Conflict,
-            b'o' => stale(Staleness::Past),
-            b'l' => stale(Staleness::Leaving),
-            b'a' => stale(Staleness::Ahead),
+            b'o' => Outcome::Stale,
+            b'l' => Outcome::Leaving,
+            b'a' => Outcome::Early,
             b'e' => Outcome::partition_down(format!("redis {address}: {failure}")),
             _ => Outcome::unknown(format!("redis {address} gave an unexpected reply")),
         });
@@ -197,16 +202,19 @@ impl Primary {
             self.shared.fence.fetch_add(1, Ordering::Relaxed);
         }
         Failure {
-            detail: format!("redis {} refuses: {code} {details}", self.link.address),
+            detail: format!(
+                "redis {} refuses: {code} {details}",
+                self.connection.address
+            ),
             may_be_executed: !BEFORE_EXECUTION.contains(&code),
         }
     }
 
-    fn strange(&self, replies: &[Value]) -> Failure {
+    fn unexpected_reply(&self, replies: &[Value]) -> Failure {
         let shown = partition::shown(replies);
         let detail = format!(
             "redis {} gave an unexpected reply: {shown}",
-            self.link.address
+            self.connection.address
         );
         Failure::maybe_executed(detail)
     }
@@ -243,23 +251,28 @@ mod tests {
     use super::*;
 
     fn primary() -> Primary {
-        let address = super::super::servers::Address {
+        let address = super::super::config::Address {
             host: "127.0.0.1".to_owned(),
             port: 7001,
         };
         let client = Client::open("redis://127.0.0.1:7001").expect("this is an address");
-        let patience = Duration::from_secs(1);
+        let timeout = Duration::from_secs(1);
         Primary {
-            link: Arc::new(Link::new(address, client.clone(), patience, Arc::default())),
+            connection: Arc::new(ServerConnection::new(
+                address,
+                client.clone(),
+                timeout,
+                Arc::default(),
+            )),
             client,
             settings: Settings {
-                store_timeout: patience,
-                answer_timeout: patience,
-                settle: patience,
+                store_timeout: timeout,
+                answer_timeout: timeout,
+                settle: timeout,
                 backups: 1,
             },
             shared: Arc::new(Shared {
-                trouble: Mutex::default(),
+                closed_reason: Mutex::default(),
                 partitions: Mutex::default(),
                 fence: AtomicUsize::new(0),
             }),
@@ -284,7 +297,7 @@ mod tests {
             "BUSY Redis is busy running a script.",
             "CLUSTERDOWN The cluster is down",
             "LOADING Redis is loading the dataset in memory",
-            "MASTERDOWN Link with MASTER is down",
+            "MASTERDOWN ServerConnection with MASTER is down",
             "MISCONF Errors writing to the AOF file",
             "NOFENCE ERR the slot is elsewhere",
             "NOREPLICAS Not enough good replicas to write.",

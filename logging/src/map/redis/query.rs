@@ -3,16 +3,16 @@
 
 use std::sync::Arc;
 
-use common::read::Order;
+use common::bounds::Order;
 use futures_util::future::try_join_all;
 use redis::{Cmd, ServerError, Value};
 use uuid::Uuid;
 
-use super::link::Link;
-use super::members::{Members, Topology};
-use super::partition::{self, Member, entries_key, message_key, strange};
-use super::servers::Address;
-use crate::map::MapError;
+use super::cluster::{Cluster, Topology};
+use super::config::Address;
+use super::connection::ServerConnection;
+use super::partition::{self, Member, entries_key, message_key, unexpected_reply};
+use crate::map::contract::MapError;
 
 /// What to read of one partition: members from a place on, in one order.
 pub(super) struct Part {
@@ -33,12 +33,12 @@ pub(super) fn rank(order: Order, uuid: Uuid) -> u128 {
 
 /// Reads on in some partitions. Each gives at least one member, as both ends of a partition have a mark.
 pub(super) async fn read_parts(
-    members: &Members,
+    cluster: &Cluster,
     order: Order,
     parts: &[Part],
 ) -> Result<Vec<Vec<Member>>, MapError> {
     let partitions: Vec<u16> = parts.iter().map(|part| part.partition).collect();
-    let replies = ask(members, &partitions, |place| {
+    let replies = ask(cluster, &partitions, |place| {
         let Part {
             partition,
             from,
@@ -65,7 +65,7 @@ pub(super) async fn read_parts(
              see docs/redis.md, What loses data"
         ))),
         Value::Array(found) => found.into_iter().map(Member::read).collect(),
-        other => Err(strange(&[other])),
+        other => Err(unexpected_reply(&[other])),
     });
     read.collect()
 }
@@ -78,11 +78,11 @@ fn bound(kind: u8, uuid: u128) -> Vec<u8> {
 
 /// Reads messages that are stored apart from their partitions' sets.
 pub(super) async fn read_messages(
-    members: &Members,
+    cluster: &Cluster,
     uuids: &[Uuid],
 ) -> Result<Vec<Vec<u8>>, MapError> {
     let partitions: Vec<u16> = uuids.iter().map(|uuid| partition::of(*uuid)).collect();
-    let replies = ask(members, &partitions, |place| {
+    let replies = ask(cluster, &partitions, |place| {
         let mut command = redis::cmd("GET");
         command.arg(message_key(uuids[place]));
         command
@@ -93,23 +93,23 @@ pub(super) async fn read_messages(
         Value::Nil => Err(MapError::Unavailable(format!(
             "the message of {uuid} is not with its entry: it is moving, or its primary lost it"
         ))),
-        other => Err(strange(&[other])),
+        other => Err(unexpected_reply(&[other])),
     });
     messages.collect()
 }
 
 /// The message under `uuid`.
-pub(super) async fn get(members: &Members, uuid: Uuid) -> Result<Option<String>, MapError> {
+pub(super) async fn get(cluster: &Cluster, uuid: Uuid) -> Result<Option<String>, MapError> {
     let part = Part {
         partition: partition::of(uuid),
         from: rank(Order::Asc, uuid),
         count: 1,
     };
-    let mut found = read_parts(members, Order::Asc, &[part]).await?.remove(0);
+    let mut found = read_parts(cluster, Order::Asc, &[part]).await?.remove(0);
     let message = match found.pop() {
         Some(Member::Small(found, message)) if found == uuid => message,
         Some(Member::Large(found, _)) if found == uuid => {
-            read_messages(members, &[uuid]).await?.remove(0)
+            read_messages(cluster, &[uuid]).await?.remove(0)
         }
         _ => return Ok(None),
     };
@@ -118,30 +118,30 @@ pub(super) async fn get(members: &Members, uuid: Uuid) -> Result<Option<String>,
 }
 
 /// The greatest UUID in the map.
-pub(super) async fn last(members: &Members) -> Result<Option<Uuid>, MapError> {
+pub(super) async fn last(cluster: &Cluster) -> Result<Option<Uuid>, MapError> {
     let parts = partition::all().map(|partition| Part {
         partition,
         from: 1,
         count: 1,
     });
     let parts: Vec<Part> = parts.collect();
-    let found = read_parts(members, Order::Desc, &parts).await?;
+    let found = read_parts(cluster, Order::Desc, &parts).await?;
     let entries = found.into_iter().flatten();
     Ok(entries.filter_map(|member| member.uuid()).max())
 }
 
 /// Gives each partition's primary its command, and the replies in the order of the partitions.
 async fn ask(
-    members: &Members,
+    cluster: &Cluster,
     partitions: &[u16],
     command: impl Fn(usize) -> Cmd + Sync,
 ) -> Result<Vec<Value>, MapError> {
-    let topology = members.topology();
+    let topology = cluster.topology();
     let mut places: Vec<Vec<usize>> = vec![Vec::new(); topology.shards.len()];
     for (place, partition) in partitions.iter().enumerate() {
         let owner = topology.owner(*partition).ok_or_else(|| {
-            members.refresh_soon();
-            MapError::Unavailable(members.trouble())
+            cluster.start_discovery();
+            MapError::Unavailable(cluster.unowned_reason())
         })?;
         places[owner].push(place);
     }
@@ -152,17 +152,20 @@ async fn ask(
         for place in places {
             commands.add_command(command(*place));
         }
-        let link = &shard.link;
-        let replies = link.ask(&commands).await.map_err(MapError::Unavailable)?;
+        let connection = &shard.connection;
+        let replies = connection
+            .ask(&commands)
+            .await
+            .map_err(MapError::Unavailable)?;
         if replies.len() != places.len() {
-            return Err(strange(&replies));
+            return Err(unexpected_reply(&replies));
         }
         let mut found = Vec::with_capacity(replies.len());
         for (place, reply) in places.iter().zip(replies) {
             found.push(match reply {
                 Value::ServerError(error) => {
-                    members.refresh_soon();
-                    follow(&topology, link, &error, command(*place)).await?
+                    cluster.start_discovery();
+                    follow(&topology, connection, &error, command(*place)).await?
                 }
                 reply => reply,
             });
@@ -182,7 +185,7 @@ async fn ask(
 /// Source: <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#redirection-and-resharding>
 async fn follow(
     topology: &Topology,
-    link: &Link,
+    connection: &ServerConnection,
     error: &ServerError,
     command: Cmd,
 ) -> Result<Value, MapError> {
@@ -190,25 +193,28 @@ async fn follow(
         "MOVED" | "ASK" => redirection(topology, error),
         _ => None,
     };
-    let target = target.ok_or_else(|| refused(link, error))?;
+    let target = target.ok_or_else(|| refused(connection, error))?;
     let mut commands = redis::pipe();
     commands.cmd("ASKING").add_command(command);
     let replies = target.ask(&commands).await.map_err(MapError::Unavailable)?;
     match <[Value; 2]>::try_from(replies) {
         Ok([_, Value::ServerError(error)]) => Err(refused(target, &error)),
         Ok([_, reply]) => Ok(reply),
-        Err(replies) => Err(strange(&replies)),
+        Err(replies) => Err(unexpected_reply(&replies)),
     }
 }
 
 /// The server in `SLOT HOST:PORT`.
-fn redirection<'a>(topology: &'a Topology, error: &ServerError) -> Option<&'a Arc<Link>> {
+fn redirection<'a>(
+    topology: &'a Topology,
+    error: &ServerError,
+) -> Option<&'a Arc<ServerConnection>> {
     let (_, address) = error.details()?.split_once(' ')?;
     let address: Address = address.parse().ok()?;
-    topology.links.get(&address)
+    topology.connections.get(&address)
 }
 
-fn refused(link: &Link, error: &ServerError) -> MapError {
-    let address = &link.address;
+fn refused(connection: &ServerConnection, error: &ServerError) -> MapError {
+    let address = &connection.address;
     MapError::Unavailable(format!("redis {address} refuses: {error}"))
 }

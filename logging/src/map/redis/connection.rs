@@ -11,19 +11,19 @@ use redis::{AsyncConnectionConfig, Client, Pipeline, RedisError, RedisResult, Va
 use tokio::sync::{Mutex, Notify};
 use tokio::time::sleep;
 
-use super::servers::Address;
+use super::config::Address;
 
 /// How often a server that is down is asked whether it is back.
 pub(super) const PROBE_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Connects, and gives each answer `patience`.
+/// Connects, and gives each answer `timeout`.
 pub(super) async fn connect(
     client: &Client,
-    patience: Duration,
+    timeout: Duration,
 ) -> RedisResult<MultiplexedConnection> {
     let config = AsyncConnectionConfig::new()
-        .set_connection_timeout(Some(patience))
-        .set_response_timeout(Some(patience));
+        .set_connection_timeout(Some(timeout))
+        .set_response_timeout(Some(timeout));
     client
         .get_multiplexed_async_connection_with_config(&config)
         .await
@@ -41,38 +41,38 @@ pub(super) async fn send(
 
 /// A server's connection for reads.
 #[derive(Debug)]
-pub(super) struct Link {
+pub(super) struct ServerConnection {
     pub(super) address: Address,
     client: Client,
-    patience: Duration,
+    timeout: Duration,
     connection: Mutex<Option<MultiplexedConnection>>,
     /// Why the server counts as down.
     down: std::sync::Mutex<Option<String>>,
     is_probed: AtomicBool,
     /// Wakes who finds out which primary has what.
-    refresh: Arc<Notify>,
+    wake_discovery: Arc<Notify>,
 }
 
-impl Link {
+impl ServerConnection {
     pub(super) fn new(
         address: Address,
         client: Client,
-        patience: Duration,
-        refresh: Arc<Notify>,
+        timeout: Duration,
+        wake_discovery: Arc<Notify>,
     ) -> Self {
         Self {
             address,
             client,
-            patience,
+            timeout,
             connection: Mutex::default(),
             down: std::sync::Mutex::default(),
             is_probed: AtomicBool::new(false),
-            refresh,
+            wake_discovery,
         }
     }
 
     /// Why the server counts as down, if it does.
-    pub(super) fn trouble(&self) -> Option<String> {
+    pub(super) fn down_reason(&self) -> Option<String> {
         let down = self.down.lock().unwrap_or_else(PoisonError::into_inner);
         down.clone()
     }
@@ -82,7 +82,7 @@ impl Link {
     /// # Errors
     /// What is wrong with the server, with its address, when it does not answer.
     pub(super) async fn ask(self: &Arc<Self>, commands: &Pipeline) -> Result<Vec<Value>, String> {
-        if let Some(reason) = self.trouble() {
+        if let Some(reason) = self.down_reason() {
             return Err(reason);
         }
         match self.try_ask(commands).await {
@@ -104,7 +104,7 @@ impl Link {
             match &*current {
                 Some(connection) => connection.clone(),
                 None => {
-                    let connected = connect(&self.client, self.patience).await?;
+                    let connected = connect(&self.client, self.timeout).await?;
                     current.insert(connected).clone()
                 }
             }
@@ -119,7 +119,7 @@ impl Link {
     /// Has the server probed, unless it is already. Nothing is awaited here: who asked may give up at
     /// any moment, and the probe must be under way then.
     fn suspect(self: &Arc<Self>) {
-        self.refresh.notify_one();
+        self.wake_discovery.notify_one();
         if !self.is_probed.swap(true, Ordering::AcqRel) {
             tokio::spawn(probe(Arc::downgrade(self)));
         }
@@ -128,7 +128,7 @@ impl Link {
     /// Asks for nothing but a sign of life, on a connection of its own: what was asked for before may
     /// take its time on the other.
     async fn ping(&self) -> RedisResult<()> {
-        let mut connection = connect(&self.client, self.patience).await?;
+        let mut connection = connect(&self.client, self.timeout).await?;
         redis::cmd("PING").query_async(&mut connection).await
     }
 
@@ -149,18 +149,18 @@ impl Link {
 }
 
 /// Marks a server down while it does not answer to `PING`, however slowly it answers anything else.
-/// Ends when it answers, or when nobody uses the link any more.
-async fn probe(link: Weak<Link>) {
-    while let Some(link) = link.upgrade() {
-        let pinged = link.ping().await;
-        link.set_down(pinged.as_ref().err());
+/// Ends when it answers, or when nobody uses the server any more.
+async fn probe(server: Weak<ServerConnection>) {
+    while let Some(server) = server.upgrade() {
+        let pinged = server.ping().await;
+        server.set_down(pinged.as_ref().err());
         // If it is not up, a replica may have taken over meanwhile.
-        link.refresh.notify_one();
+        server.wake_discovery.notify_one();
         if pinged.is_ok() {
-            link.is_probed.store(false, Ordering::Release);
+            server.is_probed.store(false, Ordering::Release);
             return;
         }
-        drop(link);
+        drop(server);
         sleep(PROBE_INTERVAL).await;
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::RangeInclusive;
 
-use super::servers::Address;
+use super::config::Address;
 
 /// What `INFO` says of a server. Format: <https://redis.io/docs/latest/commands/info/>
 #[derive(Clone, Debug, Default)]
@@ -113,7 +113,7 @@ pub(super) struct Node {
 }
 
 impl Node {
-    /// Reads the whole answer; `asked` is who gave it, who may not know its own address. Members
+    /// Reads the whole answer; `asked` is who gave it, who may not know its own address. Cluster
     /// without an address are left out.
     pub(super) fn parse_all(text: &str, asked: &Address, is_tls: bool) -> Vec<Self> {
         let lines = text.lines();

@@ -2,45 +2,43 @@
 //! known comes from `discovery`.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
-use common::server::Check;
-use tokio::sync::Notify;
+use common::health::Check;
+use tokio::sync::{Notify, watch};
 use uuid::Uuid;
 
-use super::discovery;
-use super::lane::Lane;
-use super::link::Link;
-use super::nodes::{Direction, MovingSlot, ServerInfo};
-use super::servers::{Address, Servers};
-use crate::map::{Health, MapError, Options};
+use super::config::Address;
+use super::connection::ServerConnection;
+use super::primary_writer::PrimaryWriter;
+use super::replies::{Direction, MovingSlot, ServerInfo};
+use crate::map::contract::{Health, MapError};
 
-/// The members of the map.
+/// The members of the map, as discovery sees them.
 #[derive(Debug)]
-pub(super) struct Members {
-    pub(super) servers: Servers,
-    pub(super) options: Options,
-    /// Wakes the discovery.
-    pub(super) refresh: Arc<Notify>,
-    known: RwLock<Known>,
-    /// Whether every partition has been writable once since the start, and the map's id was known.
+pub(super) struct Cluster {
+    state: watch::Receiver<ClusterState>,
+    wake_discovery: Arc<Notify>,
+    /// Whether every partition has been writable once since the start, and the map's id was state.
     was_complete: AtomicBool,
 }
 
 /// What is known of the members.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Known {
+pub(super) struct ClusterState {
     pub(super) topology: Arc<Topology>,
     /// Why what the servers say, or that they say nothing, makes no map.
-    pub(super) trouble: Option<String>,
+    pub(super) discovery_error: Option<String>,
     pub(super) infos: BTreeMap<Address, ServerInfo>,
     /// Replicas that must hold an entry before it is acknowledged.
     pub(super) backups: u16,
+    /// Whether it was complete since the start: see [`Self::is_complete`].
+    pub(super) was_complete: bool,
     /// The map's id, as it was read last.
     pub(super) map_id: Option<Uuid>,
     /// Why the map's id could not be read, when its primary answers.
-    pub(super) map_id_trouble: Option<String>,
+    pub(super) map_id_error: Option<String>,
 }
 
 /// Which primary has which partition.
@@ -51,37 +49,33 @@ pub(super) struct Topology {
     /// For each partition, its primary's place in `shards`.
     pub(super) owners: Vec<Option<usize>>,
     /// The connections for reads of all members, also of those without partitions.
-    pub(super) links: HashMap<Address, Arc<Link>>,
+    pub(super) connections: HashMap<Address, Arc<ServerConnection>>,
 }
 
 /// A primary: one connection for reads, one for writes.
 #[derive(Debug)]
 pub(super) struct Shard {
-    pub(super) link: Arc<Link>,
-    pub(super) lane: Lane,
+    pub(super) connection: Arc<ServerConnection>,
+    pub(super) writer: PrimaryWriter,
 }
 
-impl Members {
-    /// Starts to look for the members, until what is returned is dropped.
-    pub(super) fn discover(servers: Servers, options: Options) -> Arc<Self> {
-        let members = Arc::new(Self {
-            servers,
-            options,
-            refresh: Arc::default(),
-            known: RwLock::default(),
+impl Cluster {
+    /// What discovery publishes in `state`; it works until this is dropped.
+    pub(super) fn new(state: watch::Receiver<ClusterState>, wake_discovery: Arc<Notify>) -> Self {
+        Self {
+            state,
+            wake_discovery,
             was_complete: AtomicBool::new(false),
-        });
-        tokio::spawn(discovery::run(Arc::downgrade(&members)));
-        members
+        }
     }
 
     /// Which primary has which partition.
     pub(super) fn topology(&self) -> Arc<Topology> {
-        self.read().topology.clone()
+        self.state.borrow().topology.clone()
     }
 
     pub(super) fn map_id(&self) -> Option<Uuid> {
-        self.read().map_id
+        self.state.borrow().map_id
     }
 
     /// Fails when a partition's mark is another map's.
@@ -95,84 +89,69 @@ impl Members {
     }
 
     /// Why a partition has no primary.
-    pub(super) fn trouble(&self) -> String {
-        let trouble = self.read().trouble.clone();
-        trouble.unwrap_or_else(|| "the cluster has no primary for this partition".to_owned())
+    pub(super) fn unowned_reason(&self) -> String {
+        let error = self.state.borrow().discovery_error.clone();
+        error.unwrap_or_else(|| "the cluster has no primary for this partition".to_owned())
     }
 
-    /// Has the members asked who has what: somebody found that it is not as it is known.
-    pub(super) fn refresh_soon(&self) {
-        self.refresh.notify_one();
+    /// Starts discovery because a reply contradicted the known topology.
+    pub(super) fn start_discovery(&self) {
+        self.wake_discovery.notify_one();
     }
 
-    pub(super) fn known(&self) -> Known {
-        self.read().clone()
-    }
-
-    pub(super) fn publish(&self, known: Known) {
-        self.note_if_complete(&known);
-        *self.known.write().unwrap_or_else(PoisonError::into_inner) = known;
-    }
-
-    /// What the members said and what the lanes found.
+    /// What the members said and what the writers found.
     pub(super) fn health(&self) -> Health {
-        let known = self.read();
-        self.note_if_complete(&known);
-        let shards = known.topology.shards.iter().map(|shard| {
-            let trouble = shard.link.trouble().or_else(|| shard.lane.trouble());
+        let state = self.state.borrow();
+        if state.is_complete() {
+            self.was_complete.store(true, Ordering::Relaxed);
+        }
+        let shards = state.topology.shards.iter().map(|shard| {
+            let trouble = shard
+                .connection
+                .down_reason()
+                .or_else(|| shard.writer.closed_reason());
             Check {
-                name: format!("primary {}", shard.link.address),
+                name: format!("primary {}", shard.connection.address),
                 ok: trouble.is_none(),
                 detail: trouble.unwrap_or_else(|| "takes entries".to_owned()),
             }
         });
-        let warnings = known.warnings();
+        let warnings = state.warnings();
         let warnings = warnings.into_iter().map(|(address, warning)| Check {
             name: format!("server {address}"),
             ok: true,
             detail: format!("warning: {warning}"),
         });
         Health {
-            missing: self.missing(&known),
-            checks: shards.chain(known.moves()).chain(warnings).collect(),
+            not_ready: self.not_ready(&state),
+            checks: shards.chain(state.moves()).chain(warnings).collect(),
         }
     }
 
     /// Why this instance is not ready. Once it was, the loss of a backup or of a whole shard is no
     /// reason: all instances would be taken out at once.
-    fn missing(&self, known: &Known) -> Option<String> {
-        let shards = &known.topology.shards;
-        let is_anybody_there = shards.iter().any(|shard| shard.link.trouble().is_none());
-        if self.was_complete.load(Ordering::Relaxed) && is_anybody_there {
+    fn not_ready(&self, state: &ClusterState) -> Option<String> {
+        let shards = &state.topology.shards;
+        let is_anybody_there = shards
+            .iter()
+            .any(|shard| shard.connection.down_reason().is_none());
+        if (state.was_complete || self.was_complete.load(Ordering::Relaxed)) && is_anybody_there {
             return None;
         }
-        if let Some(trouble) = &known.trouble {
+        if let Some(trouble) = &state.discovery_error {
             return Some(trouble.clone());
         }
-        if let Some(trouble) = shards.iter().find_map(|shard| shard.lane.trouble()) {
+        if let Some(trouble) = shards.iter().find_map(|shard| shard.writer.closed_reason()) {
             return Some(trouble);
         }
-        if !known.topology.is_whole() {
+        if !state.topology.is_whole() {
             return Some("not every partition has a primary; was the cluster created?".to_owned());
         }
-        if known.map_id.is_none() {
-            let trouble = known.map_id_trouble.clone();
+        if state.map_id.is_none() {
+            let trouble = state.map_id_error.clone();
             return Some(trouble.unwrap_or_else(|| "the map's id was not read yet".to_owned()));
         }
         Some("no redis primary answers".to_owned())
-    }
-
-    fn note_if_complete(&self, known: &Known) {
-        let topology = &known.topology;
-        let mut shards = topology.shards.iter();
-        let takes_entries = shards.all(|shard| shard.lane.trouble().is_none());
-        if topology.is_whole() && takes_entries && known.map_id.is_some() {
-            self.was_complete.store(true, Ordering::Relaxed);
-        }
-    }
-
-    fn read(&self) -> RwLockReadGuard<'_, Known> {
-        self.known.read().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -188,11 +167,18 @@ impl Topology {
 
     fn has_primary(&self, address: &Address) -> bool {
         let mut shards = self.shards.iter();
-        shards.any(|shard| shard.link.address == *address)
+        shards.any(|shard| shard.connection.address == *address)
     }
 }
 
-impl Known {
+impl ClusterState {
+    /// Whether every partition has a primary that takes entries, and the map's id is state.
+    pub(super) fn is_complete(&self) -> bool {
+        let mut shards = self.topology.shards.iter();
+        let takes_entries = shards.all(|shard| shard.writer.closed_reason().is_none());
+        self.topology.is_whole() && takes_entries && self.map_id.is_some()
+    }
+
     /// Why a server must not be trusted with entries, though it may hold them all at the moment: it
     /// evicts when its memory is used up, even while it is only read. A replica does so once it is
     /// promoted.

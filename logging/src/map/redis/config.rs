@@ -14,14 +14,14 @@ const WRITE_INSTEAD: &str = "write redis://[USER:PASSWORD@]HOST:PORT[,HOST:PORTâ
 
 /// One Redis server, or some members of a Redis Cluster, which name the others.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Servers {
+pub struct RedisConfig {
     pub(super) seeds: Vec<Address>,
     pub(super) is_tls: bool,
     user: Option<String>,
     password: Option<String>,
 }
 
-impl Servers {
+impl RedisConfig {
     /// A client for one of the servers, named here or by a member. It does not connect yet.
     pub(super) fn client(&self, address: &Address) -> Client {
         let Address { host, port } = address.clone();
@@ -51,7 +51,7 @@ impl Servers {
     }
 }
 
-impl FromStr for Servers {
+impl FromStr for RedisConfig {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -89,7 +89,7 @@ fn decoded(text: &str) -> Result<String, String> {
 }
 
 /// Without the password, as this is written to logs.
-impl fmt::Debug for Servers {
+impl fmt::Debug for RedisConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(if self.is_tls { "rediss://" } else { "redis://" })?;
         if self.password.is_some() {
@@ -148,7 +148,7 @@ mod tests {
 
     #[test]
     fn one_server_and_its_defaults() {
-        let servers: Servers = "redis://cache".parse().unwrap();
+        let servers: RedisConfig = "redis://cache".parse().unwrap();
         assert_eq!(format!("{servers:?}"), "redis://cache:6379");
         assert!(!servers.is_tls);
     }
@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn members_with_a_login_that_is_never_shown() {
         let text = "rediss://log%3Aer:p%40ss%2Fword@10.0.0.1:7001,[::1]:7002,[fe80::2]/";
-        let servers: Servers = text.parse().unwrap();
+        let servers: RedisConfig = text.parse().unwrap();
         assert!(servers.is_tls);
         assert_eq!(servers.user.as_deref(), Some("log:er"));
         assert_eq!(servers.password.as_deref(), Some("p@ss/word"));
@@ -168,7 +168,7 @@ mod tests {
 
     #[test]
     fn password_alone_is_the_default_users() {
-        let servers: Servers = "redis://:secret@host:1".parse().unwrap();
+        let servers: RedisConfig = "redis://:secret@host:1".parse().unwrap();
         assert_eq!(servers.user, None);
         assert_eq!(servers.password.as_deref(), Some("secret"));
     }
@@ -184,7 +184,7 @@ mod tests {
             "redis://host/1",
             "redis://host,,host",
         ] {
-            assert!(text.parse::<Servers>().is_err(), "{text}");
+            assert!(text.parse::<RedisConfig>().is_err(), "{text}");
         }
     }
 }

@@ -17,22 +17,22 @@ const JOB_OVERHEAD: usize = 512;
 /// Entries that may wait to be written, in bytes; more are refused at once.
 const MAX_QUEUED_BYTES: usize = 32 * 1024 * 1024;
 
-/// Room for the batches that wait; what is in it holds its share until it is answered.
+/// WriteBudget for the batches that wait; what is in it holds its share until it is answered.
 #[derive(Clone, Debug)]
-pub(super) struct Room(Arc<Semaphore>);
+pub(super) struct WriteBudget(Arc<Semaphore>);
 
-impl Default for Room {
+impl Default for WriteBudget {
     fn default() -> Self {
         Self(Arc::new(Semaphore::new(MAX_QUEUED_BYTES)))
     }
 }
 
-impl Room {
-    /// Makes a job of a batch, and the ticket on which its outcomes come.
+impl WriteBudget {
+    /// Makes a job of a batch, and the reply on which its outcomes come.
     ///
     /// # Errors
-    /// The outcome of all its entries when there is no room.
-    pub(super) fn admit(&self, entries: Arc<[Entry]>) -> Result<(Job, Ticket), Outcome> {
+    /// The outcome of all its entries when there is no budget.
+    pub(super) fn admit(&self, entries: Arc<[Entry]>) -> Result<(Job, PendingReply), Outcome> {
         let sizes = entries.iter().map(|entry| entry.msg.len() + ENTRY_OVERHEAD);
         let bytes = JOB_OVERHEAD + sizes.sum::<usize>();
         let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
@@ -47,7 +47,7 @@ impl Room {
             reply,
             _permit: permit,
         };
-        Ok((job, Ticket { claim, outcomes }))
+        Ok((job, PendingReply { claim, outcomes }))
     }
 }
 
@@ -77,12 +77,12 @@ impl Job {
 
 /// The caller's side of a [`Job`].
 #[derive(Debug)]
-pub(super) struct Ticket {
+pub(super) struct PendingReply {
     claim: Claim,
     outcomes: oneshot::Receiver<Result<Vec<Outcome>, Outcome>>,
 }
 
-impl Ticket {
+impl PendingReply {
     /// Waits for the outcomes; an error is the outcome of all entries.
     pub(super) async fn outcomes(self, store_timeout: Duration) -> Result<Vec<Outcome>, Outcome> {
         let answer = tokio::time::timeout(store_timeout, self.outcomes).await;

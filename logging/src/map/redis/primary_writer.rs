@@ -1,6 +1,6 @@
 //! The queue to a primary. While a group of batches is being committed the next one gathers.
 //!
-//! A lane whose primary does not answer, or has too few replicas, is closed: it refuses at once
+//! A writer whose primary does not answer, or has too few replicas, is closed: it refuses at once
 //! what comes, and tries until a commit of nothing but the fence works again.
 
 use std::sync::atomic::AtomicUsize;
@@ -13,9 +13,9 @@ use redis::aio::MultiplexedConnection;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::sleep;
 
-use super::link::{Link, PROBE_INTERVAL};
+use super::connection::{PROBE_INTERVAL, ServerConnection};
 use super::primary::{Primary, Settings, Shared};
-use crate::map::job::{Job, Room};
+use crate::map::queue::{Job, WriteBudget};
 
 /// A group commit takes no further batch beyond this, in bytes: a primary serves nobody else while
 /// it runs the script.
@@ -23,37 +23,40 @@ const MAX_GROUP_BYTES: usize = 512 * 1024;
 
 /// The way into a primary.
 #[derive(Debug)]
-pub(super) struct Lane {
+pub(super) struct PrimaryWriter {
     jobs: mpsc::UnboundedSender<Job>,
     shared: Arc<Shared>,
     store_timeout: Duration,
 }
 
-impl Lane {
-    /// Opens a lane. It ends when it is dropped and what is in it is answered.
+impl PrimaryWriter {
+    /// Opens a writer. It ends when it is dropped and what is in it is answered.
     pub(super) fn open(
-        link: Arc<Link>,
+        connection: Arc<ServerConnection>,
         client: Client,
         settings: Settings,
         partitions: Vec<u16>,
-        refresh: Arc<Notify>,
+        wake_discovery: Arc<Notify>,
     ) -> Self {
         let (jobs, queued) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
-            trouble: Mutex::new(Some(format!("redis {} was not reached yet", link.address))),
+            closed_reason: Mutex::new(Some(format!(
+                "redis {} was not reached yet",
+                connection.address
+            ))),
             partitions: Mutex::new(partitions),
             fence: AtomicUsize::new(0),
         });
         let store_timeout = settings.store_timeout;
         let writer = Writer {
             primary: Primary {
-                link,
+                connection,
                 client,
                 settings,
                 shared: shared.clone(),
             },
             jobs: queued,
-            refresh,
+            wake_discovery,
         };
         tokio::spawn(writer.run());
         Self {
@@ -63,9 +66,9 @@ impl Lane {
         }
     }
 
-    /// Why the lane is closed, if it is.
-    pub(super) fn trouble(&self) -> Option<String> {
-        self.shared.trouble()
+    /// Why the writer is closed, if it is.
+    pub(super) fn closed_reason(&self) -> Option<String> {
+        self.shared.closed_reason()
     }
 
     /// Tells which partitions the primary has now.
@@ -78,13 +81,13 @@ impl Lane {
     /// whether the primary and its replicas take entries.
     pub(super) async fn put(
         &self,
-        room: &Room,
+        budget: &WriteBudget,
         entries: Arc<[Entry]>,
     ) -> Result<Vec<Outcome>, Outcome> {
-        let (job, ticket) = room.admit(entries)?;
-        // Should the writer have panicked, the ticket says so.
+        let (job, reply) = budget.admit(entries)?;
+        // Should the writer have panicked, the reply says so.
         let _ = self.jobs.send(job);
-        ticket.outcomes(self.store_timeout).await
+        reply.outcomes(self.store_timeout).await
     }
 }
 
@@ -93,7 +96,7 @@ struct Writer {
     primary: Primary,
     jobs: mpsc::UnboundedReceiver<Job>,
     /// Wakes who finds out which primary has what.
-    refresh: Arc<Notify>,
+    wake_discovery: Arc<Notify>,
 }
 
 impl Writer {
@@ -103,11 +106,11 @@ impl Writer {
         loop {
             let reason = match opened {
                 Ok(connection) => {
-                    let address = &self.primary.link.address;
+                    let address = &self.primary.connection.address;
                     tracing::info!(%address, "a redis primary takes entries");
-                    self.primary.shared.set_trouble(None);
+                    self.primary.shared.set_closed_reason(None);
                     // A new map gets its id when its primary takes entries.
-                    self.refresh.notify_one();
+                    self.wake_discovery.notify_one();
                     match self.serve(connection).await {
                         Some(reason) => reason,
                         None => return,
@@ -124,15 +127,18 @@ impl Writer {
     }
 
     fn close(&self, reason: &str) {
-        let known = self.primary.shared.set_trouble(Some(reason.to_owned()));
+        let known = self
+            .primary
+            .shared
+            .set_closed_reason(Some(reason.to_owned()));
         if known.as_deref() != Some(reason) {
-            let address = &self.primary.link.address;
+            let address = &self.primary.connection.address;
             tracing::warn!(%address, reason, "a redis primary takes no entries, trying again");
         }
-        self.refresh.notify_one();
+        self.wake_discovery.notify_one();
     }
 
-    /// Tries after a pause, refusing what comes meanwhile; `None` when the lane was dropped.
+    /// Tries after a pause, refusing what comes meanwhile; `None` when the writer was dropped.
     async fn open_again(&mut self, reason: &str) -> Option<Result<MultiplexedConnection, String>> {
         let attempt = async {
             sleep(PROBE_INTERVAL).await;
@@ -147,12 +153,12 @@ impl Writer {
         }
     }
 
-    /// Commits group after group until one fails, and says why; `None` when the lane was dropped.
+    /// Commits group after group until one fails, and says why; `None` when the writer was dropped.
     async fn serve(&mut self, mut connection: MultiplexedConnection) -> Option<String> {
         loop {
             let first = self.jobs.recv().await?;
             let group = self.gather(first);
-            if let Some(reason) = self.primary.link.trouble() {
+            if let Some(reason) = self.primary.connection.down_reason() {
                 for job in group {
                     job.answer(Err(Outcome::partition_down(&reason)));
                 }
@@ -160,10 +166,15 @@ impl Writer {
             }
             match self.primary.commit(&group, &mut connection).await {
                 Ok(outcomes) => {
-                    let is_refused = |outcome: &Outcome| matches!(outcome, Outcome::Refused { .. });
+                    let is_refused = |outcome: &Outcome| {
+                        matches!(
+                            outcome,
+                            Outcome::PartitionDown { .. } | Outcome::Refused { .. }
+                        )
+                    };
                     if outcomes.iter().any(is_refused) {
                         // Perhaps the partition has moved to another primary.
-                        self.refresh.notify_one();
+                        self.wake_discovery.notify_one();
                     }
                     let mut outcomes = outcomes.into_iter();
                     for job in group {

@@ -1,19 +1,22 @@
-//! Storing one message: on which instance, how often, under which UUID, and until when.
+//! The delivery of one message: on which instance, how often, under which UUID, and until when. What an
+//! outcome means is decided in `judge`.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::entry::{Outcome, PutEntry};
+use common::api::PutEntry;
+use common::entry::Outcome;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::time::{Instant, sleep, timeout_at};
 use tower::retry::budget::Budget;
 use uuid::Uuid;
 
+use crate::backoff::Backoff;
 use crate::batcher::{BatchFailure, Held};
-use crate::client::Certainty;
 use crate::judge::{Doubt, Key, NotStored, Trouble, Verdict, judge};
 use crate::pool::{Instance, Pool};
+use crate::upstream::MaybeStored;
 
 /// Pause after every instance has failed once, doubled each time up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
@@ -33,7 +36,7 @@ const MAX_MOVES_AT_ONCE: u32 = 8;
 
 /// A message to be stored.
 #[derive(Debug)]
-pub struct Post {
+pub struct Message {
     pub msg: String,
     pub key: Key,
     /// For the logs.
@@ -63,7 +66,7 @@ pub struct Stored {
 }
 
 /// Stores one message: tries random instances, each once before any is tried again, until one has
-/// stored it or `patience` is over.
+/// stored it or `timeout` is over.
 ///
 /// - A repeat after a try that may have been executed keeps its UUID, so the map sees that it is the
 ///   same entry. A UUID of ours is made anew only while every try with it was certainly not executed.
@@ -76,9 +79,13 @@ pub struct Stored {
 /// - A message that is refused only because no primary takes its partition goes to another
 ///   partition, under another UUID; where that is not possible it waits. Neither is for want of
 ///   capacity, so it costs nothing of the budget.
-pub async fn store(pool: &Pool, post: Post, patience: Duration) -> Result<Stored, NotStored> {
-    let deadline = Instant::now() + patience;
-    let mut delivery = Delivery::new(pool, post, deadline);
+pub async fn deliver(
+    pool: &Pool,
+    message: Message,
+    timeout: Duration,
+) -> Result<Stored, NotStored> {
+    let deadline = Instant::now() + timeout;
+    let mut delivery = Delivery::new(pool, message, deadline);
     let delivered = timeout_at(deadline, delivery.run()).await;
     delivered.unwrap_or_else(|_| Err(delivery.give_up()))
 }
@@ -92,15 +99,15 @@ struct Delivery<'pool> {
     held: Held,
     overload: WhenOverloaded,
     /// What is known from the tries that have ended.
-    certainty: Certainty,
+    maybe_stored: MaybeStored,
     /// The instances whose tries have not ended.
     pending: Vec<Arc<Instance>>,
     /// The instances that were tried in this round.
     tried: Vec<Arc<Instance>>,
     /// What the last try on each instance said, for the caller.
     reasons: Vec<(String, String)>,
-    /// Before the next round.
-    pause: Duration,
+    /// Between two rounds.
+    backoff: Backoff,
     /// To another partition.
     moves: u32,
     /// Tries for which the map's clock and the facade's differed.
@@ -117,27 +124,27 @@ enum Pace {
 }
 
 impl<'pool> Delivery<'pool> {
-    fn new(pool: &'pool Pool, post: Post, deadline: Instant) -> Self {
+    fn new(pool: &'pool Pool, message: Message, deadline: Instant) -> Self {
         let entry = PutEntry {
-            uuid: match post.key {
-                Key::Own => pool.identifiers.next(),
+            uuid: match message.key {
+                Key::Generated => pool.identifiers.next(),
                 Key::Caller(uuid) => uuid,
             },
-            msg: post.msg,
-            request_id: post.request_id,
+            msg: message.msg,
+            request_id: message.request_id,
         };
         Self {
             pool,
             deadline,
             entry,
-            key: post.key,
-            held: post.held,
-            overload: post.overload,
-            certainty: Certainty::No,
+            key: message.key,
+            held: message.held,
+            overload: message.overload,
+            maybe_stored: MaybeStored::No,
             pending: Vec::new(),
             tried: Vec::new(),
             reasons: Vec::new(),
-            pause: FIRST_PAUSE,
+            backoff: Backoff::new(FIRST_PAUSE, MAX_PAUSE),
             moves: 0,
             clock_tries: 0,
         }
@@ -163,11 +170,11 @@ impl<'pool> Delivery<'pool> {
                 .retain(|pending| !Arc::ptr_eq(pending, &instance));
             let doubt = Doubt {
                 key: self.key,
-                certainty: self.certainty,
+                maybe_stored: self.maybe_stored,
                 others_pending: !self.pending.is_empty(),
             };
             let judged = judge(answer, doubt);
-            self.certainty = judged.certainty;
+            self.maybe_stored = judged.maybe_stored;
             let (trouble, detail) = match judged.verdict {
                 Verdict::Stored { is_duplicate } => {
                     return Ok(Stored {
@@ -200,11 +207,11 @@ impl<'pool> Delivery<'pool> {
             if self.overload == WhenOverloaded::GiveUp {
                 return Err(NotStored::GaveUp {
                     uuid: self.entry.uuid,
-                    certainty: Certainty::No,
+                    maybe_stored: MaybeStored::No,
                     detail: "more messages come than the logging instances store".to_owned(),
                 });
             }
-            self.wait().await;
+            self.backoff.pause().await;
         }
     }
 
@@ -233,11 +240,11 @@ impl<'pool> Delivery<'pool> {
                 return Ok(Some(instance));
             }
             self.pool.any_up().await;
-            if Instant::now() + self.pause >= self.deadline {
+            if Instant::now() + self.backoff.next() >= self.deadline {
                 // A try that the deadline cuts off would only make its fate unknown.
                 return Err(self.give_up());
             }
-            self.wait().await;
+            self.backoff.pause().await;
             self.tried.clear();
             if pace != Pace::OnBudget || self.pool.repeats.withdraw() {
                 pace = Pace::Now;
@@ -272,14 +279,11 @@ impl<'pool> Delivery<'pool> {
         }
     }
 
-    async fn wait(&mut self) {
-        sleep(self.pause).await;
-        self.pause = (self.pause * 2).min(MAX_PAUSE);
-    }
-
     /// Whether the entry may get another UUID.
     fn may_renew(&self) -> bool {
-        self.key == Key::Own && self.certainty == Certainty::No && self.pending.is_empty()
+        self.key == Key::Generated
+            && self.maybe_stored == MaybeStored::No
+            && self.pending.is_empty()
     }
 
     /// Hands the entry to an instance and returns what comes of it.
@@ -305,9 +309,9 @@ impl<'pool> Delivery<'pool> {
 
     fn give_up(&mut self) -> NotStored {
         let pending = std::mem::take(&mut self.pending);
-        let certainty = match pending.is_empty() {
-            true => self.certainty,
-            false => Certainty::Unknown,
+        let maybe_stored = match pending.is_empty() {
+            true => self.maybe_stored,
+            false => MaybeStored::Unknown,
         };
         for instance in pending {
             self.note(&instance.name, "did not answer before the deadline");
@@ -317,7 +321,7 @@ impl<'pool> Delivery<'pool> {
         let reasons: Vec<String> = reasons.collect();
         NotStored::GaveUp {
             uuid: self.entry.uuid,
-            certainty,
+            maybe_stored,
             detail: match self.pool.is_any_up() {
                 true => reasons.join("; "),
                 false => self.pool.down_reasons(),

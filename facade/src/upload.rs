@@ -14,8 +14,8 @@ use bytes::{Buf, Bytes, BytesMut};
 use common::body::{BodyError, holding};
 use common::entry;
 use common::json::{self, JsonLine};
-use common::problem::{Problem, shortened};
-use common::server;
+use common::middleware::request_id;
+use common::problem::{Problem, truncate_detail};
 use futures_util::{Stream, StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -24,12 +24,13 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::batcher::Held;
-use crate::client::Certainty;
-use crate::get::{self, Format};
+use crate::delivery::{Message, WhenOverloaded, deliver};
+use crate::error::{stopping, too_many};
+use crate::format::{Format, negotiate};
 use crate::judge::{Key, NotStored};
-use crate::post::{RETRY_AFTER, body_limit, check_size};
-use crate::store::{Post, WhenOverloaded, store};
-use crate::{App, too_many};
+use crate::message::{body_limit, check_size};
+use crate::state::App;
+use crate::upstream::MaybeStored;
 
 /// Lines of one upload that are being stored, in bytes: enough for batches of full size.
 const WINDOW_BYTES: usize = 1024 * 1024;
@@ -49,7 +50,7 @@ const RESULTS_PER_CHUNK: usize = 256;
 
 /// Stores each line of the body. The reply is a summary when the upload has ended, because many
 /// clients read nothing before that; who asks for NDJSON gets each line's result while it runs.
-pub(crate) async fn upload(app: App, headers: &HeaderMap, body: Body) -> Result<Response, Problem> {
+pub(crate) async fn create(app: App, headers: &HeaderMap, body: Body) -> Result<Response, Problem> {
     if headers.contains_key("idempotency-key") {
         return Err(Problem::bad_request(
             "an upload of many messages takes no idempotency-key; give lines a uuid of their own",
@@ -58,8 +59,8 @@ pub(crate) async fn upload(app: App, headers: &HeaderMap, body: Body) -> Result<
     let place = app.uploads.clone().try_acquire_owned();
     let place = place.map_err(|_| too_many("uploads").with("stored", "no"))?;
     let place: Held = Arc::new(place);
-    let reply = get::negotiate(headers, &[Format::Json, Format::Ndjson])?;
-    let request_id = server::request_id(headers).map(str::to_owned);
+    let reply = negotiate(headers, &[Format::Json, Format::Ndjson])?;
+    let request_id = request_id(headers).map(str::to_owned);
     let results = store_lines(app, body, request_id, place.clone());
     let answer = match reply {
         Format::Ndjson => stream_results(results),
@@ -160,7 +161,7 @@ fn store_lines(
 ) -> impl Stream<Item = Result<LineResult, Broken>> + Send + 'static {
     let window = Arc::new(Semaphore::new(WINDOW_BYTES));
     let limit = body_limit(app.max_message);
-    let lines = Lines::new(body, limit, app.body_patience, app.stop.clone());
+    let lines = Lines::new(body, limit, app.body_timeout, app.stop.clone());
     let lines = stream::unfold(lines, async |mut lines| Some((lines.next().await?, lines)));
     let admitted = lines
         .filter(|line| future::ready(!line.is_blank()))
@@ -197,7 +198,12 @@ async fn store_line(
         Content::Text(text) => text,
         Content::TooLong => {
             let reason = format!("a message may have {} bytes at most", app.max_message);
-            return Ok(LineResult::failed(line.number, None, Certainty::No, reason));
+            return Ok(LineResult::failed(
+                line.number,
+                None,
+                MaybeStored::No,
+                reason,
+            ));
         }
         Content::Broken(problem) => {
             let lines = line.number - 1;
@@ -206,16 +212,23 @@ async fn store_line(
     };
     let (msg, key) = match parse_line(&text, app.max_message) {
         Ok(parsed) => parsed,
-        Err(reason) => return Ok(LineResult::failed(line.number, None, Certainty::No, reason)),
+        Err(reason) => {
+            return Ok(LineResult::failed(
+                line.number,
+                None,
+                MaybeStored::No,
+                reason,
+            ));
+        }
     };
-    let post = Post {
+    let message = Message {
         msg,
         key,
         request_id,
         held: place,
         overload: WhenOverloaded::Wait,
     };
-    let result = match store(&app.pool, post, app.deadline).await {
+    let result = match deliver(&app.pool, message, app.deadline).await {
         Ok(stored) => LineResult {
             line: line.number,
             uuid: Some(stored.uuid),
@@ -224,30 +237,30 @@ async fn store_line(
             error: None,
         },
         Err(error) => {
-            let (uuid, certainty) = match (&error, key) {
+            let (uuid, maybe_stored) = match (&error, key) {
                 (
                     NotStored::GaveUp {
-                        uuid, certainty, ..
+                        uuid, maybe_stored, ..
                     },
                     _,
-                ) => (Some(*uuid), *certainty),
-                (_, Key::Caller(uuid)) => (Some(uuid), Certainty::No),
-                (_, Key::Own) => (None, Certainty::No),
+                ) => (Some(*uuid), *maybe_stored),
+                (_, Key::Caller(uuid)) => (Some(uuid), MaybeStored::No),
+                (_, Key::Generated) => (None, MaybeStored::No),
             };
-            LineResult::failed(line.number, uuid, certainty, error.detail())
+            LineResult::failed(line.number, uuid, maybe_stored, error.detail())
         }
     };
     Ok(result)
 }
 
 impl LineResult {
-    fn failed(line: u64, uuid: Option<Uuid>, certainty: Certainty, error: String) -> Self {
+    fn failed(line: u64, uuid: Option<Uuid>, maybe_stored: MaybeStored, error: String) -> Self {
         Self {
             line,
             uuid,
-            stored: certainty.word(),
+            stored: maybe_stored.word(),
             duplicate: false,
-            error: Some(shortened(error)),
+            error: Some(truncate_detail(error)),
         }
     }
 }
@@ -270,7 +283,7 @@ fn parse_line(text: &[u8], max_message: usize) -> Result<(String, Key), String> 
     })?;
     let key = match uuid {
         Some(uuid) => Key::Caller(entry::parse_entry_uuid(&uuid)?),
-        None => Key::Own,
+        None => Key::Generated,
     };
     check_size(&msg, max_message).map_err(|problem| problem.detail().to_owned())?;
     Ok((msg, key))
@@ -412,10 +425,4 @@ impl Lines {
         }
         Content::Text(line.into())
     }
-}
-
-fn stopping() -> Problem {
-    let detail = "this facade is stopping and read no further line than `lines` says: those of them \
-                  that are not among the errors are stored; send the rest again, to another facade";
-    Problem::unavailable(detail, RETRY_AFTER)
 }

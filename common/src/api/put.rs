@@ -1,0 +1,289 @@
+//! Putting: a batch of entries goes to an instance, a result for each comes back.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::entry::{Outcome, require_entry_uuid};
+
+/// The largest body that a logging instance accepts for one batch, in bytes.
+///
+/// The facade keeps its batches below it, and refuses a `--max-message` that could not fit.
+pub const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
+
+/// An entry on its way to a logging instance.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct PutEntry {
+    /// The identifier under which the message is to be stored.
+    pub uuid: Uuid,
+    /// The message.
+    pub msg: String,
+    /// The `x-request-id` of the POST that brought it, for the logs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_id: Option<String>,
+}
+
+/// An entry in the form that a batch has it.
+#[derive(Clone, Debug)]
+pub struct EncodedEntry(Vec<u8>);
+
+impl PutEntry {
+    /// Encodes the entry for a [`Batch`].
+    pub fn encode(&self) -> EncodedEntry {
+        EncodedEntry(serde_json::to_vec(self).expect("an entry is plain JSON"))
+    }
+}
+
+impl EncodedEntry {
+    /// How many bytes it adds to a batch, but for a separator.
+    #[allow(clippy::len_without_is_empty, reason = "an entry is never empty")]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// A batch of entries as the body of a request: a JSON array.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    array: Vec<u8>,
+    count: usize,
+}
+
+impl Batch {
+    /// Adds an entry behind the others.
+    pub fn push(&mut self, entry: &EncodedEntry) {
+        self.array.push(if self.count == 0 { b'[' } else { b',' });
+        self.array.extend_from_slice(&entry.0);
+        self.count += 1;
+    }
+
+    /// How many bytes it has so far.
+    #[allow(
+        clippy::len_without_is_empty,
+        reason = "an empty batch is sent as a trial"
+    )]
+    pub fn len(&self) -> usize {
+        self.array.len()
+    }
+
+    /// The body of the request.
+    pub fn into_body(mut self) -> Vec<u8> {
+        match self.count {
+            0 => b"[]".to_vec(),
+            _ => {
+                self.array.push(b']');
+                self.array
+            }
+        }
+    }
+
+    /// Reads the body of a request: an array of entries, or a single one, as a person may send it.
+    ///
+    /// # Errors
+    /// What is wrong with it, for the one who sent it.
+    pub fn decode(body: &[u8]) -> Result<Vec<PutEntry>, String> {
+        let is_array = body.trim_ascii_start().starts_with(b"[");
+        let decoded = if is_array {
+            serde_json::from_slice(body)
+        } else {
+            serde_json::from_slice(body).map(|entry| vec![entry])
+        };
+        let entries: Vec<PutEntry> = decoded.map_err(|error| {
+            format!(
+                "this is a logging instance; post messages to the facade, by default \
+                 http://localhost:8086. What a facade sends here is an entry \
+                 {{\"uuid\":…,\"msg\":…}} or an array of them: {error}"
+            )
+        })?;
+        for PutEntry { uuid, msg, .. } in &entries {
+            require_entry_uuid(*uuid)?;
+            if msg.is_empty() {
+                return Err(format!("the message of {uuid} is empty"));
+            }
+        }
+        Ok(entries)
+    }
+}
+
+/// The answer of a logging instance about one entry.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(from = "WireResult", into = "WireResult")]
+pub struct PutResult {
+    /// The identifier that was asked for.
+    pub uuid: Uuid,
+    /// What became of it.
+    pub outcome: Outcome,
+}
+
+#[derive(Deserialize, Serialize)]
+struct WireResult {
+    uuid: Uuid,
+    #[serde(flatten)]
+    outcome: WireOutcome,
+}
+
+impl From<PutResult> for WireResult {
+    fn from(result: PutResult) -> Self {
+        Self {
+            uuid: result.uuid,
+            outcome: result.outcome.into(),
+        }
+    }
+}
+
+impl From<WireResult> for PutResult {
+    fn from(result: WireResult) -> Self {
+        Self {
+            uuid: result.uuid,
+            outcome: result.outcome.into(),
+        }
+    }
+}
+
+/// An [`Outcome`] as it is on the wire: one of six words.
+#[derive(Deserialize, Serialize)]
+#[serde(tag = "outcome", rename_all = "lowercase")]
+enum WireOutcome {
+    Stored,
+    Duplicate,
+    Conflict,
+    Stale {
+        #[serde(default, skip_serializing_if = "When::is_past")]
+        when: When,
+    },
+    Refused {
+        detail: String,
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        is_partition_down: bool,
+    },
+    Unknown {
+        detail: String,
+    },
+}
+
+#[derive(Default, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum When {
+    Ahead,
+    Leaving,
+    #[default]
+    Past,
+}
+
+impl When {
+    fn is_past(&self) -> bool {
+        *self == Self::Past
+    }
+}
+
+impl From<Outcome> for WireOutcome {
+    fn from(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Stored => Self::Stored,
+            Outcome::Duplicate => Self::Duplicate,
+            Outcome::Conflict => Self::Conflict,
+            Outcome::Stale => Self::Stale { when: When::Past },
+            Outcome::Leaving => Self::Stale {
+                when: When::Leaving,
+            },
+            Outcome::Early => Self::Stale { when: When::Ahead },
+            Outcome::Refused { detail } => Self::Refused {
+                detail,
+                is_partition_down: false,
+            },
+            Outcome::PartitionDown { detail } => Self::Refused {
+                detail,
+                is_partition_down: true,
+            },
+            Outcome::Unknown { detail } => Self::Unknown { detail },
+        }
+    }
+}
+
+impl From<WireOutcome> for Outcome {
+    fn from(outcome: WireOutcome) -> Self {
+        match outcome {
+            WireOutcome::Stored => Self::Stored,
+            WireOutcome::Duplicate => Self::Duplicate,
+            WireOutcome::Conflict => Self::Conflict,
+            WireOutcome::Stale { when: When::Past } => Self::Stale,
+            WireOutcome::Stale {
+                when: When::Leaving,
+            } => Self::Leaving,
+            WireOutcome::Stale { when: When::Ahead } => Self::Early,
+            WireOutcome::Refused {
+                detail,
+                is_partition_down: false,
+            } => Self::Refused { detail },
+            WireOutcome::Refused {
+                detail,
+                is_partition_down: true,
+            } => Self::PartitionDown { detail },
+            WireOutcome::Unknown { detail } => Self::Unknown { detail },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_outcome_is_one_of_six_words_and_is_read_back() {
+        let detail = || "why".to_owned();
+        for (outcome, wire) in [
+            (Outcome::Stored, r#"{"outcome":"stored"}"#),
+            (Outcome::Duplicate, r#"{"outcome":"duplicate"}"#),
+            (Outcome::Conflict, r#"{"outcome":"conflict"}"#),
+            (Outcome::Stale, r#"{"outcome":"stale"}"#),
+            (Outcome::Leaving, r#"{"outcome":"stale","when":"leaving"}"#),
+            (Outcome::Early, r#"{"outcome":"stale","when":"ahead"}"#),
+            (
+                Outcome::Refused { detail: detail() },
+                r#"{"outcome":"refused","detail":"why"}"#,
+            ),
+            (
+                Outcome::PartitionDown { detail: detail() },
+                r#"{"outcome":"refused","detail":"why","is_partition_down":true}"#,
+            ),
+            (
+                Outcome::Unknown { detail: detail() },
+                r#"{"outcome":"unknown","detail":"why"}"#,
+            ),
+        ] {
+            let result = PutResult {
+                uuid: Uuid::nil(),
+                outcome,
+            };
+            let written = serde_json::to_string(&result).expect("plain JSON");
+            let wire = wire.replacen(
+                '{',
+                "{\"uuid\":\"00000000-0000-0000-0000-000000000000\",",
+                1,
+            );
+            assert_eq!(written, wire);
+            let read: PutResult = serde_json::from_str(&wire).expect("a result");
+            assert_eq!(read, result);
+        }
+    }
+
+    #[test]
+    fn batch_is_read_as_it_was_built() {
+        let mut batch = Batch::default();
+        assert_eq!(batch.clone().into_body(), b"[]");
+        let entries = ["a", "b"].map(|msg| PutEntry {
+            uuid: Uuid::now_v7(),
+            msg: msg.to_owned(),
+            request_id: None,
+        });
+        for entry in &entries {
+            batch.push(&entry.encode());
+        }
+        let read = Batch::decode(&batch.into_body()).expect("a batch");
+        let parts = |entry: &PutEntry| (entry.uuid, entry.msg.clone());
+        assert_eq!(
+            read.iter().map(parts).collect::<Vec<_>>(),
+            entries.iter().map(parts).collect::<Vec<_>>()
+        );
+    }
+}

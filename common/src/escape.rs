@@ -1,0 +1,11 @@
+//! What makes text safe to print on one line.
+
+/// Whether a character could change how a line looks or where it ends: control characters,
+/// Unicode's line ends, and the marks that change the direction of text.
+pub fn needs_escape(character: char) -> bool {
+    character.is_control()
+        || matches!(
+            character,
+            '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+        )
+}

@@ -1,0 +1,129 @@
+//! The middleware that every service shares: request ids, the request log, and problem+json for what no
+//! handler answers.
+
+use std::any::Any;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::Request;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use tower::ServiceBuilder;
+use tower::util::MapRequestLayer;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::request_id::{
+    MakeRequestUuid, PropagateRequestIdLayer, RequestId, SetRequestIdLayer,
+};
+use tower_http::trace::TraceLayer;
+use tracing::Span;
+
+use crate::problem::Problem;
+
+/// The name of the header that carries a request's id through the services.
+pub const REQUEST_ID: &str = "x-request-id";
+
+/// A longer request id is replaced by one of ours, so that callers cannot fill the logs.
+const MAX_REQUEST_ID: usize = 128;
+
+/// Whether a service logs one line for each request it answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RequestLog {
+    /// One line at level info: what facade and messages do.
+    On,
+    /// Nothing: logging has its own line for each entry.
+    Off,
+}
+
+/// Adds what all services share to their routes: problem+json for everything that goes wrong,
+/// request ids and the request log.
+pub fn with_middleware(routes: Router, log: RequestLog) -> Router {
+    // From the outside in: an id for each request, given back in the answer; the span and line of
+    // the log, which name it; panics become a 500 that both of them still see.
+    let stack = ServiceBuilder::new()
+        .layer(MapRequestLayer::new(drop_unusable_request_id))
+        .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid))
+        .layer(PropagateRequestIdLayer::x_request_id())
+        .layer(
+            TraceLayer::new_for_http()
+                .make_span_with(request_span)
+                .on_request(())
+                .on_response(
+                    move |response: &axum::http::Response<_>, elapsed, _: &Span| {
+                        if log == RequestLog::On {
+                            log_answer(response.status(), elapsed);
+                        }
+                    },
+                )
+                .on_body_chunk(())
+                .on_eos(())
+                .on_failure(()),
+        )
+        .layer(CatchPanicLayer::custom(answer_panic));
+    routes
+        .fallback(answer_not_found)
+        .method_not_allowed_fallback(answer_method_not_allowed)
+        .layer(stack)
+}
+
+/// The request id that [`with_middleware`] gave this request, as text.
+pub fn request_id(headers: &HeaderMap) -> Option<&str> {
+    headers.get(REQUEST_ID)?.to_str().ok()
+}
+
+fn drop_unusable_request_id<B>(mut request: Request<B>) -> Request<B> {
+    let usable = request.headers().get(REQUEST_ID).is_none_or(|id| {
+        let bytes = id.as_bytes();
+        (1..=MAX_REQUEST_ID).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
+    });
+    if !usable {
+        request.headers_mut().remove(REQUEST_ID);
+    }
+    request
+}
+
+fn request_span<B>(request: &Request<B>) -> Span {
+    let id = request
+        .extensions()
+        .get::<RequestId>()
+        .and_then(|id| id.header_value().to_str().ok());
+    tracing::info_span!(
+        "request",
+        id,
+        method = request.method().as_str(),
+        path = request.uri().path(),
+    )
+}
+
+fn log_answer(status: StatusCode, elapsed: Duration) {
+    let elapsed_ms = elapsed.as_micros() as f64 / 1000.0;
+    tracing::info!(status = status.as_u16(), elapsed_ms, "answered");
+}
+
+fn answer_panic(panic: Box<dyn Any + Send>) -> Response {
+    let message = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied());
+    tracing::error!(panic = message, "a request handler panicked");
+    Problem::new(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        "this is a fault of the service; its log names it under this request's id",
+    )
+    .into_response()
+}
+
+/// The answer at a path that is not served.
+pub async fn answer_not_found() -> Problem {
+    Problem::new(
+        StatusCode::NOT_FOUND,
+        "there is nothing at this path; messages are posted to / and read from / or, each, from /UUID",
+    )
+}
+
+/// The answer to a method that a path does not take.
+pub async fn answer_method_not_allowed() -> Problem {
+    Problem::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "this path does not take this method; the allow header names those it takes",
+    )
+}

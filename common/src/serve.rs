@@ -1,0 +1,167 @@
+//! Running a service: the start that all of them share, connection timeouts, stop signals and a bounded
+//! shutdown.
+//!
+//! Timeouts of whole requests are not set here: bodies may stream for as long as they make progress.
+
+use std::net::{SocketAddr, TcpListener};
+use std::pin::Pin;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use axum::Router;
+use axum_server::Handle;
+use axum_server::accept::Accept;
+use hyper_util::rt::TokioTimer;
+use tokio::net::TcpStream;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_io_timeout::TimeoutStream;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{self, ServiceConfig};
+use crate::health::{Task, healthcheck};
+use crate::telemetry;
+
+/// Response bytes that hyper may hold for one connection, which bounds the memory of a slow reader
+/// (hyper's own default is about 400 KiB). Request heads must fit too: a larger one gets 431.
+const CONNECTION_BUFFER: usize = 128 * 1024;
+
+/// What `main` of each service does: the task, if one was given; otherwise log, router, socket, serve.
+/// `router` gets a token that is cancelled when the process receives SIGINT or SIGTERM. What is wrong is
+/// one line on stderr.
+pub async fn run(
+    config: &ServiceConfig,
+    listen: SocketAddr,
+    task: Option<Task>,
+    router: impl FnOnce(CancellationToken) -> anyhow::Result<Router>,
+) -> ExitCode {
+    config::exit_code(match task {
+        Some(Task::Healthcheck) => healthcheck(listen).await.map_err(anyhow::Error::msg),
+        None => start(config, listen, router).await,
+    })
+}
+
+async fn start(
+    config: &ServiceConfig,
+    listen: SocketAddr,
+    router: impl FnOnce(CancellationToken) -> anyhow::Result<Router>,
+) -> anyhow::Result<()> {
+    let _log = telemetry::init(config.log_format).unwrap_or_else(|line| config::fail(&line));
+    let stop = stop_on_signal()?;
+    let router = router(stop.clone())?;
+    let listener = config::bind(listen).map_err(anyhow::Error::msg)?;
+    tracing::info!(address = %listener.local_addr()?, "serving requests");
+    serve(listener, router, Timeouts::default(), stop, config.grace).await?;
+    Ok(())
+}
+
+/// How long a connection may stall before it is cut.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// From the first wait for a request's head until the head is complete; idle keep-alive
+    /// connections end after this time too.
+    pub head: Duration,
+    /// For a whole request body; for an upload of any length, between two pieces of it.
+    pub body: Duration,
+    /// Between two moments in which the reader of an answer takes something. TCP tells the sender
+    /// about progress in steps of up to 64 KiB on loopback, so readers of 1 KiB/s need more than
+    /// a minute.
+    pub write_idle: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            head: Duration::from_secs(30),
+            body: Duration::from_secs(30),
+            write_idle: Duration::from_secs(180),
+        }
+    }
+}
+
+/// Serves until `stop` is cancelled, then lets requests in flight finish for at most `grace`. Boxed so
+/// that the HTTP server is compiled here, and not again in each binary and test.
+///
+/// # Errors
+/// When the socket cannot be used.
+pub fn serve(
+    listener: TcpListener,
+    router: Router,
+    timeouts: Timeouts,
+    stop: CancellationToken,
+    grace: Duration,
+) -> Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>> {
+    Box::pin(async move {
+        listener.set_nonblocking(true)?;
+        let handle = Handle::<SocketAddr>::new();
+        tokio::spawn(stop_gracefully(handle.clone(), stop, grace));
+        let mut server = axum_server::from_tcp(listener)?
+            .handle(handle)
+            .acceptor(WriteIdleAcceptor(timeouts.write_idle))
+            .http1_only();
+        server
+            .http_builder()
+            .http1()
+            .timer(TokioTimer::new())
+            .header_read_timeout(timeouts.head)
+            .max_buf_size(CONNECTION_BUFFER);
+        server.serve(router.into_make_service()).await
+    })
+}
+
+async fn stop_gracefully(handle: Handle<SocketAddr>, stop: CancellationToken, grace: Duration) {
+    stop.cancelled().await;
+    tracing::info!(
+        connections = handle.connection_count(),
+        "stopping, requests in flight may finish"
+    );
+    handle.graceful_shutdown(None);
+    tokio::time::sleep(grace).await;
+    tracing::warn!(
+        connections = handle.connection_count(),
+        "grace period is over, cutting the connections that are left"
+    );
+    handle.shutdown();
+}
+
+/// Cancels the returned token on the first SIGINT or SIGTERM; a second one ends the process at
+/// once.
+///
+/// # Errors
+/// When the signal handlers cannot be installed.
+fn stop_on_signal() -> std::io::Result<CancellationToken> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let stop = CancellationToken::new();
+    let stopping = stop.clone();
+    tokio::spawn(async move {
+        for _ in 0..2 {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            if stopping.is_cancelled() {
+                std::process::exit(130);
+            }
+            stopping.cancel();
+        }
+    });
+    Ok(stop)
+}
+
+/// Accepts connections that are cut when the peer takes nothing for this long.
+#[derive(Clone, Copy, Debug)]
+struct WriteIdleAcceptor(Duration);
+
+impl<S> Accept<TcpStream, S> for WriteIdleAcceptor {
+    type Stream = Pin<Box<TimeoutStream<TcpStream>>>;
+    type Service = S;
+    type Future = std::future::Ready<std::io::Result<(Self::Stream, S)>>;
+
+    fn accept(&self, stream: TcpStream, service: S) -> Self::Future {
+        std::future::ready(stream.set_nodelay(true).map(|()| {
+            let mut stream = TimeoutStream::new(stream);
+            stream.set_write_timeout(Some(self.0));
+            (Box::pin(stream), service)
+        }))
+    }
+}

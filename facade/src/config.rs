@@ -1,0 +1,89 @@
+//! The facade's flags.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use clap::Parser;
+use common::config::{self, ServiceConfig};
+use common::health::Task;
+use reqwest::Url;
+
+use crate::message::MESSAGE_SIZE_LIMIT;
+
+/// The public door: takes messages, hands each to a random logging instance, and reads them back
+#[derive(Clone, Debug, Parser)]
+#[command(name = "facade", version)]
+pub struct Config {
+    /// Address to serve on; loopback unless you say otherwise
+    #[arg(long, global = true, default_value = "127.0.0.1:8086", value_parser = config::address)]
+    pub listen: SocketAddr,
+
+    /// Logging instances, separated by commas
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_parser = service_url,
+        default_value = "http://127.0.0.1:8082,http://127.0.0.1:8083,http://127.0.0.1:8084"
+    )]
+    pub logging: Vec<Url>,
+
+    /// The messages service
+    #[arg(long, value_parser = service_url, default_value = "http://127.0.0.1:8081")]
+    pub messages: Url,
+
+    /// How long one logging instance may take for one request before another one is asked
+    #[arg(long, default_value = "1s", value_parser = config::timeout)]
+    pub try_timeout: Duration,
+
+    /// How long a POST may take, all tries together
+    #[arg(long, default_value = "5s", value_parser = config::timeout)]
+    pub deadline: Duration,
+
+    /// The longest silence of a GET while it looks for an instance that can go on
+    #[arg(long, default_value = "15s", value_parser = config::timeout)]
+    pub read_deadline: Duration,
+
+    /// How long the messages service may take
+    #[arg(long, default_value = "1s", value_parser = config::timeout)]
+    pub messages_timeout: Duration,
+
+    /// The largest message, up to 1MiB
+    #[arg(long, default_value = "64KiB", value_parser = message_size)]
+    pub max_message: ByteSize,
+
+    /// How many GETs of the log are served at once
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
+    pub max_reads: u16,
+
+    #[command(flatten)]
+    pub service: ServiceConfig,
+
+    /// What to do instead of serving.
+    #[command(subcommand)]
+    pub task: Option<Task>,
+}
+
+fn service_url(text: &str) -> Result<Url, String> {
+    const WRITE_INSTEAD: &str = "write http://HOST:PORT";
+    if !text.contains("://") && !text.is_empty() && !text.contains('@') {
+        return Err(format!(
+            "the http:// is missing; {WRITE_INSTEAD}, here http://{text}"
+        ));
+    }
+    let url = Url::parse(text).map_err(|error| format!("{error}; {WRITE_INSTEAD}"))?;
+    let has_login = !url.username().is_empty() || url.password().is_some();
+    let fault = match url.scheme() {
+        "http" if has_login => "a login is not supported",
+        "http" if url.path() != "/" || url.query().is_some() => "it has a path",
+        "http" => return Ok(url),
+        _ => "only http is supported",
+    };
+    Err(format!("{fault}; {WRITE_INSTEAD}"))
+}
+
+fn message_size(text: &str) -> Result<ByteSize, String> {
+    let size: Option<ByteSize> = text.parse().ok();
+    size.filter(|size| (1..=MESSAGE_SIZE_LIMIT).contains(&size.as_u64()))
+        .ok_or_else(|| "write a size from 1B to 1MiB, for example 64KiB".to_owned())
+}

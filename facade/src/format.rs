@@ -1,0 +1,174 @@
+//! The formats of an answer that holds entries: which one a caller likes best, and how head, entries and
+//! tail look in each.
+
+use axum::http::{HeaderMap, StatusCode, header};
+use bytes::Bytes;
+use common::entry::Entry;
+use common::escape::needs_escape;
+use common::json;
+use common::problem::Problem;
+use headers_accept::Accept;
+use mediatype::{MediaType, Name, ReadParams, names};
+use memchr::memchr_iter;
+use serde::Serialize;
+use uuid::Uuid;
+
+/// The form of an answer that holds entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Json,
+    Ndjson,
+    Text,
+}
+
+impl Format {
+    pub fn content_type(self) -> &'static str {
+        match self {
+            Self::Json => "application/json",
+            Self::Ndjson => "application/x-ndjson",
+            Self::Text => "text/plain; charset=utf-8",
+        }
+    }
+
+    fn media_type(self) -> MediaType<'static> {
+        const X_NDJSON: Name<'static> = Name::new_unchecked("x-ndjson");
+        match self {
+            Self::Json => MediaType::new(names::APPLICATION, names::JSON),
+            Self::Ndjson => MediaType::new(names::APPLICATION, X_NDJSON),
+            Self::Text => MediaType::new(names::TEXT, names::PLAIN),
+        }
+    }
+}
+
+/// The format, of those on offer, that the `Accept` headers like best; the first one if they do
+/// not care. Ranges that cannot be read are passed over, as are parameters other than `q`.
+///
+/// # Errors
+/// 406 when none of them is acceptable.
+pub(crate) fn negotiate(headers: &HeaderMap, offer: &[Format]) -> Result<Format, Problem> {
+    let values = headers.get_all(header::ACCEPT).iter();
+    let values: Vec<&str> = values.filter_map(|value| value.to_str().ok()).collect();
+    if values.iter().all(|value| value.trim().is_empty()) {
+        return Ok(offer[0]);
+    }
+    let ranges = values.iter().flat_map(|value| value.split(','));
+    let ranges: Vec<String> = ranges.filter_map(essence_and_quality).collect();
+    let wanted: Option<Accept> = ranges.join(",").parse().ok();
+    let available: Vec<MediaType<'_>> = offer.iter().map(|format| format.media_type()).collect();
+    let chosen = wanted
+        .as_ref()
+        .and_then(|wanted| wanted.negotiate(&available));
+    let format = offer
+        .iter()
+        .find(|format| chosen == Some(&format.media_type()));
+    format.copied().ok_or_else(|| {
+        let offered: Vec<&str> = offer.iter().map(|format| format.content_type()).collect();
+        let detail = format!("accept one of: {}", offered.join(", "));
+        Problem::new(StatusCode::NOT_ACCEPTABLE, detail)
+    })
+}
+
+fn essence_and_quality(range: &str) -> Option<String> {
+    let range = MediaType::parse(range.trim()).ok()?;
+    let essence = range.essence();
+    Some(match range.get_param(Name::new_unchecked("q")) {
+        Some(quality) => format!("{essence};q={quality}"),
+        None => essence.to_string(),
+    })
+}
+
+impl Format {
+    /// What comes before the entries.
+    pub(crate) fn head(self) -> &'static [u8] {
+        match self {
+            Self::Json => b"{\"logging_service\":[\n",
+            Self::Ndjson | Self::Text => b"",
+        }
+    }
+
+    /// Checked lines of entries in this form; `is_first` when none came before.
+    pub(crate) fn render(self, lines: Bytes, is_first: bool) -> Bytes {
+        if self == Self::Ndjson {
+            return lines;
+        }
+        let mut out = Vec::with_capacity(lines.len() + lines.len() / 32);
+        let mut begin = 0;
+        for newline in memchr_iter(b'\n', &lines) {
+            let line = &lines[begin..newline];
+            if self == Self::Text {
+                write_text_line(&mut out, line);
+            } else {
+                if begin > 0 || !is_first {
+                    out.extend_from_slice(b",\n");
+                }
+                out.extend_from_slice(line);
+            }
+            begin = newline + 1;
+        }
+        out.into()
+    }
+
+    /// What comes after the entries.
+    pub(crate) fn render_tail(self, tail: &Tail) -> Bytes {
+        let mut out = Vec::new();
+        match self {
+            Self::Json => {
+                let end_of_last_entry: &[u8] = if tail.count > 0 { b"\n" } else { b"" };
+                out.extend_from_slice(end_of_last_entry);
+                out.extend_from_slice(b"],");
+                let mut members = Vec::new();
+                json::write_line(&mut members, tail);
+                out.extend_from_slice(&members[1..]);
+            }
+            Self::Ndjson => json::write_line(&mut out, tail),
+            Self::Text => tail.write_text(&mut out),
+        }
+        out.into()
+    }
+}
+
+/// What comes after the entries.
+#[derive(Serialize)]
+pub(crate) struct Tail {
+    pub(crate) messages_service: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) messages_service_error: Option<String>,
+    pub(crate) count: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) next: Option<Uuid>,
+}
+
+impl Tail {
+    fn write_text(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(format!("{} messages", self.count).as_bytes());
+        if let Some(next) = self.next {
+            out.extend_from_slice(format!(", next {next}").as_bytes());
+        }
+        out.push(b'\n');
+        let reply = self.messages_service.as_ref();
+        let line = reply.or(self.messages_service_error.as_ref());
+        write_escaped(out, line.map_or("", String::as_str));
+        out.push(b'\n');
+    }
+}
+
+/// `UUID msg`, where nothing in the message can pass for another line or change how one looks.
+fn write_text_line(out: &mut Vec<u8>, line: &[u8]) {
+    let entry: Entry = serde_json::from_slice(line).expect("the line was checked");
+    out.extend_from_slice(entry.uuid.to_string().as_bytes());
+    out.push(b' ');
+    write_escaped(out, &entry.msg);
+    out.push(b'\n');
+}
+
+fn write_escaped(out: &mut Vec<u8>, text: &str) {
+    let mut plain_from = 0;
+    for (at, character) in text.char_indices() {
+        if character == '\\' || needs_escape(character) {
+            out.extend_from_slice(&text.as_bytes()[plain_from..at]);
+            out.extend_from_slice(character.escape_default().to_string().as_bytes());
+            plain_from = at + character.len_utf8();
+        }
+    }
+    out.extend_from_slice(&text.as_bytes()[plain_from..]);
+}

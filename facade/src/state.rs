@@ -1,0 +1,107 @@
+//! What the handlers share.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use common::serve::Timeouts;
+use rand::rngs::StdRng;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use crate::client::{MessagesClient, http_client};
+use crate::config::Config;
+use crate::discovery;
+use crate::identifiers::Identifiers;
+use crate::pool::Pool;
+use crate::readiness::Readiness;
+
+/// Memory for single messages on their way into the log, in bytes of their bodies; more are turned
+/// away with a 503. Each is in memory up to three times: as body, as message, and encoded.
+const MAX_POSTED_BYTES: usize = 64 * 1024 * 1024;
+
+/// Uploads of many messages at once; each has a window of its own.
+const MAX_UPLOADS: usize = 16;
+
+/// Memory for reads of single messages, in bytes of their answers; more are turned away with a 503.
+const MAX_LOOKUP_BYTES: usize = 64 * 1024 * 1024;
+
+/// What the handlers share.
+#[derive(Clone, Debug)]
+pub struct App {
+    pub pool: Arc<Pool>,
+    pub(crate) messages: MessagesClient,
+    pub(crate) body_timeout: Duration,
+    pub(crate) deadline: Duration,
+    pub(crate) read_deadline: Duration,
+    pub(crate) max_message: usize,
+    /// Memory for posts, in bytes.
+    pub(crate) posts: Arc<Semaphore>,
+    /// Permits for uploads of many messages.
+    pub(crate) uploads: Arc<Semaphore>,
+    /// Permits for GETs of the log.
+    pub(crate) reads: Arc<Semaphore>,
+    /// Memory for GETs of single messages, in bytes.
+    pub(crate) lookups: Arc<Semaphore>,
+    pub(crate) readiness: Arc<Readiness>,
+    pub(crate) stop: CancellationToken,
+}
+
+impl App {
+    /// Everything the handlers need; `random` chooses the instances, `stop` is cancelled when the
+    /// process was told to stop. Must be called within a runtime, where the batchers run.
+    ///
+    /// # Errors
+    /// When the HTTP client cannot be built.
+    pub fn new(
+        config: &Config,
+        timeouts: Timeouts,
+        random: StdRng,
+        stop: CancellationToken,
+    ) -> io::Result<Self> {
+        let pool = Pool::new(random, Identifiers::new(SystemTime::now));
+        Self::discovering(config, timeouts, Arc::new(pool), stop)
+    }
+
+    /// The same, with a pool that is filled with the instances at the configured addresses.
+    ///
+    /// # Errors
+    /// When the HTTP client cannot be built, or a thread for look-ups not be started.
+    pub fn discovering(
+        config: &Config,
+        timeouts: Timeouts,
+        pool: Arc<Pool>,
+        stop: CancellationToken,
+    ) -> io::Result<Self> {
+        let http = http_client(config.try_timeout / 2).map_err(io::Error::other)?;
+        discovery::start(&pool, &http, &config.logging, config.try_timeout)?;
+        Self::with_pool(config, timeouts, pool, stop).map_err(io::Error::other)
+    }
+
+    /// The same, with a pool that the caller fills.
+    ///
+    /// # Errors
+    /// When the HTTP client cannot be built.
+    pub fn with_pool(
+        config: &Config,
+        timeouts: Timeouts,
+        pool: Arc<Pool>,
+        stop: CancellationToken,
+    ) -> reqwest::Result<Self> {
+        let http = http_client(config.try_timeout / 2)?;
+        Ok(Self {
+            pool,
+            messages: MessagesClient::new(http, config.messages.clone(), config.messages_timeout),
+            body_timeout: timeouts.body,
+            deadline: config.deadline,
+            read_deadline: config.read_deadline,
+            max_message: config.max_message.as_u64() as usize,
+            posts: Arc::new(Semaphore::new(MAX_POSTED_BYTES)),
+            uploads: Arc::new(Semaphore::new(MAX_UPLOADS)),
+            reads: Arc::new(Semaphore::new(config.max_reads.into())),
+            lookups: Arc::new(Semaphore::new(MAX_LOOKUP_BYTES)),
+            readiness: Arc::default(),
+            stop,
+        })
+    }
+}

@@ -1,0 +1,78 @@
+//! The flags of a logging instance.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use common::config::{self, ServiceConfig};
+use common::health;
+
+use crate::map::{Location, Options};
+use crate::transfer::Transfer;
+
+/// One of several instances that keep all entries in one shared distributed map
+#[derive(Clone, Debug, Parser)]
+#[command(name = "logging", version)]
+pub struct Config {
+    /// Address to serve on; an inner door, so keep it away from the public
+    #[arg(long, global = true, default_value = "127.0.0.1:8082", value_parser = config::address)]
+    pub listen: SocketAddr,
+
+    /// The shared map, the same for all instances: lmdb:FOLDER, a folder of this machine;
+    /// redis://HOST:PORT, a Redis server (7.0 or later); or redis://HOST:PORT,HOST:PORT…, some
+    /// members of a Redis Cluster. USER:PASSWORD@ goes before the hosts; rediss:// is for TLS
+    #[arg(
+        long,
+        global = true,
+        default_value = "lmdb:data/map",
+        hide_env_values = true
+    )]
+    pub map: Location,
+
+    /// Replicas that must hold an entry before it is acknowledged; an lmdb map has none
+    /// [default: 1 on a Redis Cluster, otherwise 0]
+    #[arg(long, global = true)]
+    pub backups: Option<u16>,
+
+    /// How long storing a batch may take before its entries are answered as refused or unknown
+    #[arg(long, global = true, default_value = "800ms", value_parser = config::timeout)]
+    pub store_timeout: Duration,
+
+    /// How old the time in a new entry's UUID may be; what is older never changes
+    #[arg(long, global = true, default_value = "10s", value_parser = config::duration)]
+    pub settle: Duration,
+
+    #[command(flatten)]
+    pub service: ServiceConfig,
+
+    /// What to do instead of serving.
+    #[command(subcommand)]
+    pub task: Option<Task>,
+}
+
+/// What the binary does instead of serving.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Task {
+    #[command(flatten)]
+    Service(health::Task),
+    #[command(flatten)]
+    Transfer(Transfer),
+}
+
+impl Config {
+    /// What the map needs to know to be served.
+    ///
+    /// # Errors
+    /// A line for the person who started the service when flags do not go together.
+    pub fn map_options(&self) -> Result<Options, String> {
+        if matches!(self.map, Location::Lmdb(_)) && self.backups.is_some_and(|count| count > 0) {
+            return Err("an lmdb map keeps no replicas; write --backups 0".to_owned());
+        }
+        Ok(Options {
+            store_timeout: self.store_timeout,
+            settle: self.settle,
+            backups: self.backups,
+            create: true,
+        })
+    }
+}

@@ -1,0 +1,38 @@
+//! Rules that the engines share: the settle window, and the layout of a map.
+
+use std::time::{Duration, SystemTime};
+
+use common::entry::{self, Outcome};
+use uuid::Uuid;
+
+use super::contract::{MAX_AHEAD, MAX_SKEW};
+
+/// Reads what each engine keeps as the map's id: `LAYOUT ID`, where the layout is the version of how
+/// entries are stored.
+///
+/// # Errors
+/// When it is not the layout that this version reads and writes, and what to do then.
+pub(super) fn parse_id(text: &str, layout: u32) -> Result<Uuid, String> {
+    let (found, id) = text.split_once(' ').unwrap_or(("0", text));
+    if found != layout.to_string() {
+        return Err(format!(
+            "holds a map with another layout ({found:?}; this version reads and writes {layout}): \
+             export it with the version that wrote it (`logging export`) and import it into an \
+             empty map"
+        ));
+    }
+    id.parse()
+        .map_err(|_| format!("has {text:?} where the map's id should be"))
+}
+
+/// Why an entry of this UUID may not be new to the map when its clock shows `now`, if so.
+pub(super) fn staleness(uuid: Uuid, now: SystemTime, settle: Duration) -> Option<Outcome> {
+    let time = SystemTime::UNIX_EPOCH + Duration::from_millis(entry::unix_millis(uuid));
+    if time > now + MAX_AHEAD {
+        return Some(Outcome::Early);
+    }
+    if now > time + settle + MAX_SKEW {
+        return Some(Outcome::Stale);
+    }
+    (now > time + settle).then_some(Outcome::Leaving)
+}

@@ -1,0 +1,33 @@
+//! `/readyz`: whether the map can be read and takes entries.
+
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State};
+use axum::response::Response;
+use common::health::{Check, ReadinessQuery, check_running, readiness};
+use common::problem::Problem;
+
+use crate::state::App;
+
+/// Ready while the map serves; `?verbose` lists the parts of the map too.
+pub(crate) async fn readyz(
+    State(app): State<App>,
+    query: Result<Query<ReadinessQuery>, QueryRejection>,
+) -> Result<Response, Problem> {
+    let Query(query) = query?;
+    let health = app.map.health().await;
+    let mut checks = vec![Check {
+        name: "map".to_owned(),
+        ok: health.not_ready.is_none(),
+        detail: health
+            .not_ready
+            .clone()
+            .unwrap_or_else(|| "answers".to_owned()),
+    }];
+    checks.extend(health.checks);
+    let map = health.not_ready.map_or(Ok(()), Err);
+    let ready = check_running(&app.stop).and(map);
+    Ok(match query.is_verbose() {
+        true => readiness(ready, &checks),
+        false => readiness(ready, &[]),
+    })
+}

@@ -1,0 +1,33 @@
+//! All routes of the service, and the mark that its answers bear.
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::HeaderValue;
+use axum::middleware::map_response_with_state;
+use axum::response::Response;
+use axum::routing;
+use common::api::{MARK, Mark};
+use common::health::livez;
+use common::middleware::{RequestLog, with_middleware};
+
+use crate::state::App;
+use crate::{get, put, readiness};
+
+/// All routes of the service.
+pub fn router(app: App) -> Router {
+    let routes = Router::new()
+        .route("/", routing::get(get::list).post(put::create))
+        .route("/{uuid}", routing::get(get::show))
+        .route("/livez", routing::get(livez))
+        .route("/readyz", routing::get(readiness::readyz))
+        .with_state(app.clone());
+    with_middleware(routes, RequestLog::Off).layer(map_response_with_state(app, mark))
+}
+
+/// Marks an answer as one of a logging instance.
+async fn mark(State(app): State<App>, mut response: Response) -> Response {
+    let mark = Mark { map: app.map.id() }.to_string();
+    let value = HeaderValue::try_from(mark).expect("a mark is plain ASCII");
+    response.headers_mut().insert(MARK, value);
+    response
+}
