@@ -1,56 +1,30 @@
-//! `/readyz`: whether the facade can serve now, which is whether any logging instance can.
+//! Whether the facade can serve now, which is whether any logging instance can.
 
 use std::time::Duration;
 
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, State};
-use axum::response::Response;
-use common::health::{Check, ReadinessQuery, check_running, readiness};
-use common::problem::Problem;
+use common::health::Check;
 use futures_util::StreamExt;
 use futures_util::future::join_all;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
+use crate::client::MessagesClient;
 use crate::pool::Pool;
-use crate::state::App;
 use crate::upstream::UpstreamError;
 
 /// How long an answer counts, so that many who ask at once cost the instances one question.
 const FRESH: Duration = Duration::from_secs(1);
 
-/// What was found out last; the lock is held while it is found out again.
+/// What the last question to the instances gave; the lock is held while it is found out again.
 #[derive(Debug, Default)]
 pub(crate) struct Readiness {
     known: Mutex<Option<(Instant, Result<(), String>)>>,
 }
 
-/// Ready while any logging instance can read and store. With `?verbose` all of them are asked, and
-/// the messages service, which is looked at but not needed. A step of the clock that breaks the order
-/// of messages is told in either case.
-pub(crate) async fn readyz(
-    State(app): State<App>,
-    query: Result<Query<ReadinessQuery>, QueryRejection>,
-) -> Result<Response, Problem> {
-    let Query(query) = query?;
-    let clock_step = app.pool.identifiers.clock_step().map(|step| Check {
-        name: "clock".to_owned(),
-        ok: false,
-        detail: step.to_string(),
-    });
-    let (ready, checks) = match query.is_verbose() {
-        true => check_all(&app).await,
-        false => (app.readiness.any_instance(&app.pool).await, Vec::new()),
-    };
-    let checks: Vec<Check> = checks.into_iter().chain(clock_step).collect();
-    let ready = check_running(&app.stop).and(ready);
-    Ok(readiness(ready, &checks))
-}
-
 impl Readiness {
     /// Asks all instances at once and is done with the first that is ready.
-    async fn any_instance(&self, pool: &Pool) -> Result<(), String> {
+    pub(crate) async fn any_instance(&self, pool: &Pool) -> Result<(), String> {
         let mut known = self.known.lock().await;
         if let Some((at, ready)) = &*known
             && at.elapsed() < FRESH
@@ -76,13 +50,16 @@ impl Readiness {
     }
 }
 
-async fn check_all(app: &App) -> (Result<(), String>, Vec<Check>) {
-    let instances = app.pool.instances();
+pub(crate) async fn check_all(
+    pool: &Pool,
+    messages: &MessagesClient,
+) -> (Result<(), String>, Vec<Check>) {
+    let instances = pool.instances();
     let asked = instances.iter().map(async |instance| {
         let name = format!("logging {}", instance.name);
         check(name, instance.client.ready().await)
     });
-    let (mut checks, messages) = tokio::join!(join_all(asked), app.messages.reply(None));
+    let (mut checks, messages) = tokio::join!(join_all(asked), messages.reply(None));
     let is_any_ready = checks.iter().any(|check| check.ok);
     let reasons = checks.iter().map(|check| {
         let name = check.name.trim_start_matches("logging ");

@@ -1,12 +1,17 @@
-//! All routes of the service.
+//! All routes of the service, and `/readyz`.
 
 use axum::Router;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State};
+use axum::response::Response;
 use axum::routing::get;
-use common::health::livez;
+use common::health::{Check, ReadinessQuery, check_running, livez, readiness};
 use common::middleware::{RequestLog, with_middleware};
+use common::problem::Problem;
 
+use crate::readiness::check_all;
 use crate::state::App;
-use crate::{get, post, readiness};
+use crate::{get, post};
 
 /// All routes of the service.
 pub fn router(app: App) -> Router {
@@ -14,7 +19,29 @@ pub fn router(app: App) -> Router {
         .route("/", get(get::list).post(post::create))
         .route("/{uuid}", get(get::show).fallback(get::refuse_method))
         .route("/livez", get(livez))
-        .route("/readyz", get(readiness::readyz))
+        .route("/readyz", get(readyz))
         .with_state(app);
     with_middleware(routes, RequestLog::On)
+}
+
+/// Ready while any logging instance can read and store. With `?verbose` all of them are asked, and
+/// the messages service, which is looked at but not needed. A step of the clock that breaks the order
+/// of messages is told in either case.
+async fn readyz(
+    State(app): State<App>,
+    query: Result<Query<ReadinessQuery>, QueryRejection>,
+) -> Result<Response, Problem> {
+    let Query(query) = query?;
+    let clock_step = app.pool.identifiers.clock_step().map(|step| Check {
+        name: "clock".to_owned(),
+        ok: false,
+        detail: step.to_string(),
+    });
+    let (ready, checks) = match query.is_verbose() {
+        true => check_all(&app.pool, &app.messages).await,
+        false => (app.readiness.any_instance(&app.pool).await, Vec::new()),
+    };
+    let checks: Vec<Check> = checks.into_iter().chain(clock_step).collect();
+    let ready = check_running(&app.stop).and(ready);
+    Ok(readiness(ready, &checks))
 }

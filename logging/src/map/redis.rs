@@ -21,6 +21,7 @@ mod primary;
 mod primary_writer;
 mod query;
 mod replies;
+mod timeouts;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,27 +30,15 @@ use async_trait::async_trait;
 use common::bounds::Bounds;
 use common::entry::{Entry, Outcome};
 use futures_util::future::join_all;
-use tokio::time::timeout;
 use uuid::Uuid;
 
 pub use self::config::RedisConfig;
 
 use self::cluster::Cluster;
 use self::cursor::RedisCursor;
+use self::timeouts::in_time;
 use super::contract::{Cursor, DistributedMap, Health, MapError, Options};
 use super::queue::WriteBudget;
-
-/// How long one call to a server may take: less than its caller waits, so that what waits behind one
-/// that fails hears the reason, and not only that its time was up.
-fn answer_timeout(options: &Options) -> Duration {
-    options.store_timeout * 3 / 4
-}
-
-/// How long `WAIT` waits: shorter than the whole call may take, so that too few replicas come back as
-/// a number.
-fn wait_timeout(answer_timeout: Duration) -> Duration {
-    answer_timeout * 2 / 3
-}
 
 /// A map whose entries are on Redis servers.
 #[derive(Debug)]
@@ -68,18 +57,6 @@ impl RedisMap {
             budget: WriteBudget::default(),
         }
     }
-}
-
-/// Reads must be answered as fast as puts: the facade gives up on an instance that hangs.
-async fn in_time<T>(
-    limit: Duration,
-    read: impl Future<Output = Result<T, MapError>>,
-) -> Result<T, MapError> {
-    let result = timeout(limit, read).await;
-    result.unwrap_or_else(|_| {
-        let detail = "redis did not give the entries in time";
-        Err(MapError::Unavailable(detail.to_owned()))
-    })
 }
 
 #[async_trait]

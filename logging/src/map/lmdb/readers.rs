@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use common::health::Check;
 
-use super::store::MAX_READERS;
+/// Slots for read transactions of all processes on the folder; when they are used up, reads fail.
+pub(super) const MAX_READERS: u32 = 4096;
 
 /// A read of a piece takes milliseconds. One that holds its transaction for longer than this, while
 /// others write, is reported.

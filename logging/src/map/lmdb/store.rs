@@ -15,16 +15,13 @@ use heed::types::Bytes;
 use heed::{AnyTls, Database, Env, EnvOpenOptions, MdbError, RoTxn, RwTxn, WithoutTls};
 use uuid::Uuid;
 
-use super::readers::Readers;
+use super::readers::{MAX_READERS, Readers};
 use crate::map::contract::{MapError, Piece, PieceLimit};
 use crate::map::rules::parse_id;
 
 /// Address space reserved once for the memory map. It costs nothing until it is used; a map that
 /// grows beyond it refuses entries.
 const MAP_SIZE: usize = 1 << 40;
-
-/// Slots for read transactions of all processes on the folder; when they are used up, reads fail.
-pub(super) const MAX_READERS: u32 = 4096;
 
 /// How long reads may keep an environment open that must be opened again.
 const MAX_CLOSING: Duration = Duration::from_secs(5);

@@ -13,9 +13,9 @@ use common::bounds::{Bounds, Order};
 use uuid::Uuid;
 
 use super::cluster::Cluster;
-use super::in_time;
 use super::partition::{self, Member, PARTITIONS};
-use super::query::{Part, rank, read_messages, read_parts};
+use super::query::{FIRST_RANK, Part, rank, read_messages, read_parts};
+use super::timeouts::in_time;
 use crate::map::contract::{Cursor, MapError, Piece, PieceLimit, READ_AHEAD};
 
 /// At least so many members of each partition are asked for at once.
@@ -54,8 +54,7 @@ impl RedisCursor {
             Order::Asc => (bounds.after, bounds.before),
             Order::Desc => (bounds.before, bounds.after),
         };
-        // The first and the last UUID of all are the marks'.
-        let from = near.map_or(0, |near| rank(order, near)).saturating_add(1);
+        let from = near.map_or(FIRST_RANK, |near| rank(order, near).saturating_add(1));
         let end = far.map_or(u128::MAX, |far| rank(order, far));
         let sources = partition::all().map(|_| Source {
             members: VecDeque::new(),

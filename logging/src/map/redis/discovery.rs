@@ -23,7 +23,7 @@ use super::partition::{self, PARTITIONS};
 use super::primary::Settings;
 use super::primary_writer::PrimaryWriter;
 use super::replies::{Direction, Node, ServerInfo};
-use super::{answer_timeout, wait_timeout};
+use super::timeouts::{answer_timeout, wait_timeout};
 use crate::map::contract::Options;
 
 /// How often the members are asked when nothing seems wrong.

@@ -12,7 +12,7 @@ use redis::{Client, Pipeline, ServerError, Value};
 
 use super::connection::{self, ServerConnection};
 use super::partition::{self, entries_key, fence_key, message_key};
-use super::wait_timeout;
+use super::timeouts::wait_timeout;
 use crate::map::contract::{MAX_AHEAD, MAX_SKEW};
 use crate::map::queue::Job;
 
@@ -22,7 +22,7 @@ const PUT_SCRIPT: &str = include_str!("put.lua");
 #[derive(Clone, Debug)]
 pub(super) struct Settings {
     pub(super) store_timeout: Duration,
-    /// How long one call may take, see [`super::answer_timeout`].
+    /// How long one call may take, see [`super::timeouts::answer_timeout`].
     pub(super) answer_timeout: Duration,
     pub(super) settle: Duration,
     /// Replicas that must hold an entry before it is acknowledged.

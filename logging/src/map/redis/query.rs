@@ -31,6 +31,10 @@ pub(super) fn rank(order: Order, uuid: Uuid) -> u128 {
     }
 }
 
+/// The rank of the first UUID that may be an entry's: the one before it, and the last one, are the
+/// marks'.
+pub(super) const FIRST_RANK: u128 = 1;
+
 /// Reads on in some partitions. Each gives at least one member, as both ends of a partition have a mark.
 pub(super) async fn read_parts(
     cluster: &Cluster,
@@ -38,36 +42,57 @@ pub(super) async fn read_parts(
     parts: &[Part],
 ) -> Result<Vec<Vec<Member>>, MapError> {
     let partitions: Vec<u16> = parts.iter().map(|part| part.partition).collect();
-    let replies = ask(cluster, &partitions, |place| {
-        let Part {
-            partition,
-            from,
-            count,
-        } = &parts[place];
-        let (name, from, end) = match order {
-            Order::Asc => ("ZRANGEBYLEX", bound(b'[', *from), "+"),
-            // What begins with a UUID comes behind the bare UUID.
-            Order::Desc => (
-                "ZREVRANGEBYLEX",
-                bound(b'(', (!*from).saturating_add(1)),
-                "-",
-            ),
+    let replies = ask(cluster, &partitions, |place| range(order, &parts[place]));
+    let replies = replies.await?.into_iter().zip(parts);
+    let read = replies.map(|(reply, part)| {
+        let Value::Array(found) = reply else {
+            return Err(unexpected_reply(&[reply]));
         };
-        let mut command = redis::cmd(name);
-        command.arg(entries_key(*partition)).arg(from).arg(end);
-        command.arg("LIMIT").arg(0).arg(*count);
-        command
-    });
-    let replies = replies.await?.into_iter().zip(partitions);
-    let read = replies.map(|(reply, partition)| match reply {
-        Value::Array(found) if found.is_empty() => Err(MapError::Unavailable(format!(
-            "partition {partition} is not there: it is moving, or its primary lost it; if this lasts, \
-             see docs/redis.md, What loses data"
-        ))),
-        Value::Array(found) => found.into_iter().map(Member::read).collect(),
-        other => Err(unexpected_reply(&[other])),
+        let found: Result<Vec<Member>, MapError> = found.into_iter().map(Member::read).collect();
+        let mut found = found?;
+        if part.from == FIRST_RANK && !found.is_empty() {
+            match found.remove(0) {
+                Member::Mark(map) => cluster.require_mark(&map)?,
+                Member::Small(..) | Member::Large(..) => found.clear(),
+            }
+        }
+        match found.is_empty() {
+            true => Err(MapError::Unavailable(format!(
+                "partition {} is not there: it is moving, or its primary lost it; if this lasts, see \
+                 docs/redis.md, What loses data",
+                part.partition
+            ))),
+            false => Ok(found),
+        }
     });
     read.collect()
+}
+
+/// The command that reads one part. At the end of a set Redis finds members without searching, so a part
+/// that begins there is read by position, with the mark in front of it.
+fn range(order: Order, part: &Part) -> Cmd {
+    let mut command = Cmd::new();
+    let key = entries_key(part.partition);
+    if part.from == FIRST_RANK {
+        let name = match order {
+            Order::Asc => "ZRANGE",
+            Order::Desc => "ZREVRANGE",
+        };
+        command.arg(name).arg(key).arg(0).arg(part.count);
+        return command;
+    }
+    let (name, from, end) = match order {
+        Order::Asc => ("ZRANGEBYLEX", bound(b'[', part.from), "+"),
+        // What begins with a UUID comes behind the bare UUID.
+        Order::Desc => (
+            "ZREVRANGEBYLEX",
+            bound(b'(', (!part.from).saturating_add(1)),
+            "-",
+        ),
+    };
+    command.arg(name).arg(key).arg(from).arg(end);
+    command.arg("LIMIT").arg(0).arg(part.count);
+    command
 }
 
 fn bound(kind: u8, uuid: u128) -> Vec<u8> {
@@ -121,7 +146,7 @@ pub(super) async fn get(cluster: &Cluster, uuid: Uuid) -> Result<Option<String>,
 pub(super) async fn last(cluster: &Cluster) -> Result<Option<Uuid>, MapError> {
     let parts = partition::all().map(|partition| Part {
         partition,
-        from: 1,
+        from: FIRST_RANK,
         count: 1,
     });
     let parts: Vec<Part> = parts.collect();
