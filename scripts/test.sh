@@ -85,7 +85,7 @@ trap cleanup EXIT
 cargo test --workspace --release --locked --no-run
 if timeout 10 docker info >/dev/null 2>&1; then
     export IMAGE=message-log:test TEST_PROJECT=message-log-test-$$
-    SKIP_BUILD=1 scripts/stand-ins.sh run
+    SKIP_BUILD=1 .ci/stand-ins.sh run
     # A test that is killed leaves its containers, which restart.
     remove_containers() {
         local ours=name=$TEST_PROJECT

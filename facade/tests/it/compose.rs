@@ -1,7 +1,7 @@
 //! The shipped `docker-compose.yml`, brought up for real: containers that are killed, cut off,
 //! restarted, added and removed while messages are posted and read, and data that outlives them.
 //!
-//! The images are made by `scripts/stand-ins.sh run`, see `scripts/test.sh`. Without a Docker engine
+//! The images are made by `.ci/stand-ins.sh run`, see `scripts/test.sh`. Without a Docker engine
 //! these tests say so and do nothing, unless `REQUIRE_DOCKER` is set.
 
 mod project;

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 usage() {
     cat <<'HELP'
-usage: scripts/stand-ins.sh run|build|remove
+usage: .ci/stand-ins.sh run|build|remove
 
   run     makes what docker-compose.yml runs: the services from target/release as IMAGE, and Redis from
           the Debian packages redis-server, redis-tools and busybox-static, unless the real image is
