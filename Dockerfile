@@ -11,10 +11,11 @@ WORKDIR /build
 # only when a manifest or the lock file changes.
 COPY Cargo.toml Cargo.lock ./
 COPY common/Cargo.toml common/
+COPY common/testing/Cargo.toml common/testing/
 COPY facade/Cargo.toml facade/
 COPY logging/Cargo.toml logging/
 COPY messages/Cargo.toml messages/
-RUN for crate in common facade logging messages; do \
+RUN for crate in common common/testing facade logging messages; do \
         mkdir "$crate/src" && touch "$crate/src/lib.rs"; \
     done \
     && for crate in facade logging messages; do \

@@ -13,14 +13,14 @@ use common::entry::Entry;
 use futures_util::{StreamExt, stream};
 use reqwest::{Body, Client, RequestBuilder};
 use serde_json::Value;
+use testing::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
+use testing::requirements::{skip, unshare};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
 use crate::processes::{Processes, binary};
-use crate::requirements::{skip, unshare};
 use crate::system::{Server, System, problem, serve_instance};
 
 /// A body without a length reserves what has come of it, and not the most that may come.

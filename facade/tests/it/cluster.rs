@@ -1,16 +1,12 @@
 //! Redis servers that die, hang and return while messages are posted and read: a real cluster of
 //! three primaries and three replicas with the shipped profile, and the services as processes.
 
-use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
-use futures_util::{StreamExt, stream};
-use uuid::Uuid;
+use testing::redis_servers::{RedisCluster, RedisServer};
 
 use crate::load::{Load, Record, post};
-use crate::process::{Process, free_address};
 use crate::processes::Processes;
-use crate::redis_servers::{RedisCluster, RedisServer};
 
 /// Posts that are answered between two events, so that every phase has its load.
 const PHASE: u64 = 2000;
@@ -159,48 +155,4 @@ fn cut_replication(primary: &RedisServer, replica: &RedisServer) {
     primary.wait_until("the replica is cut off", |primary| {
         primary.info("connected_slaves").as_deref() == Some("0")
     });
-}
-
-/// A key is used by four callers at once, through two facades, twice with each of two messages: one
-/// message is stored, its posters are told so, the others that it is another's.
-#[tokio::test(flavor = "multi_thread")]
-async fn key_that_is_used_at_once_by_many_is_one_entry() {
-    const KEYS: usize = 10_000;
-    let system = Processes::start();
-    let second = Process::start(system.another_facade(&[]), free_address());
-    let urls = [system.facade.url(), second.url()];
-    let http = &system.http;
-    let winners = stream::iter(0..KEYS).map(|n| {
-        let urls = urls.clone();
-        async move {
-            let key = Uuid::now_v7();
-            let posts = ["heads", "tails"].iter().flat_map(|side| {
-                let msg = format!("{side} {n}");
-                urls.each_ref().map(|url| (url.clone(), msg.clone()))
-            });
-            let posts = posts.map(async |(url, msg)| {
-                let request = http.post(url).header("idempotency-key", key.to_string());
-                let status = request.body(msg.clone()).send().await.unwrap().status();
-                (msg, status.as_u16())
-            });
-            let answers = futures_util::future::join_all(posts).await;
-            let accepted = answers.iter().filter(|(_, status)| *status == 200);
-            let accepted: HashSet<&String> = accepted.map(|(msg, _)| msg).collect();
-            assert_eq!(accepted.len(), 1, "{answers:?}");
-            let winner = (*accepted.iter().next().unwrap()).clone();
-            for (msg, status) in &answers {
-                let expected = if *msg == winner { 200 } else { 422 };
-                assert_eq!(*status, expected, "{answers:?}");
-            }
-            (key, winner)
-        }
-    });
-    let winners: BTreeMap<Uuid, String> = winners.buffer_unordered(16).collect().await;
-    let stored = system.read_all().await;
-    let stored: Vec<(Uuid, String)> = stored.into_iter().map(|e| (e.uuid, e.msg)).collect();
-    assert_eq!(stored.len(), KEYS);
-    assert!(
-        stored.into_iter().eq(winners),
-        "other entries than were accepted"
-    );
 }

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use self::project::{Compose, docker, inspect, succeed};
 use crate::load::Load;
-use crate::process::LOOK_AGAIN;
+use testing::process::LOOK_AGAIN;
 
 /// How long a test waits for containers to be as they must be.
 const PATIENCE: Duration = Duration::from_secs(120);

@@ -11,13 +11,13 @@ use common::entry::{Entry, Outcome};
 use futures_util::{StreamExt, stream};
 use reqwest::{Body, Client};
 use serde_json::Value;
+use testing::engine::Engine;
+use testing::process::{OnSmallDisk, Process, free_address};
+use testing::requirements::unshare;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use crate::engine::Engine;
-use crate::process::{OnSmallDisk, Process, free_address};
 use crate::processes::{Processes, binary, start_logging};
-use crate::requirements::unshare;
 use crate::system::{System, engine_under_test, logging_stub, nobody, problem};
 
 /// Ten rounds under load, each killing two of three instances and starting them again: no request

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use common::entry::Entry;
 use futures_util::stream;
 use reqwest::Body;
+use testing::engine::Engine;
+use testing::process::Process;
 
-use crate::engine::Engine;
-use crate::process::Process;
 use crate::processes::Processes;
 use crate::system::engine_under_test;
 

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use common::entry::Entry;
 use reqwest::Client;
 use serde_json::Value;
+use testing::process::LOOK_AGAIN;
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
-use crate::process::LOOK_AGAIN;
 use crate::system::Merged;
 
 const WRITERS: usize = 64;

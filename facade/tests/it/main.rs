@@ -2,25 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-/// What every command line must do.
-#[path = "../../../logging/tests/it/command_line.rs"]
-mod command_line;
-/// An empty map of each engine.
-#[path = "../../../logging/tests/it/engine.rs"]
-mod engine;
 /// Posters and a reader who record what they saw.
 mod load;
-/// Starts the services as real processes.
-#[path = "../../../logging/tests/it/process.rs"]
-mod process;
 /// Real processes together: the exercise's client, kills, signals, logs.
 mod processes;
-/// Starts real Redis servers and clusters.
-#[path = "../../../logging/tests/it/redis_servers.rs"]
-mod redis_servers;
-/// What not every machine gives.
-#[path = "../../../logging/tests/it/requirements.rs"]
-mod requirements;
 /// Starts the services in-process, each on a free port.
 mod system;
 

@@ -1,19 +1,20 @@
 //! The system as real processes: the exercise's client, who got what, kills, signals, the command
 //! line.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::entry::Entry;
-use futures_util::StreamExt;
+use futures_util::{StreamExt, stream};
 use reqwest::Client;
 use serde_json::Value;
+use testing::command_line::{assert_help, assert_refused, one_line};
+use testing::engine::EmptyMap;
+use testing::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
+use uuid::Uuid;
 
-use crate::command_line::{assert_help, assert_refused, one_line};
-use crate::engine::EmptyMap;
-use crate::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
 use crate::system::{Merged, System, engine_under_test, problem};
 
 /// All services as processes on one map, of the engine under test unless said otherwise.
@@ -476,4 +477,48 @@ async fn body_of_a_get_can_be_imported() {
         let entries: Vec<Entry> = entries.collect();
         assert_eq!(entries, system.read("").await.logging_service);
     }
+}
+
+/// A key is used by four callers at once, through two facades, twice with each of two messages: one
+/// message is stored, its posters are told so, the others that it is another's.
+#[tokio::test(flavor = "multi_thread")]
+async fn key_that_is_used_at_once_by_many_is_one_entry() {
+    const KEYS: usize = 10_000;
+    let system = Processes::start();
+    let second = Process::start(system.another_facade(&[]), free_address());
+    let urls = [system.facade.url(), second.url()];
+    let http = &system.http;
+    let winners = stream::iter(0..KEYS).map(|n| {
+        let urls = urls.clone();
+        async move {
+            let key = Uuid::now_v7();
+            let posts = ["heads", "tails"].iter().flat_map(|side| {
+                let msg = format!("{side} {n}");
+                urls.each_ref().map(|url| (url.clone(), msg.clone()))
+            });
+            let posts = posts.map(async |(url, msg)| {
+                let request = http.post(url).header("idempotency-key", key.to_string());
+                let status = request.body(msg.clone()).send().await.unwrap().status();
+                (msg, status.as_u16())
+            });
+            let answers = futures_util::future::join_all(posts).await;
+            let accepted = answers.iter().filter(|(_, status)| *status == 200);
+            let accepted: HashSet<&String> = accepted.map(|(msg, _)| msg).collect();
+            assert_eq!(accepted.len(), 1, "{answers:?}");
+            let winner = (*accepted.iter().next().unwrap()).clone();
+            for (msg, status) in &answers {
+                let expected = if *msg == winner { 200 } else { 422 };
+                assert_eq!(*status, expected, "{answers:?}");
+            }
+            (key, winner)
+        }
+    });
+    let winners: BTreeMap<Uuid, String> = winners.buffer_unordered(16).collect().await;
+    let stored = system.read_all().await;
+    let stored: Vec<(Uuid, String)> = stored.into_iter().map(|e| (e.uuid, e.msg)).collect();
+    assert_eq!(stored.len(), KEYS);
+    assert!(
+        stored.into_iter().eq(winners),
+        "other entries than were accepted"
+    );
 }

@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
+use testing::requirements::unshare;
+
 use crate::processes::binary;
-use crate::requirements::unshare;
 
 /// What the tests' scripts use; each step must succeed. With job control `run.sh` is a process group of
 /// its own, as in a terminal, and takes Ctrl-C.

@@ -14,11 +14,11 @@ use axum::routing::{get, post};
 use common::entry::Outcome;
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
+use testing::process::{Process, free_address};
 use tokio::net::TcpListener;
 use uuid::Uuid;
 
 use crate::bounds::peak_memory_kib;
-use crate::process::{Process, free_address};
 use crate::processes::{Processes, binary, start_logging};
 use crate::system::{
     Server, System, at, instances, logging_stub, nobody, problem, serve, serve_instance,

@@ -21,11 +21,10 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use reqwest::{Client, RequestBuilder, Response};
 use serde::Deserialize;
+use testing::engine::{EmptyMap, Engine, wait_until_ready};
+use testing::process::{Process, free_address};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
-
-use crate::engine::{EmptyMap, Engine, wait_until_ready};
-use crate::process::{Process, free_address};
 
 /// Seed of the random choice of instances, so that a failing run can be repeated.
 const SEED: u64 = 8086;

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use common::api::{MARK, Mark};
 use common::entry::{Entry, Outcome};
 use reqwest::Client;
+use testing::command_line::one_line;
+use testing::process::{LOOK_AGAIN, Process, free_address};
+use testing::requirements::unshare;
 
-use crate::command_line::one_line;
-use crate::process::{LOOK_AGAIN, Process, free_address};
 use crate::processes::{LOGGING, all, entry, location, logging, put, put_one};
-use crate::requirements::unshare;
 
 /// A folder that is shared between two containers would be damaged, so the second one is told.
 #[test]

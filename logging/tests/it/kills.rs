@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 
 use common::entry::{Entry, Outcome};
 use reqwest::Client;
+use testing::process::{PATIENCE, Process, free_address};
 use uuid::Uuid;
 
-use crate::process::{PATIENCE, Process, free_address};
 use crate::processes::{all, entry, logging, put, put_one};
 
 /// Promises 1 and 3 on the embedded map, with everything that LMDB's locks must survive: three

@@ -2,10 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-/// What every command line must do; the other services' tests use it too.
-mod command_line;
-/// An empty map of each engine; facade's tests use it too.
-mod engine;
 /// The folder of an LMDB map that several processes share.
 mod folder;
 /// The internal HTTP API, in-process.
@@ -14,16 +10,10 @@ mod http;
 mod kills;
 /// What every engine of the map promises, and the suite that holds it to that.
 mod map;
-/// Starting a service as a real process; facade's tests use it too.
-mod process;
 /// Real processes: full and failing disks, the log, the command line.
 mod processes;
 /// What only a map on Redis can do wrong: servers that are away, logins, replicas, moving slots.
 mod redis;
-/// Starting real Redis servers and a cluster; facade's tests use it too.
-mod redis_servers;
-/// What not every machine gives; facade's tests use it too.
-mod requirements;
 /// Slots of a Redis Cluster that move while the map is used.
 mod slots;
 /// The tasks `export` and `import`.

@@ -14,9 +14,8 @@ use logging::map::{
 };
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
+use testing::engine::{EmptyMap, Engine, wait_until_ready};
 use uuid::{NoContext, Timestamp, Uuid};
-
-use crate::engine::{EmptyMap, Engine, wait_until_ready};
 
 const SETTLE: Duration = Duration::from_secs(10);
 

@@ -7,11 +7,10 @@ use common::api::{MARK, Mark, PutResult};
 use common::entry::{Entry, Outcome};
 use reqwest::{Client, StatusCode};
 use tempfile::TempDir;
+use testing::command_line::{assert_help, assert_refused, one_line};
+use testing::process::{LOOK_AGAIN, OnSmallDisk, Process, free_address};
+use testing::requirements::{skip, trial_run, unshare};
 use uuid::Uuid;
-
-use crate::command_line::{assert_help, assert_refused, one_line};
-use crate::process::{LOOK_AGAIN, OnSmallDisk, Process, free_address};
-use crate::requirements::{skip, trial_run, unshare};
 
 pub(crate) const LOGGING: &str = env!("CARGO_BIN_EXE_logging");
 

@@ -9,11 +9,11 @@ use std::time::{Duration, SystemTime};
 use common::bounds::Bounds;
 use common::entry::{Entry, Outcome};
 use logging::map::{DistributedMap, Health, MapError, Options, open};
+use testing::process::{LOOK_AGAIN, Process, free_address};
+use testing::redis_servers::{RedisCluster, RedisServer};
 use uuid::{NoContext, Timestamp, Uuid};
 
 use crate::map::read;
-use crate::process::{LOOK_AGAIN, Process, free_address};
-use crate::redis_servers::{RedisCluster, RedisServer};
 
 const SETTLE: Duration = Duration::from_secs(60);
 

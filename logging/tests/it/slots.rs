@@ -7,13 +7,13 @@ use std::time::Duration;
 use common::bounds::Bounds;
 use common::entry::{Entry, Outcome};
 use logging::map::{DistributedMap, Health, MapError};
+use testing::process::LOOK_AGAIN;
+use testing::redis_servers::RedisCluster;
 
 use crate::map::read;
-use crate::process::LOOK_AGAIN;
 use crate::redis::{
     entries, is_partition_down, is_whole, open_at, put, wait_for, wait_until_ready,
 };
-use crate::redis_servers::RedisCluster;
 
 /// Slots with their partitions go to another primary while entries are put: what is acknowledged
 /// stays, and all can be put again when it is over.

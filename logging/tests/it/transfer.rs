@@ -10,12 +10,12 @@ use std::process::{Command, Output, Stdio};
 use common::api::write_entry;
 use common::entry::Outcome;
 use reqwest::Client;
+use testing::command_line::one_line;
+use testing::engine::Engine;
+use testing::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
 use tokio::time::{sleep, timeout};
 use uuid::{Builder, Uuid};
 
-use crate::command_line::one_line;
-use crate::engine::Engine;
-use crate::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
 use crate::processes::{LOGGING, all, entry, location, logging, mark_of, put_one};
 
 /// Entries of many years, as lines; their messages are small and large.

@@ -4,13 +4,13 @@
 use common::bounds::{Bounds, Order};
 use common::entry::{Entry, Outcome};
 use logging::map::Health;
+use testing::redis_servers::{RedisCluster, RedisServer};
 
 use crate::map::read;
 use crate::redis::{
     entries, is_partition_down, is_whole, open_at, put, wait_for, wait_until_missing,
     wait_until_ready,
 };
-use crate::redis_servers::{RedisCluster, RedisServer};
 
 #[tokio::test]
 async fn server_that_may_lose_entries_is_warned_about() {

@@ -7,10 +7,10 @@ use std::time::Instant;
 use common::entry::Entry;
 use reqwest::Client;
 use serde_json::Value;
+use testing::process::{LOOK_AGAIN, free_address};
+use testing::requirements::skip;
 
 use super::PATIENCE;
-use crate::process::{LOOK_AGAIN, free_address};
-use crate::requirements::skip;
 use crate::system::Merged;
 
 /// Compose v2 and v1.

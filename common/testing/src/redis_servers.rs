@@ -15,7 +15,7 @@ use crate::process::{LOOK_AGAIN, free_address};
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The profile that is shipped.
-const PROFILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/redis.conf");
+const PROFILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/redis.conf");
 
 /// Starts a server and ends it when standard input does: also when the test was killed.
 const SUPERVISOR: &str =
@@ -23,10 +23,10 @@ const SUPERVISOR: &str =
 
 /// A running Redis server.
 #[derive(Debug)]
-pub(crate) struct RedisServer {
+pub struct RedisServer {
     supervisor: Child,
     pid: String,
-    pub(crate) port: u16,
+    pub port: u16,
     /// Where the members of a cluster talk to each other.
     bus_port: u16,
     folder: PathBuf,
@@ -36,12 +36,12 @@ pub(crate) struct RedisServer {
 
 impl RedisServer {
     /// Starts a server that keeps its files in `folder`; `flags` come after the profile.
-    pub(crate) fn start(folder: &Path, flags: &[&str]) -> Self {
+    pub fn start(folder: &Path, flags: &[&str]) -> Self {
         Self::start_with(folder, flags, &[])
     }
 
     /// The same with variables in its environment.
-    pub(crate) fn start_with(folder: &Path, flags: &[&str], environment: &[(&str, &str)]) -> Self {
+    pub fn start_with(folder: &Path, flags: &[&str], environment: &[(&str, &str)]) -> Self {
         let (port, bus_port) = (free_address().port(), free_address().port());
         let ports = [
             "--port",
@@ -72,16 +72,16 @@ impl RedisServer {
     }
 
     /// A server of its own, not in a cluster and without replicas.
-    pub(crate) fn single(folder: &Path) -> Self {
+    pub fn single(folder: &Path) -> Self {
         let alone = ["--cluster-enabled", "no", "--min-replicas-to-write", "0"];
         Self::start(folder, &alone)
     }
 
-    pub(crate) fn address(&self) -> String {
+    pub fn address(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
 
-    pub(crate) fn try_ask(&self, command: &[&str]) -> redis::RedisResult<Value> {
+    pub fn try_ask(&self, command: &[&str]) -> redis::RedisResult<Value> {
         let client = redis::Client::open(format!("redis://{}", self.address()))?;
         let mut connection = client.get_connection_with_timeout(Duration::from_secs(1))?;
         connection.set_read_timeout(Some(Duration::from_secs(5)))?;
@@ -91,12 +91,12 @@ impl RedisServer {
 
     /// The answer to a command that must succeed.
     #[track_caller]
-    pub(crate) fn ask<T: redis::FromRedisValue>(&self, command: &[&str]) -> T {
+    pub fn ask<T: redis::FromRedisValue>(&self, command: &[&str]) -> T {
         from_redis_value(self.try_ask(command).unwrap()).unwrap()
     }
 
     /// A field of `INFO`.
-    pub(crate) fn info(&self, field: &str) -> Option<String> {
+    pub fn info(&self, field: &str) -> Option<String> {
         self.field_of(&["INFO"], field)
     }
 
@@ -106,7 +106,7 @@ impl RedisServer {
     }
 
     /// A field of `CLUSTER INFO`.
-    pub(crate) fn cluster_info(&self, field: &str) -> Option<String> {
+    pub fn cluster_info(&self, field: &str) -> Option<String> {
         self.field_of(&["CLUSTER", "INFO"], field)
     }
 
@@ -118,7 +118,7 @@ impl RedisServer {
     }
 
     #[track_caller]
-    pub(crate) fn wait_until(&self, what: &str, is_so: impl Fn(&Self) -> bool) {
+    pub fn wait_until(&self, what: &str, is_so: impl Fn(&Self) -> bool) {
         let begin = Instant::now();
         while !is_so(self) {
             assert!(
@@ -131,20 +131,20 @@ impl RedisServer {
     }
 
     /// Sends a signal by its name, for example `STOP`.
-    pub(crate) fn signal(&self, name: &str) {
+    pub fn signal(&self, name: &str) {
         let arguments = [format!("-{name}"), self.pid.clone()];
         let sent = Command::new("kill").args(arguments).status();
         assert!(sent.unwrap().success());
     }
 
     /// Ends the server with SIGKILL and waits until it is gone.
-    pub(crate) fn kill(&mut self) {
+    pub fn kill(&mut self) {
         drop(self.supervisor.stdin.take());
         self.supervisor.wait().unwrap();
     }
 
     /// Starts the server again where it was.
-    pub(crate) fn restart(&mut self) {
+    pub fn restart(&mut self) {
         (self.supervisor, self.pid) = supervise(&self.folder, &self.flags, &self.environment);
         self.wait_until("it answers", |server| server.try_ask(&["PING"]).is_ok());
     }
@@ -175,14 +175,14 @@ impl Drop for RedisServer {
 
 /// Three primaries with a replica each.
 #[derive(Debug)]
-pub(crate) struct RedisCluster {
+pub struct RedisCluster {
     /// The three that began as primaries, then their replicas in the same order.
-    pub(crate) nodes: Vec<RedisServer>,
+    pub nodes: Vec<RedisServer>,
     _folder: TempDir,
 }
 
 impl RedisCluster {
-    pub(crate) fn start() -> Self {
+    pub fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let start = |n: usize| RedisServer::start(&folder.path().join(n.to_string()), &[]);
         let nodes: Vec<RedisServer> = (0..6).map(start).collect();
@@ -223,7 +223,7 @@ impl RedisCluster {
     /// serves. A primary counts its replicas once a second; a script without flags counts as a
     /// write, so it is refused until then, and this one changes nothing.
     #[track_caller]
-    pub(crate) fn wait_until_whole(&self) {
+    pub fn wait_until_whole(&self) {
         for node in &self.nodes {
             node.wait_until("the cluster is whole", |node| {
                 let is_linked = match node.info("role").as_deref() {
@@ -236,19 +236,19 @@ impl RedisCluster {
     }
 
     /// Those that are primaries now.
-    pub(crate) fn primaries(&self) -> Vec<&RedisServer> {
+    pub fn primaries(&self) -> Vec<&RedisServer> {
         let is_primary = |node: &&RedisServer| node.ask_role() == "master";
         self.nodes.iter().filter(is_primary).collect()
     }
 
     /// All members, as `--map` takes them.
-    pub(crate) fn url(&self) -> String {
+    pub fn url(&self) -> String {
         let addresses: Vec<String> = self.nodes.iter().map(RedisServer::address).collect();
         format!("redis://{}", addresses.join(","))
     }
 
     /// Empties the map.
-    pub(crate) fn flush(&self) {
+    pub fn flush(&self) {
         for primary in self.primaries() {
             let _: () = primary.ask(&["FLUSHALL"]);
         }

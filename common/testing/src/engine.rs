@@ -1,6 +1,7 @@
 //! The engines of the map, each with an empty map of its own for a test.
 
 use std::any::Any;
+use std::fmt;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -10,17 +11,23 @@ use crate::process::LOOK_AGAIN;
 use crate::redis_servers::{RedisCluster, RedisServer};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Engine {
+pub enum Engine {
     Lmdb,
     RedisServer,
     RedisCluster,
 }
 
 /// An empty map, and what keeps it.
-pub(crate) struct EmptyMap {
+pub struct EmptyMap {
     /// As `--map` takes it.
-    pub(crate) location: String,
+    pub location: String,
     _keeper: Box<dyn Any + Send + Sync>,
+}
+
+impl fmt::Debug for EmptyMap {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.location)
+    }
 }
 
 /// The cluster takes seconds to start, so all tests that do not harm it use this one, in turn.
@@ -60,7 +67,7 @@ impl Drop for Borrowed {
 }
 
 impl Engine {
-    pub(crate) fn empty_map(self) -> EmptyMap {
+    pub fn empty_map(self) -> EmptyMap {
         let folder = tempfile::tempdir().unwrap();
         let (location, keeper): (String, Box<dyn Any + Send + Sync>) = match self {
             Self::Lmdb => {
@@ -90,7 +97,7 @@ impl Engine {
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Waits until a map can serve.
-pub(crate) async fn wait_until_ready(map: &dyn DistributedMap) {
+pub async fn wait_until_ready(map: &dyn DistributedMap) {
     let looking = async {
         while map.health().await.not_ready.is_some() {
             tokio::time::sleep(LOOK_AGAIN).await;

@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 
 /// Wrong configuration is one line on stderr with a hint, and exit code 2.
 #[track_caller]
-pub(crate) fn assert_refused(binary: &Path, arguments: &[&str], hint: &str) {
+pub fn assert_refused(binary: &Path, arguments: &[&str], hint: &str) {
     let output = Command::new(binary).args(arguments).output().unwrap();
     let line = one_line(&output);
     assert_eq!(output.status.code(), Some(2), "{arguments:?}: {line}");
@@ -14,7 +14,7 @@ pub(crate) fn assert_refused(binary: &Path, arguments: &[&str], hint: &str) {
 
 /// The help names each flag with its twin in the environment, and its default.
 #[track_caller]
-pub(crate) fn assert_help(binary: &Path, flags: &[(&str, &str, &str)]) {
+pub fn assert_help(binary: &Path, flags: &[(&str, &str, &str)]) {
     let output = Command::new(binary).arg("--help").output().unwrap();
     assert!(output.status.success());
     let help = String::from_utf8(output.stdout).unwrap();
@@ -34,7 +34,7 @@ pub(crate) fn assert_help(binary: &Path, flags: &[(&str, &str, &str)]) {
 
 /// What a process wrote on stderr, which must be one line.
 #[track_caller]
-pub(crate) fn one_line(output: &Output) -> String {
+pub fn one_line(output: &Output) -> String {
     let text = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(text.lines().count(), 1, "{text}");
     text

@@ -14,16 +14,16 @@ use crate::requirements::unshare;
 const KEPT_LINES: usize = 100_000;
 
 /// How long a test waits for something that must come.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Pause between two looks at something that must come.
-pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(20);
+pub const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// A running service.
 #[derive(Debug)]
-pub(crate) struct Process {
+pub struct Process {
     child: Child,
-    pub(crate) address: SocketAddr,
+    pub address: SocketAddr,
     log: Arc<Log>,
 }
 
@@ -36,7 +36,7 @@ struct Log {
 impl Process {
     /// Starts the command, which must name a service's binary, on `address`, and waits until it
     /// serves.
-    pub(crate) fn start(mut command: Command, address: SocketAddr) -> Self {
+    pub fn start(mut command: Command, address: SocketAddr) -> Self {
         let mut child = command
             .args(["--listen", &address.to_string()])
             .stdin(Stdio::null())
@@ -65,7 +65,7 @@ impl Process {
     }
 
     /// Waits until `/readyz` says that it is ready.
-    pub(crate) fn wait_until_ready(&self) {
+    pub fn wait_until_ready(&self) {
         let begin = Instant::now();
         while !self.readiness().starts_with("HTTP/1.1 200") {
             assert!(begin.elapsed() < PATIENCE, "{}", self.readiness());
@@ -74,7 +74,7 @@ impl Process {
     }
 
     /// The whole answer to `/readyz?verbose`.
-    pub(crate) fn readiness(&self) -> String {
+    pub fn readiness(&self) -> String {
         let mut connection = TcpStream::connect(self.address).unwrap();
         let request = "GET /readyz?verbose HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n";
         connection.write_all(request.as_bytes()).unwrap();
@@ -83,16 +83,16 @@ impl Process {
         answer
     }
 
-    pub(crate) fn url(&self) -> String {
+    pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    pub(crate) fn pid(&self) -> u32 {
+    pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// Sends a signal by its name, for example `TERM`.
-    pub(crate) fn signal(&self, name: &str) {
+    pub fn signal(&self, name: &str) {
         let sent = Command::new("kill")
             .args([format!("-{name}"), self.pid().to_string()])
             .status();
@@ -100,30 +100,30 @@ impl Process {
     }
 
     /// Ends the process with SIGKILL and waits until it is gone.
-    pub(crate) fn kill(&mut self) {
+    pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
     /// Waits until the process ends by itself.
-    pub(crate) fn wait(&mut self) -> ExitStatus {
+    pub fn wait(&mut self) -> ExitStatus {
         self.child.wait().unwrap()
     }
 
     /// What it has logged so far.
-    pub(crate) fn log(&self) -> Vec<String> {
+    pub fn log(&self) -> Vec<String> {
         self.log.lines.lock().unwrap().clone()
     }
 
     /// Waits until the log has a line like this.
     #[track_caller]
-    pub(crate) fn wait_for_line(&self, is_wanted: impl Fn(&str) -> bool) {
+    pub fn wait_for_line(&self, is_wanted: impl Fn(&str) -> bool) {
         self.wait_for_log(|lines| lines.iter().any(|line| is_wanted(line)));
     }
 
     /// Waits until the log is like this.
     #[track_caller]
-    pub(crate) fn wait_for_log(&self, is_complete: impl Fn(&[String]) -> bool) {
+    pub fn wait_for_log(&self, is_complete: impl Fn(&[String]) -> bool) {
         let lines = self.log.lines.lock().unwrap();
         let (lines, timed_out) = self
             .log
@@ -141,15 +141,15 @@ impl Process {
 /// A logging instance whose map lies on a small disk of its own, a tmpfs on `folder`, in a mount
 /// namespace that ends with it.
 #[derive(Debug)]
-pub(crate) struct OnSmallDisk {
-    pub(crate) process: Process,
+pub struct OnSmallDisk {
+    pub process: Process,
     filler: PathBuf,
 }
 
 impl OnSmallDisk {
     /// Starts it with half of the disk taken. `size` is in bytes. `None` where nobody may mount: the
     /// test is skipped.
-    pub(crate) fn start(logging: &Path, folder: &Path, size: usize) -> Option<Self> {
+    pub fn start(logging: &Path, folder: &Path, size: usize) -> Option<Self> {
         let mount = ["mount", "-t", "tmpfs", "tmpfs"];
         let trial = [&mount[..], &[folder.to_str().unwrap()]].concat();
         let mut command = unshare(&["--mount"], &trial)?;
@@ -171,7 +171,7 @@ impl OnSmallDisk {
     }
 
     /// Makes room on the disk.
-    pub(crate) fn make_room(&self) {
+    pub fn make_room(&self) {
         std::fs::remove_file(&self.filler).unwrap();
     }
 }
@@ -185,7 +185,7 @@ impl Drop for Process {
 
 /// An address whose port is free and stays so while a service is restarted on it: it lies below
 /// the range from which the system takes ports for outgoing connections.
-pub(crate) fn free_address() -> SocketAddr {
+pub fn free_address() -> SocketAddr {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let offset = std::process::id() as u16;
     loop {

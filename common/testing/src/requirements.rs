@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 /// Says that the running test cannot run here, and why. Panics instead where the environment
 /// variable `required_by` is set.
 #[track_caller]
-pub(crate) fn skip(why: &str, required_by: &str) {
+pub fn skip(why: &str, required_by: &str) {
     let thread = std::thread::current();
     let test = thread.name().unwrap_or("a test");
     assert!(
@@ -28,7 +28,7 @@ pub(crate) fn skip(why: &str, required_by: &str) {
 /// these flags. An ordinary user makes them inside a user namespace, where the kernel allows that.
 /// `trial` is a command that must succeed in there. `None` where nothing helps: the test is skipped.
 #[track_caller]
-pub(crate) fn unshare(namespaces: &[&str], trial: &[&str]) -> Option<Command> {
+pub fn unshare(namespaces: &[&str], trial: &[&str]) -> Option<Command> {
     let mut reason = String::new();
     for user in [&[][..], &["--user", "--map-root-user"]] {
         let unshare = || {
@@ -49,7 +49,7 @@ pub(crate) fn unshare(namespaces: &[&str], trial: &[&str]) -> Option<Command> {
 ///
 /// # Errors
 /// Why not, in the command's own words.
-pub(crate) fn trial_run(command: &mut Command) -> Result<(), String> {
+pub fn trial_run(command: &mut Command) -> Result<(), String> {
     let output = command.stdin(Stdio::null()).output();
     let output = output.map_err(|error| format!("{:?}: {error}", command.get_program()))?;
     if output.status.success() {
