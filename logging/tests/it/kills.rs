@@ -207,6 +207,6 @@ async fn write_until_over(
 
 fn quiet(folder: &Path) -> Command {
     let mut command = logging(folder);
-    command.env("RUST_LOG", "warn,logging=info");
+    command.env("RUST_LOG", "warn,common=info,logging=info");
     command
 }
