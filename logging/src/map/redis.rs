@@ -1,14 +1,13 @@
-//! The engine for more than one machine: a Redis server, or a Redis Cluster whose primaries share
-//! the partitions and whose replicas are the backups.
+//! The engine for several machines: a Redis server, or a Redis Cluster whose primaries own the
+//! partitions and whose replicas are the backups.
 //!
-//! `partition` is the layout in Redis; `discovery` finds out which primary owns each partition and
-//! publishes it to `cluster`; `primary_writer` writes to a primary, `query` reads from partitions, and
-//! `cursor` merges reads over all of them.
+//! `partition` is the layout in Redis; `discovery` finds the primary that owns each partition and
+//! publishes the topology to `cluster`; `primary_writer` writes to a primary; `query` reads from
+//! partitions, and `cursor` merges reads over all of them.
 //!
-//! An entry is acknowledged when its primary and `--backups` replicas have it. In a shard of just
-//! so many members every one of them has every acknowledged entry, so whichever of them serves
-//! reads, also one that was paused or cut off and does not know that it was replaced, gives them
-//! all. That is why more replicas than backups are warned about.
+//! An entry is acknowledged when its primary and `--backups` replicas have it. If a shard has no
+//! more replicas than that, each member has every acknowledged entry, and a read is complete even
+//! from a paused or disconnected primary that was replaced. More replicas cause a warning.
 
 mod cluster;
 mod config;
@@ -49,7 +48,7 @@ pub(super) struct RedisMap {
 }
 
 impl RedisMap {
-    /// Begins to look for the servers; what needs them before they are found fails.
+    /// Starts discovery; until it has found the servers, every operation fails.
     pub(super) fn open(config: RedisConfig, options: Options) -> Self {
         Self {
             store_timeout: options.store_timeout,
@@ -67,36 +66,36 @@ impl DistributedMap for RedisMap {
 
     async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome> {
         let topology = self.cluster.topology();
-        let mut places: Vec<Vec<usize>> = vec![Vec::new(); topology.shards.len()];
-        let mut outcomes = vec![Outcome::unknown("no outcome was told"); entries.len()];
-        for (place, entry) in entries.iter().enumerate() {
+        let mut indices: Vec<Vec<usize>> = vec![Vec::new(); topology.shards.len()];
+        let mut outcomes = vec![Outcome::unknown("redis returned no outcome"); entries.len()];
+        for (index, entry) in entries.iter().enumerate() {
             match topology.owner(partition::of(entry.uuid)) {
-                Some(shard) => places[shard].push(place),
+                Some(shard) => indices[shard].push(index),
                 None => {
                     self.cluster.start_discovery();
-                    outcomes[place] = Outcome::partition_down(self.cluster.unowned_reason());
+                    outcomes[index] = Outcome::partition_down(self.cluster.unowned_reason());
                 }
             }
         }
-        let groups = topology.shards.iter().zip(&places);
-        let groups = groups.filter(|(_, places)| !places.is_empty());
-        let puts = groups.map(async |(shard, places)| {
-            let batch = places.iter().map(|place| entries[*place].clone());
+        let groups = topology.shards.iter().zip(&indices);
+        let groups = groups.filter(|(_, indices)| !indices.is_empty());
+        let puts = groups.map(async |(shard, indices)| {
+            let batch = indices.iter().map(|index| entries[*index].clone());
             (
-                places,
+                indices,
                 shard.writer.put(&self.budget, batch.collect()).await,
             )
         });
-        for (places, put) in join_all(puts).await {
+        for (indices, put) in join_all(puts).await {
             match put {
                 Ok(found) => {
-                    for (place, outcome) in places.iter().zip(found) {
-                        outcomes[*place] = outcome;
+                    for (index, outcome) in indices.iter().zip(found) {
+                        outcomes[*index] = outcome;
                     }
                 }
                 Err(outcome) => {
-                    for place in places {
-                        outcomes[*place] = outcome.clone();
+                    for index in indices {
+                        outcomes[*index] = outcome.clone();
                     }
                 }
             }
@@ -120,7 +119,7 @@ impl DistributedMap for RedisMap {
     async fn health(&self) -> Health {
         let topology = self.cluster.topology();
         let writers = topology.shards.iter().map(|shard| &shard.writer);
-        // A writer remembers what came of it.
+        // Each writer keeps its result as its closed reason.
         join_all(writers.map(|writer| writer.put(&self.budget, Arc::new([])))).await;
         self.cluster.health()
     }

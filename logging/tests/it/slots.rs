@@ -197,7 +197,7 @@ async fn slot_whose_move_one_end_forgot_is_an_error_not_a_shorter_read() {
     };
     wait_for(&map, |health| is_named(health, "is moving")).await;
     let _: () = cluster.nodes[3].ask(&["CLUSTER", "FAILOVER", "TAKEOVER"]);
-    wait_for(&map, |health| is_named(health, "does not know so")).await;
+    wait_for(&map, |health| is_named(health, "does not report the move")).await;
     match read(&*map, Bounds::default()).await {
         Ok(read) => assert_eq!(read, stored),
         Err(error) => assert!(matches!(error, MapError::Unavailable(_)), "{error}"),
@@ -278,7 +278,7 @@ async fn slots_moved_by_the_script_survive_the_end_of_their_target() {
                 loop {
                     match read(&*map, Bounds::default()).await {
                         Ok(read) => panic!("{} entries are read as if they were all", read.len()),
-                        Err(lost) if lost.to_string().contains("is not there") => return,
+                        Err(lost) if lost.to_string().contains("is missing") => return,
                         Err(_) => tokio::time::sleep(LOOK_AGAIN).await,
                     }
                 }

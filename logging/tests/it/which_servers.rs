@@ -20,7 +20,7 @@ async fn server_that_may_lose_entries_is_warned_about() {
     let server = RedisServer::start(&folder.path().join("primary"), &no_file);
     let map = open_at(&format!("redis://{}", server.address()), None);
     let health = wait_until_ready(&map).await;
-    let warning = "warning: it keeps no append-only file";
+    let warning = "warning: keeps no append-only file";
     let is_warned = |health: &Health, warning: &str| {
         let mut checks = health.checks.iter();
         checks.any(|check| check.ok && check.detail.starts_with(warning))
@@ -30,10 +30,7 @@ async fn server_that_may_lose_entries_is_warned_about() {
     let port = server.port.to_string();
     let follow = [&flags[..], &["--replicaof", "127.0.0.1", &port]].concat();
     let _replica = RedisServer::start(&folder.path().join("replica"), &follow);
-    wait_for(&map, |health| {
-        is_warned(health, "warning: it has 1 replicas")
-    })
-    .await;
+    wait_for(&map, |health| is_warned(health, "warning: has 1 replicas")).await;
 }
 
 /// With memory for a little more than what is there now, a server of this policy throws entries away
@@ -105,7 +102,7 @@ async fn servers_that_are_no_cluster_are_refused() {
     let (first, second) = (start("1"), start("2"));
     let both = format!("redis://{},{}", first.address(), second.address());
     let map = open_at(&both, None);
-    wait_until_missing(&map, "is no member of a cluster; name one server").await;
+    wait_until_missing(&map, "is not a member of a cluster; name one server").await;
     assert!(put(&map, &entries(1)).await.iter().all(is_partition_down));
 }
 
@@ -166,7 +163,7 @@ async fn lost_partition_is_not_an_empty_one() {
             ..Bounds::default()
         };
         let lost = read(&*map, bounds).await.unwrap_err().to_string();
-        assert!(lost.contains("partition 7 is not there"), "{lost}");
+        assert!(lost.contains("partition 7 is missing"), "{lost}");
     }
     let is_lost = |entry: &Entry| crc32fast::hash(entry.uuid.as_bytes()) % 271 == LOST;
     let new = entries(2000);
@@ -184,7 +181,7 @@ async fn lost_partition_is_not_an_empty_one() {
     let late = open_at(&location, None);
     let is_lost_map = |health: &Health| {
         let missing = health.not_ready.as_deref().unwrap_or_default();
-        missing.contains("the map's id is not there and partition 0 has entries")
+        missing.contains("the map's id (key id:{0}) is missing but partition 0 has entries")
     };
     wait_for(&late, is_lost_map).await;
 }

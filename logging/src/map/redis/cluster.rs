@@ -1,5 +1,4 @@
-//! Which primary has which partition, as far as it is known, and how the members fare. What is
-//! known comes from `discovery`.
+//! The state of the cluster as `discovery` publishes it: its topology, and its members' health.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -15,40 +14,38 @@ use super::primary_writer::PrimaryWriter;
 use super::replies::{Direction, MovingSlot, ServerInfo};
 use crate::map::contract::{Health, MapError};
 
-/// The members of the map, as discovery sees them.
+/// The cluster as discovery sees it.
 #[derive(Debug)]
 pub(super) struct Cluster {
     state: watch::Receiver<ClusterState>,
     wake_discovery: Arc<Notify>,
-    /// Whether every partition has been writable once since the start, and the map's id was state.
+    /// Whether the state was ever complete: see [`ClusterState::is_complete`].
     was_complete: AtomicBool,
 }
 
-/// What is known of the members.
 #[derive(Clone, Debug, Default)]
 pub(super) struct ClusterState {
     pub(super) topology: Arc<Topology>,
-    /// Why what the servers say, or that they say nothing, makes no map.
+    /// Why discovery found no usable topology.
     pub(super) discovery_error: Option<String>,
     pub(super) infos: BTreeMap<Address, ServerInfo>,
     /// Replicas that must hold an entry before it is acknowledged.
     pub(super) backups: u16,
-    /// Whether it was complete since the start: see [`Self::is_complete`].
+    /// Whether a refresh ever found the state complete: see [`Self::is_complete`].
     pub(super) was_complete: bool,
-    /// The map's id, as it was read last.
     pub(super) map_id: Option<Uuid>,
-    /// Why the map's id could not be read, when its primary answers.
+    /// Why the map's id could not be read although its primary answers.
     pub(super) map_id_error: Option<String>,
 }
 
-/// Which primary has which partition.
+/// The primary that owns each partition.
 #[derive(Debug, Default)]
 pub(super) struct Topology {
-    /// The primaries that have partitions.
+    /// The primaries that own partitions.
     pub(super) shards: Vec<Arc<Shard>>,
-    /// For each partition, its primary's place in `shards`.
+    /// For each partition, the index of its primary in `shards`.
     pub(super) owners: Vec<Option<usize>>,
-    /// The connections for reads of all members, also of those without partitions.
+    /// The connections for reads to all members, also to members without partitions.
     pub(super) connections: HashMap<Address, Arc<ServerConnection>>,
 }
 
@@ -60,7 +57,7 @@ pub(super) struct Shard {
 }
 
 impl Cluster {
-    /// What discovery publishes in `state`; it works until this is dropped.
+    /// Discovery publishes to `state` until this is dropped.
     pub(super) fn new(state: watch::Receiver<ClusterState>, wake_discovery: Arc<Notify>) -> Self {
         Self {
             state,
@@ -69,7 +66,6 @@ impl Cluster {
         }
     }
 
-    /// Which primary has which partition.
     pub(super) fn topology(&self) -> Arc<Topology> {
         self.state.borrow().topology.clone()
     }
@@ -80,11 +76,10 @@ impl Cluster {
 
     /// Fails when a partition's mark is another map's.
     pub(super) fn require_mark(&self, map: &[u8]) -> Result<(), MapError> {
-        let known = self.map_id();
-        if known.is_none_or(|known| known.as_bytes() == map) {
+        if self.map_id().is_none_or(|id| id.as_bytes() == map) {
             return Ok(());
         }
-        let detail = "a partition is another map's; the redis servers do not belong together";
+        let detail = "a partition belongs to another map: the redis servers hold several maps";
         Err(MapError::Unavailable(detail.to_owned()))
     }
 
@@ -94,26 +89,26 @@ impl Cluster {
         error.unwrap_or_else(|| "the cluster has no primary for this partition".to_owned())
     }
 
-    /// Starts discovery because a reply contradicted the known topology.
+    /// Wakes discovery because a reply contradicted the topology.
     pub(super) fn start_discovery(&self) {
         self.wake_discovery.notify_one();
     }
 
-    /// What the members said and what the writers found.
+    /// The health of the map, from discovery and the writers.
     pub(super) fn health(&self) -> Health {
         let state = self.state.borrow();
         if state.is_complete() {
             self.was_complete.store(true, Ordering::Relaxed);
         }
         let shards = state.topology.shards.iter().map(|shard| {
-            let trouble = shard
+            let reason = shard
                 .connection
                 .down_reason()
                 .or_else(|| shard.writer.closed_reason());
             Check {
                 name: format!("primary {}", shard.connection.address),
-                ok: trouble.is_none(),
-                detail: trouble.unwrap_or_else(|| "takes entries".to_owned()),
+                ok: reason.is_none(),
+                detail: reason.unwrap_or_else(|| "takes entries".to_owned()),
             }
         });
         let warnings = state.warnings();
@@ -128,35 +123,36 @@ impl Cluster {
         }
     }
 
-    /// Why this instance is not ready. Once it was, the loss of a backup or of a whole shard is no
-    /// reason: all instances would be taken out at once.
+    /// Why this instance is not ready. Once ready, it stays so while any primary answers: the loss
+    /// of a backup or a shard would take out all instances at once.
     fn not_ready(&self, state: &ClusterState) -> Option<String> {
         let shards = &state.topology.shards;
-        let is_anybody_there = shards
+        let is_any_up = shards
             .iter()
             .any(|shard| shard.connection.down_reason().is_none());
-        if (state.was_complete || self.was_complete.load(Ordering::Relaxed)) && is_anybody_there {
+        if (state.was_complete || self.was_complete.load(Ordering::Relaxed)) && is_any_up {
             return None;
         }
-        if let Some(trouble) = &state.discovery_error {
-            return Some(trouble.clone());
+        if let Some(error) = &state.discovery_error {
+            return Some(error.clone());
         }
-        if let Some(trouble) = shards.iter().find_map(|shard| shard.writer.closed_reason()) {
-            return Some(trouble);
+        if let Some(reason) = shards.iter().find_map(|shard| shard.writer.closed_reason()) {
+            return Some(reason);
         }
         if !state.topology.is_whole() {
-            return Some("not every partition has a primary; was the cluster created?".to_owned());
+            let detail = "partitions have no primary: create the redis cluster with all its slots";
+            return Some(detail.to_owned());
         }
         if state.map_id.is_none() {
-            let trouble = state.map_id_error.clone();
-            return Some(trouble.unwrap_or_else(|| "the map's id was not read yet".to_owned()));
+            let error = state.map_id_error.clone();
+            return Some(error.unwrap_or_else(|| "the map's id was not read yet".to_owned()));
         }
         Some("no redis primary answers".to_owned())
     }
 }
 
 impl Topology {
-    /// The place in `shards` of the primary that has this partition.
+    /// The index in `shards` of the primary that owns this partition.
     pub(super) fn owner(&self, partition: u16) -> Option<usize> {
         *self.owners.get(usize::from(partition))?
     }
@@ -172,16 +168,15 @@ impl Topology {
 }
 
 impl ClusterState {
-    /// Whether every partition has a primary that takes entries, and the map's id is state.
+    /// Whether every partition has a primary that takes entries, and the map's id is known.
     pub(super) fn is_complete(&self) -> bool {
         let mut shards = self.topology.shards.iter();
         let takes_entries = shards.all(|shard| shard.writer.closed_reason().is_none());
         self.topology.is_whole() && takes_entries && self.map_id.is_some()
     }
 
-    /// Why a server must not be trusted with entries, though it may hold them all at the moment: it
-    /// evicts when its memory is used up, even while it is only read. A replica does so once it is
-    /// promoted.
+    /// Names a server that evicts entries when its memory is used up, even by reads alone; a
+    /// replica does so once it is promoted. It cannot hold the map.
     pub(super) fn eviction(&self, is_up: impl Fn(&Address) -> bool) -> Option<String> {
         let mut infos = self.infos.iter();
         let (address, info) =
@@ -199,14 +194,14 @@ impl ClusterState {
         ))
     }
 
-    /// Slots that are moving from one member to another, or were when somebody stopped moving them.
+    /// Slots that are moving between members, or whose move was interrupted.
     pub(super) fn moves(&self) -> Vec<Check> {
         let named = |id: &str| {
             let mut infos = self.infos.iter();
             let found = infos.find(|(_, info)| info.id == id);
             found.map_or_else(|| format!("member {id}"), |(at, _)| format!("redis {at}"))
         };
-        let knows_it = |coming: &MovingSlot| {
+        let peer_reports = |coming: &MovingSlot| {
             let mut peers = self.infos.values().filter(|info| info.id == coming.peer);
             peers.any(|peer| peer.moving.iter().any(|moving| moving.slot == coming.slot))
         };
@@ -216,13 +211,13 @@ impl ClusterState {
                 let MovingSlot { slot, peer, .. } = moving;
                 let detail = match moving.direction {
                     Direction::Out => format!(
-                        "it is moving from redis {address} to {}; if nobody is moving it now, \
-                         finish that with scripts/move-slots.sh",
+                        "it is moving from redis {address} to {}; if no move is running, finish it \
+                         with scripts/move-slots.sh",
                         named(peer)
                     ),
-                    Direction::In if knows_it(moving) => continue,
+                    Direction::In if peer_reports(moving) => continue,
                     Direction::In => format!(
-                        "redis {address} is taking it from {}, which does not know so: its \
+                        "redis {address} imports it from {}, which does not report the move: its \
                          partitions are neither read nor written; see docs/redis.md, Moving slots",
                         named(peer)
                     ),
@@ -237,19 +232,19 @@ impl ClusterState {
         checks
     }
 
-    /// What should be changed about servers though they serve.
+    /// Settings to change on servers that still serve; each text follows the server's name.
     pub(super) fn warnings(&self) -> Vec<(&Address, String)> {
         let mut warnings = Vec::new();
         for (address, info) in &self.infos {
             if !info.has_append_only_file {
-                let warning = "it keeps no append-only file, so its entries are gone when it \
-                               ends; set appendonly yes and appendfsync always";
+                let warning = "keeps no append-only file: acknowledged entries can be lost; set \
+                               appendonly yes and appendfsync always";
                 warnings.push((address, warning.to_owned()));
             }
             if info.evicted_keys > 0 {
                 let warning = format!(
-                    "it has evicted {} keys since it started; if entries were among them, they are \
-                     lost: restore the map from a copy",
+                    "has evicted {} keys since it started: entries can be lost; restore the map \
+                     from a copy",
                     info.evicted_keys
                 );
                 warnings.push((address, warning));
@@ -257,8 +252,8 @@ impl ClusterState {
             let (replicas, backups) = (info.replicas, self.backups);
             if replicas > usize::from(backups) && self.topology.has_primary(address) {
                 let warning = format!(
-                    "it has {replicas} replicas, but an entry is acknowledged when {backups} have \
-                     it; a failover may choose one that lacks it: set --backups {replicas}"
+                    "has {replicas} replicas, but {backups} must hold an entry before it is \
+                     acknowledged: a failover can lose it; set --backups {replicas}"
                 );
                 warnings.push((address, warning));
             }

@@ -1,5 +1,4 @@
-//! Which Redis servers hold the map and how to get in: the part of the configuration that
-//! `--map redis://…` carries.
+//! The configuration in `--map redis://…`: the addresses of Redis servers, the login and TLS.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,7 +11,7 @@ const DEFAULT_PORT: u16 = 6379;
 
 const WRITE_INSTEAD: &str = "write redis://[USER:PASSWORD@]HOST:PORT[,HOST:PORT…]";
 
-/// One Redis server, or some members of a Redis Cluster, which name the others.
+/// One Redis server, or some members of a Redis Cluster; discovery finds the others.
 #[derive(Clone, PartialEq, Eq)]
 pub struct RedisConfig {
     pub(super) seeds: Vec<Address>,
@@ -22,7 +21,7 @@ pub struct RedisConfig {
 }
 
 impl RedisConfig {
-    /// A client for one of the servers, named here or by a member. It does not connect yet.
+    /// A client for a server, which does not connect yet.
     pub(super) fn client(&self, address: &Address) -> Client {
         let Address { host, port } = address.clone();
         let address = if self.is_tls {
@@ -47,7 +46,7 @@ impl RedisConfig {
                 .set_tcp_settings(TcpSettings::default().set_nodelay(true))
         });
         let client = info.and_then(Client::open);
-        client.expect("an address that is not parsed any more always makes a client")
+        client.expect("a parsed address always makes a client")
     }
 }
 
@@ -88,7 +87,7 @@ fn decoded(text: &str) -> Result<String, String> {
     Ok(decoded.into_owned())
 }
 
-/// Without the password, as this is written to logs.
+/// Omits the password, as this is logged.
 impl fmt::Debug for RedisConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(if self.is_tls { "rediss://" } else { "redis://" })?;
@@ -100,7 +99,7 @@ impl fmt::Debug for RedisConfig {
     }
 }
 
-/// Where a server listens.
+/// The address of a server.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Address {
     pub(super) host: String,

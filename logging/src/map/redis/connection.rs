@@ -1,6 +1,5 @@
-//! The connection on which one server is read and asked about itself. When a request fails, the
-//! server is probed. One that does not answer to a probe is not asked again until it does, so nobody
-//! else waits for it.
+//! The connection to a server for reads and discovery. When a request fails, the server is probed;
+//! one that does not answer a probe is down, and requests to it fail at once until it answers.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, Weak};
@@ -13,10 +12,10 @@ use tokio::time::sleep;
 
 use super::config::Address;
 
-/// How often a server that is down is asked whether it is back.
+/// The interval between probes of a server that is down.
 pub(super) const PROBE_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Connects, and gives each answer `timeout`.
+/// Connects; `timeout` bounds the connection attempt and each reply.
 pub(super) async fn connect(
     client: &Client,
     timeout: Duration,
@@ -29,7 +28,7 @@ pub(super) async fn connect(
         .await
 }
 
-/// Sends a pipeline and gives all replies, errors of the server among them.
+/// Sends a pipeline and returns all replies, errors of the server among them.
 pub(super) async fn send(
     connection: &mut MultiplexedConnection,
     commands: &Pipeline,
@@ -39,17 +38,15 @@ pub(super) async fn send(
         .await
 }
 
-/// A server's connection for reads.
+/// The connection to a server for reads.
 #[derive(Debug)]
 pub(super) struct ServerConnection {
     pub(super) address: Address,
     client: Client,
     timeout: Duration,
     connection: Mutex<Option<MultiplexedConnection>>,
-    /// Why the server counts as down.
     down: std::sync::Mutex<Option<String>>,
     is_probed: AtomicBool,
-    /// Wakes who finds out which primary has what.
     wake_discovery: Arc<Notify>,
 }
 
@@ -71,16 +68,16 @@ impl ServerConnection {
         }
     }
 
-    /// Why the server counts as down, if it does.
+    /// Why the server is down, if it is.
     pub(super) fn down_reason(&self) -> Option<String> {
         let down = self.down.lock().unwrap_or_else(PoisonError::into_inner);
         down.clone()
     }
 
-    /// Sends a pipeline and gives all replies, errors of the server among them.
+    /// Sends a pipeline and returns all replies, errors of the server among them.
     ///
     /// # Errors
-    /// What is wrong with the server, with its address, when it does not answer.
+    /// The server's address and why it cannot be reached.
     pub(super) async fn ask(self: &Arc<Self>, commands: &Pipeline) -> Result<Vec<Value>, String> {
         if let Some(reason) = self.down_reason() {
             return Err(reason);
@@ -116,8 +113,7 @@ impl ServerConnection {
         sent
     }
 
-    /// Has the server probed, unless it is already. Nothing is awaited here: who asked may give up at
-    /// any moment, and the probe must be under way then.
+    /// Starts a probe unless one is running, as a task, because the caller may be cancelled.
     fn suspect(self: &Arc<Self>) {
         self.wake_discovery.notify_one();
         if !self.is_probed.swap(true, Ordering::AcqRel) {
@@ -125,8 +121,7 @@ impl ServerConnection {
         }
     }
 
-    /// Asks for nothing but a sign of life, on a connection of its own: what was asked for before may
-    /// take its time on the other.
+    /// Sends `PING` on a new connection, as slow commands may block the existing one.
     async fn ping(&self) -> RedisResult<()> {
         let mut connection = connect(&self.client, self.timeout).await?;
         redis::cmd("PING").query_async(&mut connection).await
@@ -137,10 +132,10 @@ impl ServerConnection {
         let reason = error.map(|error| self.describe(error));
         match (&*down, error) {
             (None, Some(error)) => {
-                tracing::warn!(address = %self.address, %error, "a redis server is down");
+                tracing::warn!(%error, "redis {} is down: probing until it answers", self.address);
             }
             (Some(_), None) => {
-                tracing::info!(address = %self.address, "a redis server is up again");
+                tracing::info!("redis {} is up again", self.address);
             }
             _ => {}
         }
@@ -148,13 +143,12 @@ impl ServerConnection {
     }
 }
 
-/// Marks a server down while it does not answer to `PING`, however slowly it answers anything else.
-/// Ends when it answers, or when nobody uses the server any more.
+/// Marks a server down while it does not answer `PING`, until it answers or is no longer used.
 async fn probe(server: Weak<ServerConnection>) {
     while let Some(server) = server.upgrade() {
         let pinged = server.ping().await;
         server.set_down(pinged.as_ref().err());
-        // If it is not up, a replica may have taken over meanwhile.
+        // If the server is down, a replica may have taken over.
         server.wake_discovery.notify_one();
         if pinged.is_ok() {
             server.is_probed.store(false, Ordering::Release);

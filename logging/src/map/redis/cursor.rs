@@ -1,7 +1,7 @@
 //! Ordered reads over all partitions: a merge of their sorted sets.
 //!
-//! Of each partition a few members are kept. The first of all is next; when a partition has none
-//! left, all that have few are read on together.
+//! The cursor keeps a few members of each partition. When one partition has none left, all
+//! partitions that have few are refilled together.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -18,10 +18,9 @@ use super::query::{FIRST_RANK, Part, rank, read_messages, read_parts};
 use super::timeouts::in_time;
 use crate::map::contract::{Cursor, MapError, Piece, PieceLimit, READ_AHEAD};
 
-/// At least so many members of each partition are asked for at once.
+/// The minimum number of members of a partition in memory after a refill.
 const MIN_WINDOW: usize = 2;
 
-/// A read under way.
 #[derive(Debug)]
 pub(super) struct RedisCursor {
     cluster: Arc<Cluster>,
@@ -30,11 +29,11 @@ pub(super) struct RedisCursor {
     /// The rank of the first UUID beyond the bounds.
     end: u128,
     sources: Vec<Source>,
-    /// Whether a partition may have the next member and has none in memory.
+    /// Whether a partition that is not exhausted has no members in memory.
     is_dry: bool,
-    /// The partitions that have members in memory, by the rank of the first.
+    /// The partitions that have members in memory, by the rank of their first member.
     queue: BinaryHeap<Reverse<(u128, u16)>>,
-    /// What a member took in memory, on average, when members were read last.
+    /// Average memory of a member in the last refill, in bytes.
     member_bytes: usize,
 }
 
@@ -42,7 +41,7 @@ pub(super) struct RedisCursor {
 #[derive(Debug)]
 struct Source {
     members: VecDeque<Member>,
-    /// The rank from which on it is to be read.
+    /// The rank of the first member that was not read yet.
     from: u128,
     is_exhausted: bool,
 }
@@ -73,7 +72,7 @@ impl RedisCursor {
         }
     }
 
-    /// Takes the members that come next, until one is missing or the piece is full.
+    /// Takes the next members until the piece is full or the read ends.
     async fn pick(&mut self, limit: PieceLimit) -> Result<Vec<Member>, MapError> {
         let mut picked = Vec::new();
         let mut bytes = 0;
@@ -82,7 +81,7 @@ impl RedisCursor {
                 if bytes > limit.bytes / 2 {
                     break;
                 }
-                self.read_on(limit.bytes.saturating_mul(READ_AHEAD)).await?;
+                self.refill(limit.bytes.saturating_mul(READ_AHEAD)).await?;
             }
             let Some(Reverse((_, partition))) = self.queue.peek().copied() else {
                 break;
@@ -110,9 +109,8 @@ impl RedisCursor {
         }
     }
 
-    /// Fills up the partitions that have few members in memory, so that all together take about
-    /// `bytes`.
-    async fn read_on(&mut self, bytes: usize) -> Result<(), MapError> {
+    /// Refills the partitions that have few members, to about `bytes` of all partitions' members.
+    async fn refill(&mut self, bytes: usize) -> Result<(), MapError> {
         let window = bytes / self.member_bytes / usize::from(PARTITIONS);
         let window = window.max(MIN_WINDOW);
         let sources = self.sources.iter().zip(partition::all());
@@ -163,7 +161,9 @@ impl RedisCursor {
             return Ok(());
         }
         let partition = part.partition;
-        let detail = format!("partition {partition} ends without its mark; it may be moving");
+        let detail = format!(
+            "partition {partition} ends without its mark: it is moving, or its primary lost entries"
+        );
         Err(MapError::Unavailable(detail))
     }
 }

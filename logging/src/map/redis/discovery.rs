@@ -1,8 +1,8 @@
-//! Finds out which primary has which partition, by asking the members: every few seconds, and at
-//! once when somebody finds that a primary does not answer, refuses, or lacks a partition.
+//! Discovery: asks members of the cluster for the primary that owns each partition, every 2 s, and
+//! at once when a primary does not answer, refuses a command, or does not own a partition.
 //!
-//! Where members disagree about a slot, the greater configuration epoch is right, so one that was
-//! paused or cut off is not believed.
+//! Where members disagree about a slot, the greatest configuration epoch wins, so the outdated view
+//! of a paused or disconnected member is ignored.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -26,19 +26,19 @@ use super::replies::{Direction, Node, ServerInfo};
 use super::timeouts::{answer_timeout, wait_timeout};
 use crate::map::contract::Options;
 
-/// How often the members are asked when nothing seems wrong.
+/// The interval between refreshes while nothing wakes discovery.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Pause after asking, however much seems wrong.
+/// The pause after each refresh, even if discovery was woken meanwhile.
 const MIN_INTERVAL: Duration = Duration::from_millis(100);
 
-/// So many members, drawn at random, are asked at once, however large the cluster is.
+/// The number of members, drawn at random, that one refresh asks.
 const MAX_ASKED: usize = 8;
 
-/// Backups in a Redis Cluster unless `--backups` says otherwise.
+/// The default of `--backups` in a Redis Cluster.
 const CLUSTER_BACKUPS: u16 = 1;
 
-/// Starts discovery; it ends when what is returned is dropped.
+/// Starts discovery; it ends when the returned [`Cluster`] is dropped.
 pub(super) fn start(config: RedisConfig, options: Options) -> Cluster {
     let (publisher, state) = watch::channel(ClusterState::default());
     let wake_discovery = Arc::<Notify>::default();
@@ -47,21 +47,20 @@ pub(super) fn start(config: RedisConfig, options: Options) -> Cluster {
     Cluster::new(state, wake_discovery)
 }
 
-/// What is remembered from one wake_discovery to the next.
+/// The discovery task, with what it keeps between refreshes.
 struct Discovery {
     config: RedisConfig,
     options: Options,
     wake: Arc<Notify>,
     connections: HashMap<Address, Arc<ServerConnection>>,
-    /// Whose each partition is.
+    /// The primary that owns each partition.
     owners: Vec<Option<Owner>>,
     shards: HashMap<Address, Arc<Shard>>,
-    /// What was logged already, so that it is not logged every two seconds; a fault that goes and
-    /// comes again is logged once.
+    /// The lines logged already: each is logged once, also when its fault recurs.
     logged: HashSet<String>,
 }
 
-/// The member that has a partition, by the greatest configuration epoch that was heard of.
+/// The primary that owns a partition, by the greatest configuration epoch seen.
 #[derive(Clone, Debug)]
 struct Owner {
     epoch: u64,
@@ -88,16 +87,16 @@ impl Discovery {
 
     async fn run(mut self, publisher: watch::Sender<ClusterState>) {
         while !publisher.is_closed() {
-            let known = publisher.borrow().clone();
-            let known = self.refresh(known).await;
-            publisher.send_replace(known);
+            let previous = publisher.borrow().clone();
+            let refreshed = self.refresh(previous).await;
+            publisher.send_replace(refreshed);
             sleep(MIN_INTERVAL).await;
             let _ = timeout(REFRESH_INTERVAL, self.wake.notified()).await;
         }
     }
 
-    /// Asks some members, and returns what follows.
-    async fn refresh(&mut self, mut known: ClusterState) -> ClusterState {
+    /// Asks some members and updates the state from their answers.
+    async fn refresh(&mut self, mut state: ClusterState) -> ClusterState {
         let mut questions = redis::pipe();
         questions.cmd("INFO").cmd("CLUSTER").arg("NODES");
         map_id::question(&mut questions);
@@ -108,51 +107,55 @@ impl Discovery {
             Answer::read(connection, &replies, self.config.is_tls)
         });
         let mut answers = Vec::new();
-        known.discovery_error = None;
+        state.discovery_error = None;
         for answer in join_all(asked).await {
             match answer {
                 Ok(answer) => answers.push(answer),
-                Err(reason) => known.discovery_error = Some(reason),
+                Err(reason) => state.discovery_error = Some(reason),
             }
         }
         if !answers.is_empty() {
-            known.discovery_error = self.conclude(&answers, &mut known).err();
-            self.learn_map_id(&answers, &mut known).await;
+            state.discovery_error = self.update_topology(&answers, &mut state).err();
+            self.update_map_id(&answers, &mut state).await;
         }
         for answer in answers {
-            known.infos.insert(answer.address, answer.info);
+            state.infos.insert(answer.address, answer.info);
         }
         let connections = &self.connections;
-        known
+        state
             .infos
             .retain(|address, _| connections.contains_key(address));
         let is_up = |address: &Address| connections[address].down_reason().is_none();
-        if let Some(reason) = known.eviction(is_up) {
-            known.discovery_error = Some(reason);
-            known.topology = Arc::default();
+        if let Some(reason) = state.eviction(is_up) {
+            state.discovery_error = Some(reason);
+            state.topology = Arc::default();
         }
-        self.log_news(&known);
-        known.was_complete |= known.is_complete();
-        known
+        self.log_state(&state);
+        state.was_complete |= state.is_complete();
+        state
     }
 
-    /// What follows from at least one answer.
+    /// Updates the topology from at least one answer.
     ///
     /// # Errors
-    /// Why none of these servers can hold the map.
-    fn conclude(&mut self, answers: &[Answer], known: &mut ClusterState) -> Result<(), String> {
+    /// Why none of the servers that answered can hold the map.
+    fn update_topology(
+        &mut self,
+        answers: &[Answer],
+        state: &mut ClusterState,
+    ) -> Result<(), String> {
         let is_cluster = self.config.seeds.len() > 1 || self.owners.iter().any(Option::is_some);
-        let mut fitting = Vec::new();
+        let mut compatible = Vec::new();
         let mut incompatibility = None;
         for answer in answers {
             match answer.incompatibility(is_cluster) {
-                None => fitting.push(answer),
+                None => compatible.push(answer),
                 Some(reason) => incompatibility = Some(reason),
             }
         }
-        let Some(first) = fitting.first() else {
+        let Some(first) = compatible.first() else {
             if !is_cluster {
-                known.topology = Arc::default();
+                state.topology = Arc::default();
             }
             return incompatibility.map_or(Ok(()), Err);
         };
@@ -160,7 +163,7 @@ impl Discovery {
             self.log_once(&reason);
         }
         let (owners, default_backups) = if first.info.is_cluster_enabled {
-            self.update_owners(&fitting);
+            self.update_owners(&compatible);
             let owners = self.owners.iter().map(Option::as_ref);
             let owners = owners.map(|owner| Some(owner?.address.clone()));
             let mut owners: Vec<Option<Address>> = owners.collect();
@@ -175,23 +178,23 @@ impl Discovery {
         } else {
             (vec![Some(first.address.clone()); self.owners.len()], 0)
         };
-        known.backups = self.options.backups.unwrap_or(default_backups);
-        known.topology = Arc::new(self.topology(&owners, known.backups));
+        state.backups = self.options.backups.unwrap_or(default_backups);
+        state.topology = Arc::new(self.topology(&owners, state.backups));
         Ok(())
     }
 
-    /// Takes over from the members' views who has which partition, and who else is a member.
+    /// Updates the owners of the partitions and the connections from the members' views.
     fn update_owners(&mut self, answers: &[&Answer]) {
         let nodes: Vec<&Node> = answers.iter().flat_map(|answer| &answer.nodes).collect();
         for (partition, owner) in partition::all().zip(&mut self.owners) {
             let Some(best) = Node::primary_of(partition::slot(partition), &nodes) else {
                 continue;
             };
-            // Only a cluster that was created anew does not know the member that we know.
-            let is_news = owner.as_ref().is_none_or(|owner| {
+            // If no member knows the previous owner, the cluster was created anew.
+            let is_newer = owner.as_ref().is_none_or(|owner| {
                 best.epoch >= owner.epoch || nodes.iter().all(|node| node.id != owner.id)
             });
-            if is_news {
+            if is_newer {
                 *owner = Some(Owner {
                     epoch: best.epoch,
                     id: best.id.clone(),
@@ -208,10 +211,9 @@ impl Discovery {
         });
     }
 
-    /// Takes the map's id from the primary that has it, or gives a new map one, once that primary
-    /// takes entries.
-    async fn learn_map_id(&self, answers: &[Answer], known: &mut ClusterState) {
-        let topology = &known.topology;
+    /// Reads the map's id, or creates a missing map once all primaries take entries.
+    async fn update_map_id(&self, answers: &[Answer], state: &mut ClusterState) {
+        let topology = &state.topology;
         let Some(owner) = topology.owner(map_id::PARTITION) else {
             return;
         };
@@ -230,25 +232,29 @@ impl Discovery {
                 {
                     return;
                 }
-                self.make_map(topology, known.backups).await
+                self.make_map(topology, state.backups).await
             }
             Err(reason) => Err(reason.clone()),
         };
         match found {
             Ok(id) => {
-                if known.map_id.is_some_and(|known_id| known_id != id) {
-                    tracing::error!(%id, "the redis servers hold another map than before");
+                if state.map_id.is_some_and(|previous| previous != id) {
+                    tracing::error!(
+                        %id,
+                        "the redis servers hold another map than before: restore their data, or \
+                         restart the facades to use this map"
+                    );
                 }
-                known.map_id = Some(id);
-                known.map_id_error = None;
+                state.map_id = Some(id);
+                state.map_id_error = None;
             }
             Err(reason) => {
-                known.map_id_error = Some(format!("redis {}: {reason}", connection.address));
+                state.map_id_error = Some(format!("redis {}: {reason}", connection.address));
             }
         }
     }
 
-    /// Makes a new map; all its primaries must take entries.
+    /// Creates a new map; all primaries must take entries.
     async fn make_map(&self, topology: &Topology, backups: u16) -> Result<Uuid, String> {
         let clients = topology.shards.iter();
         let clients = clients.map(|shard| self.config.client(&shard.connection.address));
@@ -285,9 +291,9 @@ impl Discovery {
             owners: vec![None; owners.len()],
             connections: self.connections.clone(),
         };
-        for (place, (address, partitions)) in partitions.into_iter().enumerate() {
+        for (index, (address, partitions)) in partitions.into_iter().enumerate() {
             for partition in &partitions {
-                topology.owners[usize::from(*partition)] = Some(place);
+                topology.owners[usize::from(*partition)] = Some(index);
             }
             topology
                 .shards
@@ -296,7 +302,6 @@ impl Discovery {
         topology
     }
 
-    /// The shard of a primary, made when it is needed first.
     fn shard(&mut self, address: &Address, partitions: Vec<u16>, backups: u16) -> Arc<Shard> {
         if let Some(shard) = self.shards.get(address) {
             shard.writer.set_partitions(partitions);
@@ -323,7 +328,6 @@ impl Discovery {
         shard
     }
 
-    /// The connection to a server, made when it is needed first.
     fn connection(&mut self, address: &Address) -> Arc<ServerConnection> {
         let connection = self.connections.entry(address.clone()).or_insert_with(|| {
             let client = self.config.client(address);
@@ -339,63 +343,61 @@ impl Discovery {
         connection.clone()
     }
 
-    fn log_news(&mut self, known: &ClusterState) {
-        for (address, warning) in known.warnings() {
-            if self.logged.insert(format!("{address}: {warning}")) {
-                tracing::warn!(%address, warning, "a redis server should be set up otherwise");
-            }
+    fn log_state(&mut self, state: &ClusterState) {
+        for (address, warning) in state.warnings() {
+            self.log_once(&format!("redis {address} {warning}"));
         }
-        let troubles = [&known.discovery_error, &known.map_id_error];
-        for trouble in troubles.into_iter().flatten() {
-            self.log_once(trouble);
+        let errors = [&state.discovery_error, &state.map_id_error];
+        for error in errors.into_iter().flatten() {
+            self.log_once(error);
         }
     }
 
-    fn log_once(&mut self, trouble: &str) {
-        if self.logged.insert(trouble.to_owned()) {
-            tracing::warn!(trouble, "redis servers are not as they should be");
+    fn log_once(&mut self, line: &str) {
+        if self.logged.insert(line.to_owned()) {
+            tracing::warn!("{line}");
         }
     }
 }
 
-/// Whether a slot comes to one member while the one that has it does not know so. That is what a
-/// failover in the middle of a move leaves: some of the slot's keys may be at the other end, and an
-/// empty partition here may be a full one there.
+/// Whether a member imports a slot whose owner does not report the move. A failover during a move
+/// leaves this state: the importing member may hold keys that the owner lacks.
 fn is_split(slot: u16, owner: &Address, answers: &[Answer]) -> bool {
-    let says = |answer: &Answer, direction| {
+    let reports = |answer: &Answer, direction| {
         let mut moving = answer.info.moving.iter();
         moving.any(|moving| moving.slot == slot && moving.direction == direction)
     };
     let mut others = answers.iter().filter(|answer| answer.address != *owner);
-    let comes_elsewhere = others.any(|answer| says(answer, Direction::In));
+    let is_imported = others.any(|answer| reports(answer, Direction::In));
     let mut answers = answers.iter();
-    let knows_it = |answer: &Answer| answer.address == *owner && says(answer, Direction::Out);
-    comes_elsewhere && !answers.any(knows_it)
+    let owner_reports =
+        |answer: &Answer| answer.address == *owner && reports(answer, Direction::Out);
+    is_imported && !answers.any(owner_reports)
 }
 
-/// What a member said.
+/// The replies of one member.
 struct Answer {
     address: Address,
     info: ServerInfo,
     nodes: Vec<Node>,
-    /// Only the primary that has it can say so.
+    /// Valid only from the primary that owns [`map_id::PARTITION`].
     map_id: Result<MapId, String>,
 }
 
 impl Answer {
-    /// Why this server cannot hold the map, or its part of it, if so.
+    /// Why this server cannot hold the map or its share of it.
     fn incompatibility(&self, is_cluster: bool) -> Option<String> {
         let Self { address, info, .. } = self;
         if !info.is_new_enough() {
             let version = &info.version;
             Some(format!(
-                "redis {address} is version {version}, and 7.0 or later is needed"
+                "redis {address} is version {version}: install 7.0 or later"
             ))
         } else if info.is_cluster_enabled {
             None
         } else if is_cluster {
             Some(format!(
-                "redis {address} is no member of a cluster; name one server, or members of one \
+                "redis {address} is not a member of a cluster; name one server, or members of one \
                  cluster"
             ))
         } else if info.is_replica {

@@ -1,9 +1,9 @@
-//! The id of a map on Redis: a key in the slot of partition 0, made once, when the map is new, with the
-//! version of the layout. At both ends of each partition is a mark with the id.
+//! The id of a map on Redis: a key in the slot of partition 0 with the version of the layout,
+//! created once with the map. Each partition has a mark with the id at both ends.
 //!
-//! Discovery reads it with each of its questions, so an instance notices when its servers hold
-//! another map than before: the servers were emptied, or others are at their addresses. A partition
-//! whose mark is gone was lost, and is not taken for an empty one.
+//! Discovery reads the id in every round, so an instance notices that its servers hold another map:
+//! they were emptied, or other servers have their addresses. A partition without its marks was lost
+//! and is not read as an empty one.
 
 use std::time::Duration;
 
@@ -22,30 +22,28 @@ fn key() -> String {
     format!("id:{{{PARTITION}}}")
 }
 
-/// Asks for the id; only the partition's primary answers with it.
+/// Adds the command that reads the id; only the primary that owns the partition answers it.
 pub(super) fn question(commands: &mut Pipeline) {
     commands.cmd("GET").arg(key());
 }
 
-/// What the key says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum MapId {
-    /// There is none yet.
     Missing,
-    /// The map will have this id once all partitions have their marks.
+    /// The map gets this id once all partitions have their marks.
     Making(Uuid),
     Made(Uuid),
 }
 
-/// Reads `LAYOUT ID`, or `making LAYOUT ID`.
+/// Parses `LAYOUT ID` or `making LAYOUT ID`.
 ///
 /// # Errors
-/// What the primary answered instead, or that the layout is another one.
+/// When the reply is something else or the layout is not [`LAYOUT`].
 pub(super) fn parse(reply: &Value) -> Result<MapId, String> {
     let text = match reply {
         Value::Nil => return Ok(MapId::Missing),
         Value::BulkString(text) => String::from_utf8_lossy(text),
-        Value::ServerError(error) => return Err(format!("refuses GET {}: {error}", key())),
+        Value::ServerError(error) => return Err(format!("GET {} failed: {error}", key())),
         other => return Err(partition::unexpected_reply(std::slice::from_ref(other)).to_string()),
     };
     let made = text.strip_prefix("making ");
@@ -53,9 +51,8 @@ pub(super) fn parse(reply: &Value) -> Result<MapId, String> {
     Ok(made.map_or(MapId::Made(id), |_| MapId::Making(id)))
 }
 
-/// How a map is made.
 pub(super) struct Making<'a> {
-    /// The primaries and their partitions; the first one has the id's.
+    /// The primaries and their partitions; the first one owns [`PARTITION`].
     pub(super) primaries: Vec<(&'a Client, Vec<u16>)>,
     pub(super) backups: u16,
     pub(super) answer_timeout: Duration,
@@ -63,11 +60,11 @@ pub(super) struct Making<'a> {
 }
 
 impl Making<'_> {
-    /// Gives the map an id unless another instance does so first, and returns the one it has then. Each
-    /// step is told done only after the backups have it, so that a failover cannot undo it.
+    /// Creates the map unless another instance does so first, and returns its id. Each step waits
+    /// for the backups, so that a failover cannot undo it.
     ///
     /// # Errors
-    /// Why there is no id yet.
+    /// Why the map has no id yet.
     pub(super) async fn run(&self) -> Result<Uuid, String> {
         let (owner, _) = &self.primaries[0];
         let id = self.claim(owner).await?;
@@ -88,7 +85,7 @@ impl Making<'_> {
         Ok(id)
     }
 
-    /// The id that the map is to have.
+    /// The id that the map will have: ours, or the one that another instance chose first.
     async fn claim(&self, owner: &Client) -> Result<Uuid, String> {
         let mut commands = redis::pipe();
         let new = format!("making {LAYOUT} {}", Uuid::now_v7());
@@ -97,11 +94,11 @@ impl Making<'_> {
         let replies = self.send(owner, commands, PARTITION).await?;
         match parse(&replies[1])? {
             MapId::Making(id) | MapId::Made(id) => Ok(id),
-            MapId::Missing => Err("the map's id vanished".to_owned()),
+            MapId::Missing => Err("the map's id was deleted while it was created".to_owned()),
         }
     }
 
-    /// Fails when a partition has entries, or marks of another map: then the id was lost.
+    /// Fails when a partition has entries, or marks of another map: the id was lost.
     async fn require_new(
         &self,
         client: &Client,
@@ -124,8 +121,8 @@ impl Making<'_> {
             let first = Member::read(first).map_err(|error| error.to_string())?;
             if !matches!(first, Member::Mark(map) if map == id.as_bytes()) {
                 return Err(format!(
-                    "the map's id is not there and partition {partition} has entries: its key {} was \
-                     lost; restore the map from a copy",
+                    "the map's id (key {}) is missing but partition {partition} has entries: \
+                     restore the map from a copy",
                     key()
                 ));
             }
@@ -133,8 +130,8 @@ impl Making<'_> {
         Ok(())
     }
 
-    /// Sends commands and waits until the backups have what they wrote; the fence of a partition
-    /// gives `WAIT` something to wait for, as it counts only the writes of its connection.
+    /// Sends commands and waits until the backups have what they wrote. `WAIT` counts only writes
+    /// of its own connection, so the partition's fence is always written.
     async fn send(
         &self,
         client: &Client,
@@ -147,14 +144,14 @@ impl Making<'_> {
             .cmd("WAIT")
             .arg(self.backups)
             .arg(wait_millis.max(1));
-        // A connection of its own: `WAIT` holds up all that comes behind it.
+        // A separate connection, as `WAIT` blocks all commands after it.
         let connected = connection::connect(client, self.answer_timeout).await;
         let mut connection = connected.map_err(|error| error.to_string())?;
         let sent = connection::send(&mut connection, &commands).await;
         let mut replies = sent.map_err(|error| error.to_string())?;
         for reply in &replies {
             if let Value::ServerError(error) = reply {
-                return Err(format!("refuses to make the map: {error}"));
+                return Err(format!("the map cannot be created: {error}"));
             }
         }
         match replies.pop() {

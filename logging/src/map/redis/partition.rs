@@ -1,12 +1,11 @@
-//! How the map is laid out in Redis: 271 partitions (as many as Hazelcast's maps have), each one
-//! sorted set that the cluster keeps in one slot. All scores are 0, so its members are in the order
-//! of their bytes: the UUID's first, then the message's.
+//! The layout of the map in Redis: 271 partitions (as many as a Hazelcast map has), each a sorted
+//! set in one slot. All scores are 0, so members are in byte order: the UUID, then the message.
 //!
-//! A large message is a key of its own in the same slot, and its member has its length instead: a
-//! read that merges all partitions would fetch many times what it returns otherwise.
+//! A large message is a separate key in the same slot, and its member has its length instead.
+//! Otherwise a read that merges all partitions would fetch many times what it returns.
 //!
-//! The first and the last member of each set are marks with the map's id, made with the map. A set
-//! without them was lost; an empty partition has both.
+//! The first and last member of each set are marks with the map's id, created with the map. An
+//! empty partition has both marks; a set without them was lost.
 
 use common::entry::Entry;
 use crc::{CRC_16_XMODEM, Crc};
@@ -15,7 +14,7 @@ use uuid::Uuid;
 
 use crate::map::contract::MapError;
 
-/// How many partitions the map has. It can never be changed: it decides where entries are found.
+/// The number of partitions. It can never change, as it decides where entries are found.
 pub(super) const PARTITIONS: u16 = 271;
 
 /// Slots of a Redis Cluster.
@@ -33,34 +32,34 @@ pub(super) fn all() -> std::ops::Range<u16> {
     0..PARTITIONS
 }
 
-/// Messages up to so many bytes are in their partition's sorted set, larger ones in keys of their own.
-/// A read keeps at least two members of each of 271 partitions, hence at most 271 KiB of these.
+/// Messages up to this size, in bytes, are in their partition's sorted set, larger ones in separate
+/// keys. A read keeps at least two members of each of 271 partitions, at most 271 KiB of messages.
 pub(super) const INLINE_BYTES: usize = 512;
 
-/// The first byte of what stands for a large message in the set. No UTF-8 text has it.
+/// The byte after the UUID in the member of a large message. It does not occur in UTF-8.
 const LARGE: u8 = 0xff;
 
-/// What a line has besides the message: see [`common::api::write_entry`].
+/// Bytes of a line besides the message: see [`common::api::write_entry`].
 pub(super) const LINE_BYTES: usize = 57;
 
-/// What a member costs in memory besides its bytes, about.
+/// Memory of a member besides its bytes, approximately.
 const MEMBER_OVERHEAD: usize = 64;
 
-/// The version of all this: it is with the map's id, and another one is refused.
+/// The version of this layout, stored with the map's id; a map of another version is refused.
 pub(super) const LAYOUT: u32 = 1;
 
-/// The sorted set that holds a partition's entries. What stands in braces decides the slot.
+/// The key of a partition's sorted set. The text in braces decides the slot.
 pub(super) fn entries_key(partition: u16) -> String {
     format!("entries:{{{partition}}}")
 }
 
-/// The counter that every group commit changes, in the slot of this partition.
+/// The key of the counter that group commits change, in the slot of this partition.
 pub(super) fn fence_key(partition: u16) -> String {
     format!("fence:{{{partition}}}")
 }
 
-/// The cluster's slot of a partition.
-/// Source: <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/>
+/// The slot of a partition. Source:
+/// <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/>
 pub(super) fn slot(partition: u16) -> u16 {
     const CRC16: Crc<u16> = Crc::<u16>::new(&CRC_16_XMODEM);
     CRC16.checksum(partition.to_string().as_bytes()) % SLOTS
@@ -87,7 +86,7 @@ pub(super) fn member(entry: &Entry) -> (Vec<u8>, bool) {
     (member, is_large)
 }
 
-/// The marks of a partition of the map with this id.
+/// The first and the last mark of a partition of this map.
 pub(super) fn marks(map: Uuid) -> [Vec<u8>; 2] {
     [Uuid::nil(), Uuid::max()].map(|end| [*end.as_bytes(), *map.as_bytes()].concat())
 }
@@ -97,14 +96,13 @@ pub(super) fn marks(map: Uuid) -> [Vec<u8>; 2] {
 pub(super) enum Member {
     /// An entry with its message.
     Small(Uuid, Vec<u8>),
-    /// An entry whose message, of so many bytes, is a key of its own.
+    /// An entry whose message is a separate key, with the message's length in bytes.
     Large(Uuid, usize),
-    /// What a mark says: the map's id.
+    /// A mark, with the map's id.
     Mark(Vec<u8>),
 }
 
 impl Member {
-    /// Reads what Redis gave.
     pub(super) fn read(value: Value) -> Result<Self, MapError> {
         let Value::BulkString(mut bytes) = value else {
             return Err(unexpected_reply(&[value]));
@@ -125,7 +123,6 @@ impl Member {
         }
     }
 
-    /// The entry's UUID; a mark has none.
     pub(super) fn uuid(&self) -> Option<Uuid> {
         match self {
             Self::Small(uuid, _) | Self::Large(uuid, _) => Some(*uuid),
@@ -141,7 +138,6 @@ impl Member {
         }
     }
 
-    /// What it takes in memory.
     pub(super) fn memory_bytes(&self) -> usize {
         MEMBER_OVERHEAD
             + match self {
@@ -151,13 +147,13 @@ impl Member {
     }
 }
 
-/// A reply that only a fault of ours or somebody else's data explains.
+/// The error for a reply that only a bug or foreign data explains.
 pub(super) fn unexpected_reply(replies: &[Value]) -> MapError {
     let shown = shown(replies);
-    MapError::Unavailable(format!("redis gave an unexpected reply: {shown}"))
+    MapError::Unavailable(format!("redis returned an unexpected reply: {shown}"))
 }
 
-/// What kinds of values replies are, without their contents: those are not for the log.
+/// The kinds of the replies without their contents, which must not be logged.
 pub(super) fn shown(replies: &[Value]) -> String {
     let kinds = replies.iter().map(|reply| match reply {
         Value::ServerError(error) => error.to_string(),

@@ -1,6 +1,6 @@
-//! Writing to a primary, on a connection of its own. A commit is one call of `put.lua`, which first
-//! changes a counter (the fence), so that `WAIT` has something to wait for even when no entry is new;
-//! then `WAIT` for the replicas. What the replies mean for each entry is decided here.
+//! Writes to a primary on a separate connection, and maps its replies to outcomes. A commit is one
+//! call of `put.lua` and a `WAIT` for the replicas. The script first increments a counter, the
+//! fence, so that `WAIT` has a write to wait for even when no entry is new.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,25 +18,25 @@ use crate::map::queue::Job;
 
 const PUT_SCRIPT: &str = include_str!("put.lua");
 
-/// What is needed to write to a primary.
+/// The settings of a writer.
 #[derive(Clone, Debug)]
 pub(super) struct Settings {
     pub(super) store_timeout: Duration,
-    /// How long one call may take, see [`super::timeouts::answer_timeout`].
+    /// See [`super::timeouts::answer_timeout`].
     pub(super) answer_timeout: Duration,
     pub(super) settle: Duration,
     /// Replicas that must hold an entry before it is acknowledged.
     pub(super) backups: u16,
 }
 
-/// What a writer and its writer both know of the primary.
+/// The state that a writer shares with its handle.
 #[derive(Debug)]
 pub(super) struct Shared {
-    /// Why the writer is closed; at first, because nothing was tried yet.
+    /// Why the writer is closed, as it is until its first commit; `None` while it is open.
     pub(super) closed_reason: Mutex<Option<String>>,
-    /// The primary's partitions: the fence goes to the slot of one of them.
+    /// The primary's partitions; the fence is in the slot of one of them.
     pub(super) partitions: Mutex<Vec<u16>>,
-    /// Advances to the next partition when the fence's has moved to another primary.
+    /// Advances to the next partition when the fence's partition has moved to another primary.
     pub(super) fence: AtomicUsize,
 }
 
@@ -61,7 +61,7 @@ impl Shared {
             .unwrap_or(0)
     }
 
-    /// Gives what was known before.
+    /// Returns the previous reason.
     pub(super) fn set_closed_reason(&self, reason: Option<String>) -> Option<String> {
         let mut current = self
             .closed_reason
@@ -71,9 +71,9 @@ impl Shared {
     }
 }
 
-/// The server that is written to.
+/// The primary that is written to.
 pub(super) struct Primary {
-    /// Its other connection, which may find out first that it is down.
+    /// The connection for reads, which may notice first that the server is down.
     pub(super) connection: Arc<ServerConnection>,
     pub(super) client: Client,
     pub(super) settings: Settings,
@@ -81,7 +81,7 @@ pub(super) struct Primary {
 }
 
 impl Primary {
-    /// Connects, and commits a fence to see that the replicas are there.
+    /// Connects, and commits the fence to check the replicas.
     pub(super) async fn open(&self) -> Result<MultiplexedConnection, String> {
         let address = &self.connection.address;
         let connected = connection::connect(&self.client, self.settings.answer_timeout).await;
@@ -92,9 +92,8 @@ impl Primary {
         Ok(connection)
     }
 
-    /// Commits a group and gives the outcome of each entry. None is told before the replicas have
-    /// it: not even `stale`, as a primary that nobody follows any more does not know what its
-    /// successor holds.
+    /// Commits a group and returns the outcome of each entry once the replicas have the commit.
+    /// Even `stale` waits for them, as a replaced primary does not know its successor's entries.
     pub(super) async fn commit(
         &self,
         group: &[Job],
@@ -103,17 +102,17 @@ impl Primary {
         let address = &self.connection.address;
         let sent = connection::send(connection, &self.pipeline(group)).await;
         let replies = sent.map_err(|error| {
-            Failure::maybe_executed(format!("redis {address} gave no answer: {error}"))
+            Failure::maybe_executed(format!("redis {address} returned no reply: {error}"))
         })?;
         let entries = group.iter().map(|job| job.entries.len()).sum();
         self.outcomes(&replies, entries)
     }
 
-    /// What the replies to a pipeline mean for each of its entries.
+    /// Maps the replies of a pipeline to the outcome of each entry.
     fn outcomes(&self, replies: &[Value], entries: usize) -> Result<Vec<Outcome>, Failure> {
         let address = &self.connection.address;
-        // A script that was not executed leaves nothing for `WAIT` to tell, also when it fails too:
-        // on a primary that steps down it does.
+        // If the script was not executed, the reply of `WAIT` does not matter. On a primary that
+        // steps down, `WAIT` fails too.
         if let [Value::ServerError(error), ..] = replies {
             return Err(self.refusal(error));
         }
@@ -146,13 +145,13 @@ impl Primary {
             b'l' => Outcome::Leaving,
             b'a' => Outcome::Early,
             b'e' => Outcome::partition_down(format!("redis {address}: {failure}")),
-            _ => Outcome::unknown(format!("redis {address} gave an unexpected reply")),
+            _ => Outcome::unknown(format!("redis {address} returned an unexpected reply")),
         });
         Ok(outcomes.collect())
     }
 
-    /// The script, then `WAIT`. The keys are not given as keys, because those of one call must all
-    /// be in one slot; one that this primary does not have fails inside the script.
+    /// The script, then `WAIT`. The keys are passed as arguments, because `KEYS` of one call must
+    /// all be in one slot; a key that this primary does not own fails inside the script.
     fn pipeline(&self, group: &[Job]) -> Pipeline {
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let mut commands = redis::pipe();
@@ -180,8 +179,7 @@ impl Primary {
         commands
     }
 
-    /// What an error of the whole script means. These codes come before anything is executed; any
-    /// other error could have come in the middle.
+    /// The failure of the whole script. Errors with other codes than these may be partly executed.
     fn refusal(&self, error: &ServerError) -> Failure {
         const BEFORE_EXECUTION: &[&str] = &[
             "BUSY",
@@ -213,7 +211,7 @@ impl Primary {
     fn unexpected_reply(&self, replies: &[Value]) -> Failure {
         let shown = partition::shown(replies);
         let detail = format!(
-            "redis {} gave an unexpected reply: {shown}",
+            "redis {} returned an unexpected reply: {shown}",
             self.connection.address
         );
         Failure::maybe_executed(detail)
@@ -234,7 +232,7 @@ impl Failure {
         }
     }
 
-    /// What its callers are told.
+    /// The outcome of each entry of the group.
     pub(super) fn outcome(&self) -> Outcome {
         if self.may_be_executed {
             Outcome::unknown(&self.detail)
@@ -283,7 +281,7 @@ mod tests {
         redis::parse_redis_value(format!("-{text}\r\n").as_bytes()).expect("this is an error reply")
     }
 
-    /// Whatever `WAIT` says beside it.
+    /// Whatever `WAIT` replies.
     #[test]
     fn script_that_was_not_executed_is_a_certain_refusal() {
         let waits = [
@@ -297,7 +295,7 @@ mod tests {
             "BUSY Redis is busy running a script.",
             "CLUSTERDOWN The cluster is down",
             "LOADING Redis is loading the dataset in memory",
-            "MASTERDOWN ServerConnection with MASTER is down",
+            "MASTERDOWN Link with MASTER is down",
             "MISCONF Errors writing to the AOF file",
             "NOFENCE ERR the slot is elsewhere",
             "NOREPLICAS Not enough good replicas to write.",

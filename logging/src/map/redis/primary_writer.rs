@@ -1,7 +1,7 @@
-//! The queue to a primary. While a group of batches is being committed the next one gathers.
+//! The queue and the writer of a primary. Batches that queue during a commit are the next group.
 //!
-//! A writer whose primary does not answer, or has too few replicas, is closed: it refuses at once
-//! what comes, and tries until a commit of nothing but the fence works again.
+//! A writer whose primary does not answer, or has too few replicas, is closed: it refuses batches
+//! at once and retries every [`PROBE_INTERVAL`] until it can commit the fence.
 
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,11 +17,10 @@ use super::connection::{PROBE_INTERVAL, ServerConnection};
 use super::primary::{Primary, Settings, Shared};
 use crate::map::queue::{Job, WriteBudget};
 
-/// A group commit takes no further batch beyond this, in bytes: a primary serves nobody else while
-/// it runs the script.
+/// A group commit takes no further batch beyond this, in bytes: the script blocks the primary.
 const MAX_GROUP_BYTES: usize = 512 * 1024;
 
-/// The way into a primary.
+/// A handle to the writer of a primary.
 #[derive(Debug)]
 pub(super) struct PrimaryWriter {
     jobs: mpsc::UnboundedSender<Job>,
@@ -30,7 +29,7 @@ pub(super) struct PrimaryWriter {
 }
 
 impl PrimaryWriter {
-    /// Opens a writer. It ends when it is dropped and what is in it is answered.
+    /// Starts the writer. It ends when the handle is dropped and all queued batches are answered.
     pub(super) fn open(
         connection: Arc<ServerConnection>,
         client: Client,
@@ -41,7 +40,7 @@ impl PrimaryWriter {
         let (jobs, queued) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             closed_reason: Mutex::new(Some(format!(
-                "redis {} was not reached yet",
+                "redis {} is not connected yet",
                 connection.address
             ))),
             partitions: Mutex::new(partitions),
@@ -71,45 +70,42 @@ impl PrimaryWriter {
         self.shared.closed_reason()
     }
 
-    /// Tells which partitions the primary has now.
     pub(super) fn set_partitions(&self, partitions: Vec<u16>) {
         let current = &self.shared.partitions;
         *current.lock().unwrap_or_else(PoisonError::into_inner) = partitions;
     }
 
-    /// Has a batch written; an error is the outcome of all its entries. An empty batch tells
-    /// whether the primary and its replicas take entries.
+    /// Has a batch written; an error is the outcome of all its entries. An empty batch checks that
+    /// the primary and its replicas take entries.
     pub(super) async fn put(
         &self,
         budget: &WriteBudget,
         entries: Arc<[Entry]>,
     ) -> Result<Vec<Outcome>, Outcome> {
         let (job, reply) = budget.admit(entries)?;
-        // Should the writer have panicked, the reply says so.
+        // If the writer has panicked, the reply fails.
         let _ = self.jobs.send(job);
         reply.outcomes(self.store_timeout).await
     }
 }
 
-/// The task that writes.
 struct Writer {
     primary: Primary,
     jobs: mpsc::UnboundedReceiver<Job>,
-    /// Wakes who finds out which primary has what.
     wake_discovery: Arc<Notify>,
 }
 
 impl Writer {
     async fn run(mut self) {
-        // What comes before the first attempt is over waits for it.
+        // Batches that come before the first attempt ends wait for it.
         let mut opened = self.primary.open().await;
         loop {
             let reason = match opened {
                 Ok(connection) => {
                     let address = &self.primary.connection.address;
-                    tracing::info!(%address, "a redis primary takes entries");
+                    tracing::info!("redis primary {address} takes entries");
                     self.primary.shared.set_closed_reason(None);
-                    // A new map gets its id when its primary takes entries.
+                    // Discovery creates a new map once its primaries take entries.
                     self.wake_discovery.notify_one();
                     match self.serve(connection).await {
                         Some(reason) => reason,
@@ -127,18 +123,16 @@ impl Writer {
     }
 
     fn close(&self, reason: &str) {
-        let known = self
-            .primary
-            .shared
-            .set_closed_reason(Some(reason.to_owned()));
-        if known.as_deref() != Some(reason) {
+        let shared = &self.primary.shared;
+        let previous = shared.set_closed_reason(Some(reason.to_owned()));
+        if previous.as_deref() != Some(reason) {
             let address = &self.primary.connection.address;
-            tracing::warn!(%address, reason, "a redis primary takes no entries, trying again");
+            tracing::warn!(reason, "redis primary {address} takes no entries: retrying");
         }
         self.wake_discovery.notify_one();
     }
 
-    /// Tries after a pause, refusing what comes meanwhile; `None` when the writer was dropped.
+    /// Retries after a pause and refuses batches until then; `None` when the handle was dropped.
     async fn open_again(&mut self, reason: &str) -> Option<Result<MultiplexedConnection, String>> {
         let attempt = async {
             sleep(PROBE_INTERVAL).await;
@@ -153,7 +147,7 @@ impl Writer {
         }
     }
 
-    /// Commits group after group until one fails, and says why; `None` when the writer was dropped.
+    /// Commits groups until one fails and returns the reason; `None` when the handle was dropped.
     async fn serve(&mut self, mut connection: MultiplexedConnection) -> Option<String> {
         loop {
             let first = self.jobs.recv().await?;
@@ -173,7 +167,7 @@ impl Writer {
                         )
                     };
                     if outcomes.iter().any(is_refused) {
-                        // Perhaps the partition has moved to another primary.
+                        // The partition may have moved to another primary.
                         self.wake_discovery.notify_one();
                     }
                     let mut outcomes = outcomes.into_iter();
@@ -192,7 +186,7 @@ impl Writer {
         }
     }
 
-    /// Claims what is queued, up to [`MAX_GROUP_BYTES`].
+    /// Claims queued jobs, up to [`MAX_GROUP_BYTES`].
     fn gather(&mut self, first: Job) -> Vec<Job> {
         let mut group = Vec::new();
         let mut bytes = 0;

@@ -1,16 +1,15 @@
 #!lua flags=allow-cross-slot-keys
--- Puts entries into partitions of this node.
+-- Puts entries into partitions of this server.
 --
--- ARGV: how far behind this server's clock a new entry's time may lie, how far behind it certainly is
--- too old, and how far ahead it may lie (all in milliseconds); the key of the fence; then for each entry
--- the key of its partition and its member, which is 16 bytes of UUID and the message. If the byte behind
--- the UUID is 255, the message is in a key of its own: that key and the message follow.
+-- ARGV: the maximum age of a new entry, the age from which it is certainly too old, and how far
+-- ahead of this server's clock it may be, in milliseconds; the key of the fence; then for each
+-- entry the key of its partition and its member: 16 bytes of UUID, then the message. If the byte
+-- after the UUID is 255, the message is large: its key and the message follow.
 --
--- Returns one letter for each entry (s stored, d duplicate, c conflict, o too old, l leaving: too old
--- only by this server's clock, a ahead, e not executed), and the last error behind an e.
+-- Returns one letter for each entry (s stored, d duplicate, c conflict, o too old, l leaving: too
+-- old only by this server's clock, a ahead, e not executed), and the error of the last e.
 
--- Changes something in every group, so that WAIT has something to wait for. It comes first: if it
--- is refused, nothing was done.
+-- The fence: WAIT needs a write in every group. It comes first: if it fails, nothing was executed.
 local fence = redis.pcall('INCR', ARGV[4])
 if type(fence) == 'table' then
     return redis.error_reply('NOFENCE ' .. fence.err)
@@ -28,15 +27,15 @@ local function put(key, member, message_key, message)
         failure = found.err
         return 'e'
     end
-    -- Behind every entry there is at least the mark at the end.
+    -- The last mark follows every entry.
     if not found[1] then
-        failure = 'NOMARK ' .. key .. ' is not there'
+        failure = 'NOMARK ' .. key .. ' is missing'
         return 'e'
     end
     if found[1] == member and message_key then
         local stored = redis.pcall('GET', message_key)
         if type(stored) ~= 'string' then
-            failure = stored and stored.err or 'NOMARK ' .. message_key .. ' is not there'
+            failure = stored and stored.err or 'NOMARK ' .. message_key .. ' is missing'
             return 'e'
         end
         return stored == message and 'd' or 'c'
@@ -60,7 +59,7 @@ local function put(key, member, message_key, message)
     if millis > newest then
         return 'a'
     end
-    -- The message first: without its member it is nothing, and is written again with the next try.
+    -- The message first: without a member it is not an entry, and a retry writes it again.
     if message_key then
         local set = redis.pcall('SET', message_key, message)
         if set.err then

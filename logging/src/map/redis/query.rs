@@ -1,5 +1,5 @@
-//! Questions to the primaries of partitions: one pipeline for each primary, however many partitions
-//! are asked. While a slot moves, each answer is fetched from where the server says that it is.
+//! Reads from partitions: one pipeline to each primary, whatever the number of partitions. While a
+//! slot moves, commands follow the redirections of the servers.
 
 use std::sync::Arc;
 
@@ -14,16 +14,16 @@ use super::connection::ServerConnection;
 use super::partition::{self, Member, entries_key, message_key, unexpected_reply};
 use crate::map::contract::MapError;
 
-/// What to read of one partition: members from a place on, in one order.
+/// A range of a partition's members to read, in one order.
 pub(super) struct Part {
     pub(super) partition: u16,
-    /// The rank of the first UUID that may come: see [`rank`].
+    /// The [`rank`] of the first UUID in the range.
     pub(super) from: u128,
-    /// At most this many.
+    /// At most this many members.
     pub(super) count: usize,
 }
 
-/// The place of a UUID in an order: smaller for what comes first.
+/// The position of a UUID in an order: the first one has the smallest rank.
 pub(super) fn rank(order: Order, uuid: Uuid) -> u128 {
     match order {
         Order::Asc => uuid.as_u128(),
@@ -31,18 +31,17 @@ pub(super) fn rank(order: Order, uuid: Uuid) -> u128 {
     }
 }
 
-/// The rank of the first UUID that may be an entry's: the one before it, and the last one, are the
-/// marks'.
+/// The rank of the first UUID that an entry may have; rank 0 and the last one belong to the marks.
 pub(super) const FIRST_RANK: u128 = 1;
 
-/// Reads on in some partitions. Each gives at least one member, as both ends of a partition have a mark.
+/// Reads several ranges. Each has at least one member, as both ends of a partition are marks.
 pub(super) async fn read_parts(
     cluster: &Cluster,
     order: Order,
     parts: &[Part],
 ) -> Result<Vec<Vec<Member>>, MapError> {
     let partitions: Vec<u16> = parts.iter().map(|part| part.partition).collect();
-    let replies = ask(cluster, &partitions, |place| range(order, &parts[place]));
+    let replies = ask(cluster, &partitions, |index| range(order, &parts[index]));
     let replies = replies.await?.into_iter().zip(parts);
     let read = replies.map(|(reply, part)| {
         let Value::Array(found) = reply else {
@@ -58,8 +57,8 @@ pub(super) async fn read_parts(
         }
         match found.is_empty() {
             true => Err(MapError::Unavailable(format!(
-                "partition {} is not there: it is moving, or its primary lost it; if this lasts, see \
-                 docs/redis.md, What loses data",
+                "partition {} is missing: it is moving, or its primary lost it; if this lasts, see \
+                 docs/redis.md, What loses entries",
                 part.partition
             ))),
             false => Ok(found),
@@ -68,8 +67,8 @@ pub(super) async fn read_parts(
     read.collect()
 }
 
-/// The command that reads one part. At the end of a set Redis finds members without searching, so a part
-/// that begins there is read by position, with the mark in front of it.
+/// The command that reads one range. A range at the end of a set is read by position, with its
+/// mark, as Redis finds it without a search.
 fn range(order: Order, part: &Part) -> Cmd {
     let mut command = Cmd::new();
     let key = entries_key(part.partition);
@@ -83,7 +82,7 @@ fn range(order: Order, part: &Part) -> Cmd {
     }
     let (name, from, end) = match order {
         Order::Asc => ("ZRANGEBYLEX", bound(b'[', part.from), "+"),
-        // What begins with a UUID comes behind the bare UUID.
+        // Members that begin with a UUID sort after the bare UUID.
         Order::Desc => (
             "ZREVRANGEBYLEX",
             bound(b'(', (!part.from).saturating_add(1)),
@@ -101,29 +100,28 @@ fn bound(kind: u8, uuid: u128) -> Vec<u8> {
     bound
 }
 
-/// Reads messages that are stored apart from their partitions' sets.
+/// Reads large messages, which have separate keys.
 pub(super) async fn read_messages(
     cluster: &Cluster,
     uuids: &[Uuid],
 ) -> Result<Vec<Vec<u8>>, MapError> {
     let partitions: Vec<u16> = uuids.iter().map(|uuid| partition::of(*uuid)).collect();
-    let replies = ask(cluster, &partitions, |place| {
+    let replies = ask(cluster, &partitions, |index| {
         let mut command = redis::cmd("GET");
-        command.arg(message_key(uuids[place]));
+        command.arg(message_key(uuids[index]));
         command
     });
     let replies = replies.await?.into_iter().zip(uuids);
     let messages = replies.map(|(reply, uuid)| match reply {
         Value::BulkString(message) => Ok(message),
         Value::Nil => Err(MapError::Unavailable(format!(
-            "the message of {uuid} is not with its entry: it is moving, or its primary lost it"
+            "the message of entry {uuid} is missing: it is moving, or its primary lost it"
         ))),
         other => Err(unexpected_reply(&[other])),
     });
     messages.collect()
 }
 
-/// The message under `uuid`.
 pub(super) async fn get(cluster: &Cluster, uuid: Uuid) -> Result<Option<String>, MapError> {
     let part = Part {
         partition: partition::of(uuid),
@@ -155,42 +153,42 @@ pub(super) async fn last(cluster: &Cluster) -> Result<Option<Uuid>, MapError> {
     Ok(entries.filter_map(|member| member.uuid()).max())
 }
 
-/// Gives each partition's primary its command, and the replies in the order of the partitions.
+/// Sends each partition's command to its primary; the replies have the order of `partitions`.
 async fn ask(
     cluster: &Cluster,
     partitions: &[u16],
     command: impl Fn(usize) -> Cmd + Sync,
 ) -> Result<Vec<Value>, MapError> {
     let topology = cluster.topology();
-    let mut places: Vec<Vec<usize>> = vec![Vec::new(); topology.shards.len()];
-    for (place, partition) in partitions.iter().enumerate() {
+    let mut indices: Vec<Vec<usize>> = vec![Vec::new(); topology.shards.len()];
+    for (index, partition) in partitions.iter().enumerate() {
         let owner = topology.owner(*partition).ok_or_else(|| {
             cluster.start_discovery();
             MapError::Unavailable(cluster.unowned_reason())
         })?;
-        places[owner].push(place);
+        indices[owner].push(index);
     }
-    let shards = topology.shards.iter().zip(&places);
-    let shards = shards.filter(|(_, places)| !places.is_empty());
-    let asked = shards.map(async |(shard, places)| {
+    let shards = topology.shards.iter().zip(&indices);
+    let shards = shards.filter(|(_, indices)| !indices.is_empty());
+    let asked = shards.map(async |(shard, indices)| {
         let mut commands = redis::pipe();
-        for place in places {
-            commands.add_command(command(*place));
+        for index in indices {
+            commands.add_command(command(*index));
         }
         let connection = &shard.connection;
         let replies = connection
             .ask(&commands)
             .await
             .map_err(MapError::Unavailable)?;
-        if replies.len() != places.len() {
+        if replies.len() != indices.len() {
             return Err(unexpected_reply(&replies));
         }
         let mut found = Vec::with_capacity(replies.len());
-        for (place, reply) in places.iter().zip(replies) {
+        for (index, reply) in indices.iter().zip(replies) {
             found.push(match reply {
                 Value::ServerError(error) => {
                     cluster.start_discovery();
-                    follow(&topology, connection, &error, command(*place)).await?
+                    follow(&topology, connection, &error, command(*index)).await?
                 }
                 reply => reply,
             });
@@ -198,15 +196,15 @@ async fn ask(
         Ok(found)
     });
     let mut replies: Vec<(usize, Value)> = Vec::with_capacity(partitions.len());
-    let places = places.iter().filter(|places| !places.is_empty());
-    for (places, found) in places.zip(try_join_all(asked).await?) {
-        replies.extend(places.iter().copied().zip(found));
+    let indices = indices.iter().filter(|indices| !indices.is_empty());
+    for (indices, found) in indices.zip(try_join_all(asked).await?) {
+        replies.extend(indices.iter().copied().zip(found));
     }
-    replies.sort_unstable_by_key(|(place, _)| *place);
+    replies.sort_unstable_by_key(|(index, _)| *index);
     Ok(replies.into_iter().map(|(_, reply)| reply).collect())
 }
 
-/// Gives a command to the server that an error names, which moved the slot or is moving it.
+/// Sends a command to the server that a `MOVED` or `ASK` error names.
 /// Source: <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#redirection-and-resharding>
 async fn follow(
     topology: &Topology,
@@ -229,7 +227,7 @@ async fn follow(
     }
 }
 
-/// The server in `SLOT HOST:PORT`.
+/// Finds the server in the error's `SLOT HOST:PORT`.
 fn redirection<'a>(
     topology: &'a Topology,
     error: &ServerError,

@@ -1,27 +1,27 @@
-//! What Redis servers say of themselves and of their cluster, in their own text formats.
+//! Parsers for the replies to `INFO` and `CLUSTER NODES`.
 
 use std::ops::RangeInclusive;
 
 use super::config::Address;
 
-/// What `INFO` says of a server. Format: <https://redis.io/docs/latest/commands/info/>
+/// A server's reply to `INFO`. Format: <https://redis.io/docs/latest/commands/info/>
 #[derive(Clone, Debug, Default)]
 pub(super) struct ServerInfo {
     pub(super) version: String,
     pub(super) is_cluster_enabled: bool,
     pub(super) is_replica: bool,
     pub(super) has_append_only_file: bool,
-    /// How many replicas it feeds at the moment.
+    /// Replicas that are connected at the moment.
     pub(super) replicas: usize,
     /// In bytes; 0 is no limit.
     pub(super) max_memory: u64,
-    /// What it does when that is used up.
+    /// What the server does when `max_memory` is used up.
     pub(super) max_memory_policy: String,
-    /// Keys it has thrown away to make room since it started.
+    /// Keys evicted since the server started.
     pub(super) evicted_keys: u64,
-    /// Its id in the cluster, from `CLUSTER NODES`.
+    /// The server's id in the cluster, from `CLUSTER NODES`.
     pub(super) id: String,
-    /// Slots that it says are moving, from `CLUSTER NODES`.
+    /// Slots that the server reports as moving, from `CLUSTER NODES`.
     pub(super) moving: Vec<MovingSlot>,
 }
 
@@ -47,8 +47,7 @@ impl ServerInfo {
         info
     }
 
-    /// Whether it throws entries away to make room. `volatile-*` takes only keys with a time to live,
-    /// and the map has none.
+    /// Whether the policy may evict entries, which `volatile-*` spares: they have no time to live.
     pub(super) fn may_evict_entries(&self) -> bool {
         self.max_memory > 0 && self.max_memory_policy.starts_with("allkeys-")
     }
@@ -60,7 +59,7 @@ impl ServerInfo {
     }
 }
 
-/// A slot that one end of a move says is moving.
+/// A slot that one end of a move reports as moving.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct MovingSlot {
     pub(super) slot: u16,
@@ -71,14 +70,14 @@ pub(super) struct MovingSlot {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Direction {
-    /// It is here and goes to the peer.
+    /// To the peer.
     Out,
-    /// It comes from the peer.
+    /// From the peer.
     In,
 }
 
 impl MovingSlot {
-    /// Reads `[77->-ID]` or `[77-<-ID]`.
+    /// Parses `[77->-ID]` or `[77-<-ID]`.
     fn parse(text: &str) -> Option<Self> {
         let inner = text.strip_prefix('[')?.strip_suffix(']')?;
         let (slot, direction, peer) = match inner.split_once("->-") {
@@ -96,24 +95,24 @@ impl MovingSlot {
     }
 }
 
-/// A line of `CLUSTER NODES`: what one member knows of one member.
+/// A line of `CLUSTER NODES`: one member's view of a member.
 /// Format: <https://redis.io/docs/latest/commands/cluster-nodes/>
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Node {
     pub(super) id: String,
     pub(super) address: Address,
-    /// Whether it is the one who said this.
+    /// Whether the member that was asked is this one.
     pub(super) is_myself: bool,
-    /// Of two members that claim a slot, the one with the greater configuration epoch has it.
+    /// Of two members that claim a slot, the one with the greater configuration epoch owns it.
     pub(super) epoch: u64,
-    /// What it is primary of.
+    /// The slots of a primary; a replica has none.
     pub(super) slots: Vec<RangeInclusive<u16>>,
-    /// Only a member itself tells.
+    /// Only in a member's line about itself.
     pub(super) moving: Vec<MovingSlot>,
 }
 
 impl Node {
-    /// Reads the whole answer; `asked` is who gave it, who may not know its own address. Cluster
+    /// Parses the reply of the member at `asked`, which may not know its own address. Members
     /// without an address are left out.
     pub(super) fn parse_all(text: &str, asked: &Address, is_tls: bool) -> Vec<Self> {
         let lines = text.lines();
@@ -132,7 +131,7 @@ impl Node {
         }
         let (address, names) = endpoint.split_once('@')?;
         let (ip, port) = address.rsplit_once(':')?;
-        // Certificates are usually made out to names.
+        // Certificates usually name hosts, not IP addresses.
         let name = names.split(',').nth(1).filter(|name| !name.is_empty());
         let host = match name {
             Some(name) if is_tls => name,
@@ -140,7 +139,7 @@ impl Node {
             _ => ip,
         };
         let has_flag = |name| flags.split(',').any(|flag| flag == name);
-        // A slot on its way to another member is in brackets; it has its line without them too.
+        // A moving slot is listed in brackets, besides the range that contains it.
         let moving = slots.iter().filter_map(|slot| MovingSlot::parse(slot));
         let moving = moving.collect();
         let slots = slots.iter().filter(|slots| !slots.starts_with('['));
@@ -161,9 +160,9 @@ impl Node {
         })
     }
 
-    /// Who is primary of a slot, by what several members say: of those that are said to be, the one
-    /// with the greatest configuration epoch. A member may not have noticed that its own address
-    /// has changed, so what others say of it comes first.
+    /// The primary that owns a slot: of all that claim it in any member's view, the one with the
+    /// greatest configuration epoch. A member may not know that its own address has changed, so
+    /// other members' views of it take precedence.
     pub(super) fn primary_of<'a>(slot: u16, nodes: &[&'a Self]) -> Option<&'a Self> {
         let claims = nodes.iter().copied().filter(|node| {
             let mut slots = node.slots.iter();
@@ -219,7 +218,7 @@ eee 10.0.0.5:7005@17005 handshake - 0 0 0 disconnected
     }
 
     #[test]
-    fn greatest_epoch_is_right_and_nobody_knows_its_own_address_best() {
+    fn greatest_epoch_wins_and_other_members_know_an_address_better() {
         let asked = Address {
             host: "10.0.0.9".to_owned(),
             port: 7009,
