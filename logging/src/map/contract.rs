@@ -1,4 +1,4 @@
-//! What every engine of the map promises: the trait `DistributedMap`, its cursors and its errors.
+//! The contract of the map's engines: the trait `DistributedMap`, its cursors, errors and options.
 
 use std::fmt;
 use std::sync::Arc;
@@ -11,13 +11,12 @@ use common::entry::{Entry, Outcome};
 use common::health::Check;
 use uuid::Uuid;
 
-/// How far ahead of the map's clock a new entry's time may lie: room for the clocks of facades on
-/// other machines.
+/// How far ahead of the map's clock a new entry's time may be: a facade's clock may be this fast.
 pub const MAX_AHEAD: Duration = Duration::from_secs(2);
 
-/// How far apart the clocks may be that check the settle window: those of the servers of a shard, and
-/// one clock before and after it was corrected. With clocks further apart, an entry that was said never
-/// to be stored could be stored by the next primary.
+/// The tolerated difference between the clocks that check the settle window: those of a shard's
+/// servers, or one clock before and after a correction. Beyond it, a new primary may store an entry
+/// that was answered as never to be stored.
 pub const MAX_SKEW: Duration = Duration::from_secs(1);
 
 /// A map of immutable entries that several logging instances share.
@@ -25,93 +24,88 @@ pub const MAX_SKEW: Duration = Duration::from_secs(1);
 /// Entries are ordered by UUID, the same on every instance and engine.
 #[async_trait]
 pub trait DistributedMap: fmt::Debug + Send + Sync {
-    /// The id that was made together with the map, the same on every instance; `None` while it is
-    /// not known.
+    /// The id that the map got when it was created; `None` until this instance has read it.
     fn id(&self) -> Option<Uuid>;
 
-    /// Puts a batch and tells for each entry, in the order given, what became of it.
+    /// Puts a batch and returns the outcome of each entry, in the order given.
     ///
-    /// - *Durability*: `Stored` and `Duplicate` are told only once the entry is committed as
-    ///   durably as the engine promises (LMDB: fsynced; Redis: on the primary and on
-    ///   `Options::backups` replicas); every read that begins afterwards, on any instance, sees it.
-    /// - *Duplicates*: the same UUID with the same message is one entry, also within one batch.
-    /// - *Conflicts*: the same UUID with another message changes nothing.
-    /// - *Settle window*: a UUID that is not in the map is added only if its time is at most
-    ///   `settle` behind and [`MAX_AHEAD`] ahead of the map's clock, looked at where the entry is
-    ///   written. Otherwise it is `Stale`: not in the map. It never will be when its time is more than
-    ///   `settle` and [`MAX_SKEW`] behind; until then a server whose clock is behind may still add it.
-    ///   (A commit becomes visible as long after that look as the disk needs for it.)
-    /// - *Failure*: `Refused` means certainly not executed; `Unknown` that it may or may not be
-    ///   stored. Entries of one batch may fare differently: they are in different partitions.
+    /// - *Durability*: `Stored` and `Duplicate` are returned only once the entry is committed
+    ///   (LMDB: fsynced; Redis: on the primary and on `Options::backups` replicas). Every later
+    ///   read, on any instance, sees it.
+    /// - *Duplicates*: a UUID put twice with one message is one entry, also within one batch.
+    /// - *Conflicts*: a UUID that is put with another message changes nothing.
+    /// - *Settle window*: a new UUID is added only if its time is at most `settle` behind and
+    ///   [`MAX_AHEAD`] ahead of the map's clock, which is read where the entry is written.
+    ///   Otherwise it is not in the map: `Early` if it is ahead; `Leaving` if it is up to
+    ///   [`MAX_SKEW`] too old, as a server whose clock is behind may still add it; `Stale` beyond
+    ///   that, and never added. (A commit becomes visible after this check, by the disk's latency.)
+    /// - *Failure*: `Refused` is certainly not executed; `Unknown` may or may not be stored.
+    ///   Outcomes within a batch may differ, as the entries are in different partitions.
     ///
-    /// Answers within the engine's store timeout.
+    /// Returns within the store timeout.
     async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome>;
 
-    /// The message under `uuid`, or `None` if there is none. Answers within the store timeout.
+    /// The message under `uuid`, or `None` if there is none. Returns within the store timeout.
     async fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError>;
 
-    /// Begins to read the entries within `bounds`, in their order. Nothing is asked of the map before
-    /// the first piece is.
+    /// A cursor over the entries within `bounds`. It reads nothing before its first `next`.
     fn read(&self, bounds: Bounds) -> Box<dyn Cursor>;
 
-    /// The greatest UUID in the map, or `None` when it is empty. Answers within the store timeout.
+    /// The greatest UUID in the map, or `None` when it is empty. Returns within the store timeout.
     async fn last(&self) -> Result<Option<Uuid>, MapError>;
 
-    /// How the map fares. Takes as long as a put.
+    /// Checks the map. Takes as long as a put.
     async fn health(&self) -> Health;
 }
 
-/// How a map fares, for people and for load balancers.
+/// The map's health, for operators and load balancers.
 #[derive(Debug)]
 pub struct Health {
-    /// Why this instance can serve nobody now, in words; `None` when it is ready.
+    /// Why this instance cannot serve; `None` when it is ready.
     pub not_ready: Option<String>,
-    /// What an engine can say of its parts. One that is not `ok` makes a map that is ready a
-    /// degraded one; a warning is `ok`.
+    /// The parts of the map. One that is not `ok` makes a ready map degraded; a warning is `ok`.
     pub checks: Vec<Check>,
 }
 
-/// A read under way. It holds no transaction and no lock of the map while nobody asks it.
+/// A read in progress. Between calls of `next` it holds no transaction and no lock.
 #[async_trait]
 pub trait Cursor: fmt::Debug + Send {
-    /// The entries that come next; none when the read is at its end.
+    /// The next entries; none at the end.
     ///
-    /// - *Complete*: an entry that was stored before the cursor began to read is in a piece. A part
-    ///   of the map that cannot be read is an error, never a shorter piece.
-    /// - *Bounded*: besides the piece a cursor keeps at most [`READ_AHEAD`] times `limit.bytes`, or
-    ///   half a mebibyte if that is more.
-    /// - *In time*: within the store timeout.
+    /// - *Complete*: every entry that was stored before the cursor began to read is returned. A
+    ///   part of the map that cannot be read is an error, never a shorter piece.
+    /// - *Bounded*: besides the piece, a cursor keeps at most [`READ_AHEAD`] times `limit.bytes`,
+    ///   or 512 KiB if that is more.
+    /// - *In time*: returns within the store timeout.
     ///
-    /// After an error the read is over; go on with a new cursor, behind the last entry.
+    /// After an error the cursor is unusable; continue with a new one after the last entry.
     async fn next(&mut self, limit: PieceLimit) -> Result<Piece, MapError>;
 }
 
-/// What a cursor may have read and not yet given, in bytes, as a multiple of a piece.
+/// How many pieces' worth of bytes a cursor may have read and not yet returned.
 pub const READ_AHEAD: usize = 4;
 
-/// How much one piece may hold.
+/// The size of a piece.
 #[derive(Clone, Copy, Debug)]
 pub struct PieceLimit {
-    /// At most this many entries.
     pub entries: u64,
-    /// At most about this many bytes of lines, but always one entry.
+    /// Bytes of lines, approximately; a single entry may exceed them.
     pub bytes: usize,
 }
 
-/// Entries in the order that was asked for, as lines: see [`write_entry`].
+/// Consecutive entries as lines: see [`write_entry`].
 #[derive(Debug, Default)]
 pub struct Piece {
-    /// The lines.
     pub lines: Vec<u8>,
-    /// How many they are.
+    /// The number of entries.
     pub count: u64,
-    /// The last one's UUID.
+    /// The UUID of the last entry.
     pub last: Option<Uuid>,
 }
 
 impl Piece {
-    /// Whether a message of so many bytes still goes in. One always does.
-    pub(super) fn has_room(&self, limit: PieceLimit, bytes: usize) -> bool {
+    /// Whether a message of `bytes` bytes still fits. The first one always does.
+    pub(super) fn fits(&self, limit: PieceLimit, bytes: usize) -> bool {
         self.count == 0 || (self.count < limit.entries && self.lines.len() + bytes <= limit.bytes)
     }
 
@@ -125,24 +119,24 @@ impl Piece {
 /// Why the map could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
-    /// It cannot be read now; it may be later, or by another instance.
+    /// The map cannot be read now: retry later or on another instance.
     #[error("{0}")]
     Unavailable(String),
-    /// An entry is not what was put: LMDB's does not match its checksum, Redis's is not UTF-8.
-    #[error("entry {0} is damaged: it is not what was put there")]
+    /// In LMDB the entry does not match its checksum, or in Redis it is not UTF-8.
+    #[error("entry {0} is damaged: restore the map from a copy")]
     Damaged(Uuid),
 }
 
-/// What every engine needs to know.
+/// The options of every engine.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// How long a put may take, all in all.
+    /// How long a put or a read of a piece may take.
     pub store_timeout: Duration,
-    /// How far behind the map's clock a new entry's time may lie.
+    /// How far behind the map's clock a new entry's time may be.
     pub settle: Duration,
-    /// Replicas that must hold an entry before it is acknowledged. By default none for LMDB and
-    /// one Redis server, one for a Redis Cluster.
+    /// Replicas that must hold an entry before it is acknowledged. Default: 1 for a Redis Cluster,
+    /// otherwise 0.
     pub backups: Option<u16>,
-    /// Whether a map is made where there is none yet.
+    /// Whether to create the map if there is none.
     pub create: bool,
 }

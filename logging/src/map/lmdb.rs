@@ -1,9 +1,9 @@
 //! The embedded engine: one LMDB folder shared by the logging processes of one machine.
 //!
-//! The key is the UUID, so the B-tree is in order already. One thread writes, see `writer`; reads
-//! run on the blocking pool, a piece per transaction, so no transaction waits for a slow reader.
+//! The key is the UUID, so the B-tree has the order of the log. One thread writes, see `writer`;
+//! reads run on the blocking pool, each piece in one transaction, so no slow client holds one.
 //!
-//! It does not work across machines or PID namespaces, because LMDB's locks are by process id.
+//! Machines or PID namespaces cannot share a folder, because LMDB's locks use process ids.
 
 mod readers;
 mod store;
@@ -54,8 +54,7 @@ impl LmdbMap {
         })
     }
 
-    /// Has the writer write a batch; an error is the outcome of all its entries. An empty batch
-    /// tells whether the writer gets its turn.
+    /// Has a batch written; an error is the outcome of all entries. An empty one checks the writer.
     async fn submit(&self, entries: Arc<[Entry]>) -> Result<Vec<Outcome>, Outcome> {
         let (job, reply) = self.budget.admit(entries)?;
         if self.jobs.send(job).is_err() {
@@ -67,16 +66,16 @@ impl LmdbMap {
     fn reader(&self) -> Reader {
         Reader {
             store: self.store.clone(),
-            patience: self.store_timeout,
+            timeout: self.store_timeout,
         }
     }
 }
 
-/// Reads in a transaction of its own each time.
+/// Runs each read in a separate transaction, within a timeout.
 #[derive(Clone, Debug)]
 struct Reader {
     store: Arc<Store>,
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl Reader {
@@ -86,19 +85,19 @@ impl Reader {
     ) -> Result<T, MapError> {
         let store = self.store.clone();
         let reading = tokio::task::spawn_blocking(move || read(&store));
-        match timeout(self.patience, reading).await {
+        match timeout(self.timeout, reading).await {
             Ok(Ok(result)) => result,
             Ok(Err(error)) => Err(MapError::Unavailable(format!(
                 "reading the map failed: {error}"
             ))),
             Err(_) => Err(MapError::Unavailable(
-                "the map's disk did not give the entries in time".to_owned(),
+                "the map's disk did not return the entries within the store timeout".to_owned(),
             )),
         }
     }
 }
 
-/// Goes on behind the last UUID with each piece.
+/// Continues each piece after the last UUID of the previous one.
 #[derive(Debug)]
 struct LmdbCursor {
     reader: Reader,

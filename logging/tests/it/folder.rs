@@ -110,7 +110,7 @@ async fn readers_of_killed_processes_are_cleared() {
     let _witness = Process::start(logging(folder.path()), free_address());
     for _ in 0..100 {
         let mut process = Process::start(logging(folder.path()), free_address());
-        let has_cleared = |line: &String| line.contains("cleared readers of processes that died");
+        let has_cleared = |line: &String| line.contains("cleared LMDB readers of dead processes");
         if process.log().iter().any(has_cleared) {
             return;
         }

@@ -1,4 +1,4 @@
-//! The table of readers in LMDB's `lock.mdb`, to name a process that does not end its read: while it
+//! The reader table in LMDB's `lock.mdb`, to name a process that does not end its read: while it
 //! holds an old transaction, LMDB reuses no page that was freed since, and `data.mdb` grows.
 
 use std::collections::HashMap;
@@ -11,29 +11,27 @@ use std::time::{Duration, Instant};
 
 use common::health::Check;
 
-/// Slots for read transactions of all processes on the folder; when they are used up, reads fail.
+/// Slots for read transactions of all processes on the folder; without a free one, a read fails.
 pub(super) const MAX_READERS: u32 = 4096;
 
-/// A read of a piece takes milliseconds. One that holds its transaction for longer than this, while
-/// others write, is reported.
+/// A read, which should take milliseconds, is reported when it is behind for longer than this.
 const MAX_READ: Duration = Duration::from_secs(1);
 
-/// A record of the table, in bytes: a cache line.
+/// The size of a record of the table, in bytes: a cache line.
 const RECORD: usize = 64;
 
-/// What stands in the place of a transaction while a record's reader has none.
+/// The transaction id in the record of a reader that has no transaction.
 const NO_TXN: u64 = u64::MAX;
 
-/// The table, and the reads that were behind when it was looked at last.
+/// The table, and the reads that were behind the last commit in the latest sweep.
 #[derive(Debug)]
 pub(super) struct Readers {
-    /// Must stay open as long as the environment: LMDB's own locks on the file are POSIX locks, and a
-    /// process loses those when it closes any descriptor of the file.
+    /// Stays open as long as the environment: LMDB's locks on the file are POSIX locks, which a
+    /// process loses when it closes any descriptor of the file.
     file: File,
     behind: Mutex<HashMap<Read, Seen>>,
 }
 
-/// A read that has not ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Read {
     record: usize,
@@ -44,7 +42,7 @@ struct Read {
 #[derive(Clone, Copy, Debug)]
 struct Seen {
     since: Instant,
-    /// Transactions that were committed after the one that is read.
+    /// Transactions committed since the one that is read.
     lag: u64,
     takes_too_long: bool,
 }
@@ -57,25 +55,27 @@ impl Readers {
         })
     }
 
-    /// Looks at the table. Logs a read once, when it has taken too long.
+    /// Logs each read that takes too long once.
     pub(super) fn look(&self) {
         let found = match self.behind() {
             Ok(found) => found,
-            Err(error) => return tracing::warn!(%error, "the table of readers cannot be read"),
+            Err(error) => {
+                return tracing::warn!(%error, "LMDB's reader table, lock.mdb, cannot be read");
+            }
         };
         let now = Instant::now();
         let mut behind = self.behind.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = std::mem::take(&mut *behind);
+        let previous = std::mem::take(&mut *behind);
         for (read, lag) in found {
-            let before = known.get(&read);
+            let before = previous.get(&read);
             let since = before.map_or(now, |seen| seen.since);
             let takes_too_long = now - since >= MAX_READ;
             if takes_too_long && before.is_some_and(|seen| !seen.takes_too_long) {
                 tracing::warn!(
                     pid = read.pid,
                     lag_transactions = lag,
-                    "a process holds an old read transaction: data.mdb grows until it goes on or \
-                     ends; send it CONT or KILL"
+                    "a process holds an old read transaction: data.mdb grows until the process \
+                     continues or ends; send it CONT or KILL"
                 );
             }
             let seen = Seen {
@@ -97,7 +97,7 @@ impl Readers {
                 ok: false,
                 detail: format!(
                     "process {} has held a read transaction for {} s and is {} transactions behind: \
-                     data.mdb grows until it goes on or ends; send it CONT or KILL",
+                     data.mdb grows until it continues or ends; send it CONT or KILL",
                     read.pid,
                     seen.since.elapsed().as_secs(),
                     seen.lag
@@ -106,14 +106,14 @@ impl Readers {
             .collect()
     }
 
-    /// The reads of transactions that others have been committed after, and how many. Empty when the
-    /// file is of another layout than that of LMDB 0.9.
+    /// The reads behind the last commit, each with its lag in transactions. Empty unless the file
+    /// has the layout of LMDB 0.9.
     fn behind(&self) -> io::Result<Vec<(Read, u64)>> {
         const MAGIC: u32 = 0xBEEF_C0DE;
         const LOCK_VERSION: u32 = 2;
         let mut table = vec![0; usize::try_from(self.file.metadata()?.len()).unwrap_or(0)];
         self.file.read_exact_at(&mut table, 0)?;
-        // Before the records comes a header, whose length depends on the size of a mutex.
+        // The records follow a header, whose length depends on the size of a mutex.
         let records = MAX_READERS as usize * RECORD;
         let Some(header) = table.len().checked_sub(records).filter(|len| *len >= 24) else {
             return Ok(Vec::new());

@@ -1,5 +1,4 @@
-//! The folder on disk: opening and reopening the environment, reading from it, and how an entry is
-//! stored.
+//! The folder on disk: opens and reopens the LMDB environment, reads from it, and encodes entries.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, Write};
@@ -19,28 +18,26 @@ use super::readers::{MAX_READERS, Readers};
 use crate::map::contract::{MapError, Piece, PieceLimit};
 use crate::map::rules::parse_id;
 
-/// Address space reserved once for the memory map. It costs nothing until it is used; a map that
-/// grows beyond it refuses entries.
+/// Address space reserved for the memory map, in bytes; a map that reaches it refuses entries.
 const MAP_SIZE: usize = 1 << 40;
 
-/// How long reads may keep an environment open that must be opened again.
+/// How long a reopen waits for reads to end.
 const MAX_CLOSING: Duration = Duration::from_secs(5);
 
-/// With less space than this, in bytes, the disk counts as full: one group commit's worth.
+/// With less space than this, in bytes, the disk counts as full: the size of one group commit.
 const MIN_SPACE: u64 = 4 * 1024 * 1024;
 
-/// The file in which LMDB keeps everything.
 const DATA_FILE: &str = "data.mdb";
 
-/// The version of how entries are stored.
+/// The version of the storage format.
 const LAYOUT: u32 = 1;
 
 const CHECKSUM_BYTES: usize = 4;
 
-/// The key of the map's id, see [`parse_id`]. It is shorter than a UUID and all zero, so it comes before every entry.
+/// The key of the map's id, see [`parse_id`]. It sorts before every UUID.
 const ID_KEY: &[u8] = &[0];
 
-/// No entry comes before this key, and the map's id does.
+/// The first key that an entry can have.
 const FIRST_KEY: &[u8] = &[0; 16];
 
 pub(super) const DISK_FULL: &str = "the disk that holds the map is full";
@@ -51,14 +48,14 @@ pub(super) type Entries = Database<Bytes, Bytes>;
 #[derive(Debug)]
 pub(super) struct Store {
     folder: PathBuf,
-    /// `None` only while it is closed to be opened again after a fatal error.
+    /// `None` only during a reopen after a fatal error, or until one succeeds.
     opened: RwLock<Option<Opened>>,
-    /// Known once it was found in the map or committed to it.
+    /// Set once the id is found in the map or committed to it.
     id: OnceLock<Uuid>,
     pub(super) readers: Readers,
     /// Locked by the process that writes: see [`Store::lock_for_writing`].
     turns: File,
-    /// Held as long as the map is open: see [`claim_namespace`].
+    /// Locked while the map is open: see [`claim_namespace`].
     _namespace: File,
 }
 
@@ -102,60 +99,56 @@ impl Store {
         })
     }
 
-    /// Waits until no other process writes. LMDB's own lock is taken only after this one.
+    /// Waits for the file lock that each writing process takes before LMDB's own write lock.
     ///
-    /// LMDB's is a robust mutex in shared memory, and robust mutexes can lose a wake-up: when one
-    /// who waits is woken and killed before it has the lock, and somebody else has taken it
-    /// meanwhile and is killed too, the others wait for ever. A file's lock is the kernel's, which
-    /// hands it on however its holder ends; behind it nobody ever waits for LMDB's. Reads still take
-    /// a lock of that kind, for as long as it takes to find a free slot, some microseconds.
+    /// LMDB's lock is a robust mutex in shared memory, which can lose a wake-up: if a woken waiter
+    /// is killed before it has the mutex, and the process that took it meanwhile is killed too, all
+    /// other waiters hang. The kernel releases a file lock however its holder ends. Reads still
+    /// take a robust mutex, for the microseconds in which they find a free slot.
     pub(super) fn lock_for_writing(&self) -> Result<Turn<'_>, MapError> {
         match self.turns.lock() {
             Ok(()) => Ok(Turn(&self.turns)),
             Err(error) => Err(MapError::Unavailable(format!(
-                "the file that writers lock cannot be locked: {error}"
+                "the map's write lock, the file turns, cannot be locked: {error}"
             ))),
         }
     }
 
-    /// The map's id, if it is known.
     pub(super) fn id(&self) -> Option<Uuid> {
         self.id.get().copied()
     }
 
-    /// Notes the id that was found in the map or committed to it.
     pub(super) fn note_id(&self, id: Uuid) {
         self.id.get_or_init(|| id);
     }
 
-    /// Fails when the folder was deleted. The files go on existing until their last user ends, so
-    /// entries could still be written, but no instance that starts later would find them.
+    /// Fails when the folder was deleted. Deleted files can still be written while they are open,
+    /// but no instance that starts later would find the entries.
     pub(super) fn require_folder(&self) -> Result<(), MapError> {
         let file = rustix::fs::fstat(&self.turns);
         if file.is_ok_and(|file| file.st_nlink > 0) {
             return Ok(());
         }
         Err(MapError::Unavailable(format!(
-            "the map's folder {} was deleted while this instance ran, so nothing is stored any \
-             more; restore the folder from a copy if entries are missing, then restart all \
-             logging instances on it",
+            "the map's folder {} was deleted while this instance ran: no entries are stored; \
+             restore the folder from a copy, then restart all logging instances on it",
             self.folder.display()
         )))
     }
 
-    /// Closes the environment, once reads have ended, and opens it again. If that fails, the
-    /// writer tries once more with the next batch or sweep; until then nothing can be read.
+    /// Closes the environment once reads have ended, after at most [`MAX_CLOSING`], and opens it
+    /// again. If that fails, the map cannot be read until the next batch or sweep retries.
     pub(super) fn reopen(&self) {
         if let Some(broken) = self.replace(None) {
             broken.env.prepare_for_closing().wait_timeout(MAX_CLOSING);
         }
         match self.open_same_map() {
             Ok(opened) => drop(self.replace(Some(opened))),
-            Err(error) => tracing::error!(%error, "the map cannot be opened again"),
+            Err(error) => tracing::error!(%error, "the map cannot be opened again: retrying"),
         }
     }
 
-    /// Opens the environment again, unless the folder holds another map by now.
+    /// Opens the environment again, unless the folder holds another map now.
     fn open_same_map(&self) -> anyhow::Result<Opened> {
         self.require_folder()?;
         let opened = Opened::open(&self.folder)?;
@@ -171,13 +164,13 @@ impl Store {
         std::mem::replace(&mut *current, opened)
     }
 
-    /// LMDB calls the short write on a full disk an I/O error, so the disk itself is asked.
+    /// Asks the file system, as LMDB reports a short write on a full disk as an I/O error.
     pub(super) fn is_disk_full(&self) -> bool {
         rustix::fs::statvfs(&self.folder)
             .is_ok_and(|disk| disk.f_bavail * disk.f_frsize < MIN_SPACE)
     }
 
-    /// What is to be done now and then, even when nobody writes.
+    /// Periodic work: reopens a closed environment, or clears and checks the readers.
     pub(super) fn sweep(&self) {
         let Ok(opened) = self.opened() else {
             return self.reopen();
@@ -236,13 +229,13 @@ impl Store {
     }
 }
 
-/// The turn of this process to write; it ends when this is dropped.
+/// The write lock of this process, released on drop.
 pub(super) struct Turn<'store>(&'store File);
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
         if let Err(error) = self.0.unlock() {
-            tracing::error!(%error, "the file that writers lock cannot be unlocked");
+            tracing::error!(%error, "the map's write lock cannot be released: restart this instance");
         }
     }
 }
@@ -254,7 +247,7 @@ fn fill_piece<'txn>(
     let mut piece = Piece::default();
     for item in found {
         let (key, value) = item.map_err(unavailable)?;
-        if !piece.has_room(limit, value.len()) {
+        if !piece.fits(limit, value.len()) {
             break;
         }
         let uuid = key_uuid(key)?;
@@ -269,12 +262,11 @@ impl Opened {
         options.map_size(MAP_SIZE).max_readers(MAX_READERS);
         #[expect(
             unsafe_code,
-            reason = "a memory map is sound only while nobody but LMDB changes the file; the \
-                      folder belongs to the logging processes, see claim_namespace"
+            reason = "a memory map is sound only while LMDB alone changes the file; the folder \
+                      belongs to the logging processes, see claim_namespace"
         )]
         let env = unsafe { options.open(folder)? };
-        // The unnamed database is always there, so no write lock is needed, which a paused process
-        // might hold.
+        // The unnamed database always exists: no write lock, which a paused process may hold.
         let txn = env.read_txn()?;
         let entries = env.open_database(&txn, None)?;
         let entries = entries.expect("LMDB makes the unnamed database with the file");
@@ -284,7 +276,6 @@ impl Opened {
         Ok(opened)
     }
 
-    /// The id in the map, if one was committed.
     fn id(&self) -> Result<Option<Uuid>, MapError> {
         let txn = self.env.read_txn().map_err(unavailable)?;
         read_id(self.entries, &txn)
@@ -293,8 +284,8 @@ impl Opened {
     fn clear_stale_readers(&self) {
         match self.env.clear_stale_readers() {
             Ok(0) => {}
-            Ok(readers) => tracing::info!(readers, "cleared readers of processes that died"),
-            Err(error) => tracing::warn!(%error, "stale readers cannot be cleared"),
+            Ok(readers) => tracing::info!(readers, "cleared LMDB readers of dead processes"),
+            Err(error) => tracing::warn!(%error, "readers of dead processes cannot be cleared"),
         }
     }
 }
@@ -308,7 +299,7 @@ fn read_id(entries: Entries, txn: &RoTxn<'_, AnyTls>) -> Result<Option<Uuid>, Ma
     id.map(Some).map_err(described)
 }
 
-/// Finds the map's id, or gives the map one with this transaction.
+/// Reads the map's id, or writes a new one in this transaction.
 pub(super) fn find_or_make_id(entries: Entries, txn: &mut RwTxn<'_>) -> Result<Uuid, MapError> {
     if let Some(id) = read_id(entries, txn)? {
         return Ok(id);
@@ -320,12 +311,11 @@ pub(super) fn find_or_make_id(entries: Entries, txn: &mut RwTxn<'_>) -> Result<U
     Ok(id)
 }
 
-/// Makes sure that all processes on the folder are in one PID namespace of one machine, where LMDB's
-/// locks work.
+/// Requires that all processes on the folder are in one PID namespace, where LMDB's locks work.
 ///
-/// The file `namespace` names both. The boot stands for the machine: the first PID namespace has the
-/// same number on all of them. Whoever finds the file unlocked is alone and writes its own;
-/// everybody holds a shared lock, which ends with the process.
+/// The file `namespace` names the boot id and the PID namespace; the boot id stands for the
+/// machine, as the initial namespace has the same number on every machine. Each process holds a
+/// shared lock on the file; one that finds it unlocked is the only one and writes its own names.
 fn claim_namespace(folder: &Path) -> anyhow::Result<File> {
     let mut file = lock_file(folder, "namespace")?;
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
@@ -389,7 +379,7 @@ fn checksum(uuid: Uuid, msg: &[u8]) -> u32 {
 
 fn key_uuid(key: &[u8]) -> Result<Uuid, MapError> {
     Uuid::from_slice(key).map_err(|_| {
-        MapError::Unavailable("the map's folder holds keys of another kind".to_owned())
+        MapError::Unavailable("the map's folder holds keys that are not UUIDs".to_owned())
     })
 }
 
@@ -406,8 +396,8 @@ pub(super) fn describe(error: &heed::Error) -> String {
         heed::Error::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => {
             DISK_FULL.to_owned()
         }
-        heed::Error::Mdb(MdbError::MapFull) => "the map has reached its largest size".to_owned(),
-        heed::Error::Mdb(MdbError::ReadersFull) => "too many reads at once".to_owned(),
+        heed::Error::Mdb(MdbError::MapFull) => "the map has reached its maximum size".to_owned(),
+        heed::Error::Mdb(MdbError::ReadersFull) => "the map has no free LMDB reader".to_owned(),
         other => format!("the map's storage failed: {other}"),
     }
 }

@@ -1,5 +1,5 @@
-//! The thread that writes: it waits for its turn among the processes, drains what has queued up
-//! meanwhile into one transaction, commits (LMDB fsyncs), and answers everyone after that.
+//! The writer thread: it takes the write lock, writes all queued batches in one transaction,
+//! commits (LMDB fsyncs), and then answers the callers.
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -16,14 +16,13 @@ use crate::map::contract::MapError;
 use crate::map::queue::Job;
 use crate::map::rules::staleness;
 
-/// Readers keep pages from being reused: those of killed processes are cleared this often, and those
-/// that take too long are found.
+/// The interval of sweeps. Readers keep LMDB from reusing pages; a sweep clears those of dead
+/// processes and reports those that take too long.
 const SWEEP: Duration = Duration::from_secs(2);
 
-/// A group commit takes no further batch beyond this, so that nobody waits for a giant one.
+/// A group commit takes no further batch beyond this, in bytes, which bounds the time of a commit.
 const MAX_GROUP_BYTES: usize = 4 * 1024 * 1024;
 
-/// The thread that writes.
 pub(super) struct Writer {
     pub(super) store: Arc<Store>,
     pub(super) jobs: mpsc::Receiver<Job>,
@@ -32,7 +31,7 @@ pub(super) struct Writer {
 
 impl Writer {
     pub(super) fn run(self) {
-        // Gives a new map its id.
+        // Writes the id of a new map.
         self.commit(Vec::new());
         let mut swept = Instant::now();
         loop {
@@ -48,7 +47,6 @@ impl Writer {
         }
     }
 
-    /// Writes the group and what else is queued in one transaction, then answers.
     fn commit(&self, mut group: Vec<Job>) {
         match self.write_group(&mut group) {
             Ok(outcomes) => {
@@ -86,8 +84,8 @@ impl Writer {
         Ok(written.outcomes)
     }
 
-    /// Claims jobs only now that it is this process's turn: what waited for it could still be
-    /// withdrawn by its caller, and jobs that came meanwhile join the group.
+    /// Claims jobs, under the write lock: until then callers could time out as `refused`, and jobs
+    /// that arrived meanwhile join the group.
     fn claim_queued(&self, group: &mut Vec<Job>) {
         group.retain(Job::claim);
         let mut bytes: usize = group.iter().map(|job| job.bytes).sum();
@@ -127,8 +125,8 @@ impl Writer {
             let mut outcomes = Vec::with_capacity(job.entries.len());
             for entry in job.entries.iter() {
                 let key = entry.uuid.as_bytes();
-                let known = entries.get(txn, key).map_err(Failure::before_commit)?;
-                let outcome = match known.map(|value| compare(entry, value)) {
+                let found = entries.get(txn, key).map_err(Failure::before_commit)?;
+                let outcome = match found.map(|value| compare(entry, value)) {
                     Some(outcome) => outcome,
                     None => match staleness(entry.uuid, now, self.settle) {
                         Some(outcome) => outcome,
@@ -150,18 +148,18 @@ impl Writer {
     }
 }
 
-/// What a transaction would store once it is committed.
+/// The content of a transaction that is not committed yet.
 struct Written {
     /// The map's id.
     id: Uuid,
     /// For each job, the outcome of each entry.
     outcomes: Vec<Vec<Outcome>>,
-    /// The oldest entry that is new. If a pause makes it leave the settle window before the
-    /// commit, the transaction is written again, so that settled history does not change.
+    /// The oldest new entry. If it leaves the settle window before the commit, the transaction is
+    /// written again, so that settled history does not change.
     oldest_new: Option<Uuid>,
 }
 
-/// Why a group was not committed, and what its callers are told.
+/// A failed commit: the outcome of all its entries.
 struct Failure {
     outcome: Outcome,
     /// LMDB refuses all further work on an environment after a fatal error.
@@ -190,9 +188,8 @@ impl Failure {
         }
     }
 
-    /// LMDB writes its meta page last. If that write failed, nobody can tell whether it reached
-    /// the disk, and the environment is unusable; if something failed before it, the transaction
-    /// certainly did not happen.
+    /// LMDB writes its meta page last. If that write fails, the environment is unusable and the
+    /// outcome unknown; if an earlier step fails, nothing was committed.
     fn at_commit(store: &Store, env: &Env<WithoutTls>, error: &heed::Error) -> Self {
         let is_unusable = env.write_txn().is_err_and(|error| is_panic(&error));
         let detail = if store.is_disk_full() {
