@@ -1,8 +1,8 @@
-//! The tasks `export` and `import`: a map is written to a file of JSON lines, and such a file is put into
-//! a map of any engine. Together they are backup, restore, and the way to another engine or layout.
+//! The tasks `export`, which writes a map to a file of JSON lines, and `import`, which puts such a
+//! file into a map of any engine: for backup, restore, and migration to another engine or layout.
 //!
-//! A file has the form of a stream, see [`common::api::StreamEnd`]: its last line, with the count, proves that it
-//! is complete. Both tasks can be killed and run again.
+//! A file has the form of a stream, see [`common::api::StreamEnd`]: its last line, with the count,
+//! proves that it is complete. Both tasks can be killed and run again.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
@@ -30,50 +30,50 @@ const RETRY_PAUSE: Duration = Duration::from_millis(200);
 /// How often progress is printed, and how often an import checks whether other processes write.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The settle window of an import, longer than UUIDs reach back (their time has 48 bits).
+/// The settle window of an import: it admits entries of any age, as UUIDs have 48-bit times.
 const ANY_AGE: Duration = Duration::from_millis(1 << 48);
 
-/// A longer line is no entry's.
+/// The maximum length of a line, in bytes; a longer line is not an entry.
 const MAX_LINE: usize = MAX_BATCH_BYTES;
 
 const EXPORT_PIECE: usize = 256 * 1024;
 
-/// A batch of an import ends with the entry that reaches this many bytes of lines.
+/// The size of a batch of an import, in bytes of lines; the last entry may exceed it.
 const IMPORT_BATCH: usize = 512 * 1024;
 
-/// What is done with the map instead of serving it.
+/// A task that transfers the map instead of serving it.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Transfer {
-    /// Write all entries of --map as lines of JSON (NDJSON), in order, and a last line with their count.
-    /// After an interruption, the same command continues behind the last complete line of FILE
+    /// Write all entries of --map as lines of JSON (NDJSON), in order, and a last line with their
+    /// count. After an interruption, the same command continues after FILE's last complete line
     Export {
         /// The file to write [default: standard output]
         file: Option<PathBuf>,
     },
     /// Put all entries of an export, or of the body of a GET to the facade (JSON or NDJSON), into
-    /// --map, however old they are. After an interruption run the same command again: entries that
-    /// are in the map already are not stored twice
+    /// --map, whatever their age. After an interruption run the same command again: entries that
+    /// are already in the map are not stored twice
     Import(Import),
 }
 
-/// What is imported.
+/// The arguments of `import`.
 #[derive(Args, Clone, Debug)]
 pub struct Import {
     /// The file to read [default: standard input]
     file: Option<PathBuf>,
 
-    /// Import although other processes store entries meanwhile. Clients that continue from a cursor,
-    /// or follow the log, then miss the imported entries behind their position; and a message whose
-    /// POST was answered with 409, never to be stored, may be in the file
+    /// Import although other processes store entries. Clients that continue from a cursor or follow
+    /// the log then miss imported entries before their position, and a message whose POST was
+    /// answered with 409, as never stored, can be stored from the file
     #[arg(long)]
     force: bool,
 }
 
 impl Transfer {
-    /// Runs the task. A signal ends it at once, as it may be killed at any time.
+    /// Runs the task. A signal ends it at once, which is safe at any time.
     ///
     /// # Errors
-    /// In words for the person who started it.
+    /// Why the task failed, for the operator.
     pub async fn run(&self, location: &Location, options: Options) -> anyhow::Result<()> {
         match self {
             Self::Export { file } => {
@@ -97,15 +97,15 @@ impl Transfer {
     }
 }
 
-/// Writes the map to a file, or to standard output. Its end is where the map ended when this began.
+/// Writes the map, up to its newest entry at the start, to a file or standard output.
 ///
 /// # Errors
 /// When the map cannot be read or the file cannot be written.
 async fn export(map: &dyn DistributedMap, file: Option<&Path>) -> anyhow::Result<()> {
     let (mut out, mut count, mut last): (Box<dyn Write>, u64, Option<Uuid>) = match file {
         Some(path) => {
-            let begun = Begun::open(path).with_context(|| path.display().to_string())?;
-            (Box::new(begun.file), begun.count, begun.last)
+            let partial = Partial::open(path).with_context(|| path.display().to_string())?;
+            (Box::new(partial.file), partial.count, partial.last)
         }
         None => (Box::new(io::stdout()), 0, None),
     };
@@ -134,7 +134,7 @@ async fn export(map: &dyn DistributedMap, file: Option<&Path>) -> anyhow::Result
         }
         count += piece.count;
         last = piece.last;
-        progress.tell(|| format!("{count} entries exported"));
+        progress.print(|| format!("{count} entries exported"));
     }
     let mut line = Vec::new();
     let end = StreamEnd {
@@ -154,14 +154,14 @@ async fn export(map: &dyn DistributedMap, file: Option<&Path>) -> anyhow::Result
 }
 
 /// A file with the first part of an export.
-struct Begun {
+struct Partial {
     file: File,
     count: u64,
     last: Option<Uuid>,
 }
 
-impl Begun {
-    /// Opens a new file, or an interrupted export, whose last line is removed if it is incomplete.
+impl Partial {
+    /// Opens a new file, or an interrupted export and removes its last line if that is incomplete.
     fn open(path: &Path) -> anyhow::Result<Self> {
         let mut options = File::options();
         let options = options.read(true).write(true).create(true).truncate(false);
@@ -169,17 +169,17 @@ impl Begun {
         let (mut count, mut last, mut whole) = (0, None, 0);
         while let Some(line) = lines.next()? {
             let Some(line) = line.strip_suffix(b"\n") else {
-                ensure!(line.starts_with(b"{"), "this is no export");
+                ensure!(line.starts_with(b"{"), "this is not an export");
                 break;
             };
             let Some(entry) = EntryLine::parse(line) else {
                 let end = serde_json::from_slice::<StreamEnd>(line);
                 ensure!(end.is_err(), "this export is finished; choose another file");
-                bail!("line {} is not an entry's; this is no export", count + 1);
+                bail!("line {} is not an entry; this is not an export", count + 1);
             };
             ensure!(
                 last < Some(entry.uuid),
-                "line {} is out of order; this is no export",
+                "line {} is out of order; this is not an export",
                 count + 1
             );
             last = Some(entry.uuid);
@@ -190,18 +190,17 @@ impl Begun {
         file.set_len(whole)?;
         file.seek(SeekFrom::End(0))?;
         if count > 0 {
-            eprintln!("continuing behind {count} entries");
+            eprintln!("continuing after {count} entries");
         }
         Ok(Self { file, count, last })
     }
 }
 
-/// Puts the entries of a file, or of standard input, into the map, which must have the settle window
-/// [`ANY_AGE`]. With a newest entry younger than `quiet`, other processes may be writing.
+/// Puts the entries of a file or standard input into the map, which must have the settle window
+/// [`ANY_AGE`]. Unless forced, first checks for `quiet` that no other process writes.
 ///
 /// # Errors
-/// When an entry is refused or conflicts, when the file cannot be read or is truncated, and when
-/// other processes write.
+/// When an entry is refused or conflicts, the file is unreadable or truncated, or others write.
 async fn import(
     map: &dyn DistributedMap,
     Import { file, force }: &Import,
@@ -224,7 +223,7 @@ async fn import(
         true => None,
         false => wait_until_quiet(map, quiet).await?,
     };
-    let (mut stored, mut known, mut conflicts) = (0, 0, 0);
+    let (mut stored, mut duplicates, mut conflicts) = (0, 0, 0);
     let mut first_conflict = None;
     let mut progress = Progress::begin();
     loop {
@@ -234,15 +233,15 @@ async fn import(
         for (uuid, outcome) in put_all(map, batch).await? {
             match outcome {
                 Outcome::Stored => stored += 1,
-                Outcome::Duplicate => known += 1,
+                Outcome::Duplicate => duplicates += 1,
                 _ => {
                     conflicts += 1;
                     first_conflict.get_or_insert(uuid);
                 }
             }
         }
-        let so_far = || format!("{stored} entries stored, {known} were there");
-        let is_check_due = progress.tell(so_far) || is_last;
+        let so_far = || format!("{stored} entries stored, {duplicates} were already in the map");
+        let is_check_due = progress.print(so_far) || is_last;
         if is_check_due && !force && newest_uuid(map).await? > newest {
             bail!("{}; {OTHERS_WRITE}", so_far());
         }
@@ -254,17 +253,17 @@ async fn import(
     match first_conflict {
         None => Ok(()),
         Some(first) => bail!(
-            "the map holds another message under {conflicts} of the file's UUIDs, and kept it; the \
+            "the map holds another message under {conflicts} of the file's UUIDs and keeps it; the \
              first is {first}"
         ),
     }
 }
 
 const OTHERS_WRITE: &str = "other processes store entries in this map: stop the facades and the \
-    instances that write, or give --force (--help says what that risks)";
+    instances that write, or set --force (--help explains its risks)";
 
-/// Waits until the newest entry is as old as `quiet`, and returns its UUID. If a newer entry appears
-/// meanwhile, other processes write.
+/// Waits until the newest entry is as old as `quiet`, and returns its UUID. Fails if a newer entry
+/// appears until then.
 async fn wait_until_quiet(
     map: &dyn DistributedMap,
     quiet: Duration,
@@ -282,7 +281,7 @@ async fn wait_until_quiet(
     Ok(newest)
 }
 
-/// Puts a batch, and what was refused or is unknown again. On success each entry is stored, a
+/// Puts a batch and retries entries that are refused or unknown. On success each entry is stored, a
 /// duplicate or a conflict.
 async fn put_all(
     map: &dyn DistributedMap,
@@ -302,7 +301,7 @@ async fn put_all(
                 }
                 Outcome::Stale | Outcome::Leaving | Outcome::Early => {
                     bail!(
-                        "the time in {} lies in the future of the map's clock",
+                        "the time in {} is in the future by the map's clock",
                         entry.uuid
                     )
                 }
@@ -316,7 +315,7 @@ async fn put_all(
         }
         ensure!(
             again.is_empty() || begin.elapsed() < RETRY_TIMEOUT,
-            "the map takes no entries: {reason}; run the same command again once it does"
+            "the map takes no entries: {reason}; run the same command again when it does"
         );
         if !again.is_empty() {
             sleep(RETRY_PAUSE).await;
@@ -326,14 +325,14 @@ async fn put_all(
     Ok(put)
 }
 
-/// Entries on their way in.
+/// The file of an import.
 struct Source {
     lines: Lines<Box<dyn BufRead>>,
     count: u64,
     is_finished: bool,
 }
 
-/// The last line of an export or of a GET's body; of what else stands there nothing is needed.
+/// The last line of an export or of a GET's body; its other fields are ignored.
 #[derive(Deserialize)]
 struct Tail {
     count: u64,
@@ -353,7 +352,7 @@ impl Source {
                 );
             };
             bytes += line.len();
-            // The lines of JSON's body are those of NDJSON with what makes one value of them.
+            // A JSON body has the lines of NDJSON, plus a first line, commas and brackets.
             let line = line.trim_ascii_end();
             let line = line.strip_suffix(b",").unwrap_or(line);
             if line == br#"{"logging_service":["# {
@@ -374,8 +373,8 @@ impl Source {
             }
             let entry: Entry = serde_json::from_slice(line).with_context(|| {
                 format!(
-                    "line {number} is not an entry's; import takes an export, or a GET's body as \
-                     JSON or NDJSON"
+                    "line {number} is not an entry; import takes an export, or a GET's body as JSON \
+                     or NDJSON"
                 )
             })?;
             let uuid = entry::require_entry_uuid(entry.uuid);
@@ -404,7 +403,7 @@ impl<R: BufRead> Lines<R> {
         }
     }
 
-    /// The next line with its newline, unless it is cut.
+    /// The next line with its newline, which a truncated or overlong line lacks.
     fn next(&mut self) -> io::Result<Option<&[u8]>> {
         self.line.clear();
         let mut limited = self.reader.by_ref().take(MAX_LINE as u64);
@@ -418,7 +417,7 @@ async fn newest_uuid(map: &dyn DistributedMap) -> anyhow::Result<Option<Uuid>> {
     read_with_retries(map, async || map.last().await).await
 }
 
-/// Reads from the map, again after an error that may pass, for at most [`RETRY_TIMEOUT`].
+/// Reads from the map and retries transient errors for at most [`RETRY_TIMEOUT`].
 async fn read_with_retries<T>(
     map: &dyn DistributedMap,
     mut read: impl AsyncFnMut() -> Result<T, MapError>,
@@ -438,23 +437,23 @@ async fn read_with_retries<T>(
 
 /// Prints progress to stderr.
 struct Progress {
-    told: Instant,
+    printed: Instant,
 }
 
 impl Progress {
     fn begin() -> Self {
         Self {
-            told: Instant::now(),
+            printed: Instant::now(),
         }
     }
 
-    /// Prints a line, at most once an interval; returns whether it did.
-    fn tell(&mut self, line: impl FnOnce() -> String) -> bool {
-        let is_time = self.told.elapsed() >= PROGRESS_INTERVAL;
-        if is_time {
+    /// Prints a line, at most once in [`PROGRESS_INTERVAL`]; returns whether it did.
+    fn print(&mut self, line: impl FnOnce() -> String) -> bool {
+        let is_due = self.printed.elapsed() >= PROGRESS_INTERVAL;
+        if is_due {
             eprintln!("{}", line());
-            self.told = Instant::now();
+            self.printed = Instant::now();
         }
-        is_time
+        is_due
     }
 }

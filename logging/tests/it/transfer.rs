@@ -75,12 +75,12 @@ fn map_moves_from_engine_to_engine() {
         let map = engine.empty_map();
         let said = succeed("import", &file, &map.location);
         assert!(
-            said.contains("10000 entries stored, 0 were there"),
+            said.contains("10000 entries stored, 0 were already in the map"),
             "{said}"
         );
         let said = succeed("import", &file, &map.location);
         assert!(
-            said.contains("0 entries stored, 10000 were there"),
+            said.contains("0 entries stored, 10000 were already in the map"),
             "{said}"
         );
         file = folder.path().join(format!("from {engine:?}"));
@@ -119,7 +119,7 @@ fn export_goes_on_behind_the_last_whole_line() {
     let second_first = [lines(1..2), lines(0..1)].concat();
     for other in [b"notes", &b"notes\n"[..], b"{}\n", &second_first] {
         fs::write(&file, other).unwrap();
-        assert!(fail(&run("export", &file, &map)).contains("this is no export"));
+        assert!(fail(&run("export", &file, &map)).contains("this is not an export"));
         assert_eq!(fs::read(&file).unwrap(), other);
     }
 }
@@ -158,7 +158,7 @@ async fn killed_import_is_run_again() {
         let file = folder.path().join("file");
         fs::write(&file, &whole).unwrap();
         let said = succeed("import", &file, &map.location);
-        assert!(!said.contains(" 0 were there"), "{said}");
+        assert!(!said.contains(" 0 were already in the map"), "{said}");
         let copy = folder.path().join(format!("{engine:?}"));
         succeed("export", &copy, &map.location);
         assert!(fs::read(&copy).unwrap() == whole, "{engine:?}");
@@ -223,7 +223,7 @@ fn what_cannot_be_imported_is_named() {
         ),
         (
             [lines(0..3), b"hello\n".to_vec()].concat(),
-            "line 4 is not an entry's",
+            "line 4 is not an entry;",
         ),
         (
             format!("{v7} hello\n1 messages\n").into(),
