@@ -10,11 +10,11 @@ use common::health;
 use crate::map::{Location, Options};
 use crate::transfer::Transfer;
 
-/// One of several instances that keep all entries in one shared distributed map
+/// Stores entries in a distributed map that all logging instances share
 #[derive(Clone, Debug, Parser)]
 #[command(name = "logging", version)]
 pub struct Config {
-    /// Address to serve on; an inner door, so keep it away from the public
+    /// Address to serve on, for the facade only: keep it unreachable from outside
     #[arg(long, global = true, default_value = "127.0.0.1:8082", value_parser = config::address)]
     pub listen: SocketAddr,
 
@@ -34,11 +34,11 @@ pub struct Config {
     #[arg(long, global = true)]
     pub backups: Option<u16>,
 
-    /// How long storing a batch may take before its entries are answered as refused or unknown
+    /// Timeout for storing a batch; entries not stored by then are answered as refused or unknown
     #[arg(long, global = true, default_value = "800ms", value_parser = config::timeout)]
     pub store_timeout: Duration,
 
-    /// How old the time in a new entry's UUID may be; what is older never changes
+    /// How old the time in a new entry's UUID may be; older parts of the log never change
     #[arg(long, global = true, default_value = "10s", value_parser = config::duration)]
     pub settle: Duration,
 
@@ -60,10 +60,10 @@ pub enum Task {
 }
 
 impl Config {
-    /// What the map needs to know to be served.
+    /// The options for serving the map.
     ///
     /// # Errors
-    /// A line for the person who started the service when flags do not go together.
+    /// When flags contradict each other, as a line for the operator.
     pub fn map_options(&self) -> Result<Options, String> {
         if matches!(self.map, Location::Lmdb(_)) && self.backups.is_some_and(|count| count > 0) {
             return Err("an lmdb map keeps no replicas; write --backups 0".to_owned());

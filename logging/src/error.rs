@@ -1,4 +1,4 @@
-//! Every error that a facade is told, with its status; see [`common::api`] for what they mean.
+//! The error responses and their statuses; see [`common::api`] for what they mean to a facade.
 
 use std::time::Duration;
 
@@ -8,13 +8,13 @@ use uuid::Uuid;
 
 use crate::map::MapError;
 
-/// Not a 503, with which the facade waits for a map that cannot be read.
+/// A 429: a 503 would tell the facade that the map cannot be read.
 pub(crate) fn busy() -> Problem {
-    let detail = "this instance is busy, and nothing was done; ask again in a moment";
+    let detail = "this instance is busy and did nothing; retry in a moment";
     Problem::new(StatusCode::TOO_MANY_REQUESTS, detail)
 }
 
-/// The answer when the map could not be read.
+/// The response when the map could not be read.
 pub(crate) fn unreadable(error: MapError) -> Problem {
     match error {
         MapError::Unavailable(detail) => {
@@ -22,7 +22,10 @@ pub(crate) fn unreadable(error: MapError) -> Problem {
             Problem::unavailable(detail, Duration::from_secs(1))
         }
         MapError::Damaged(uuid) => {
-            tracing::error!(%uuid, "an entry of the map is not what was put there; its disk may be failing");
+            tracing::error!(
+                %uuid,
+                "an entry of the map is damaged: check the disk and restore the map from a copy"
+            );
             Problem::new(
                 StatusCode::INTERNAL_SERVER_ERROR,
                 format!("entry {uuid} is damaged; restore the map from a copy"),
@@ -31,7 +34,7 @@ pub(crate) fn unreadable(error: MapError) -> Problem {
     }
 }
 
-/// The answer for a UUID that no entry has.
+/// The response for a UUID that no entry has.
 pub(crate) fn no_entry(uuid: Uuid) -> Problem {
     Problem::new(StatusCode::NOT_FOUND, format!("there is no entry {uuid}"))
 }

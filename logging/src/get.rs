@@ -1,4 +1,4 @@
-//! Reads: single entries, and the log as a stream of lines.
+//! `GET`: single entries, and the log as a stream of lines.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -25,14 +25,14 @@ use crate::error::{busy, no_entry, unreadable};
 use crate::map::{Cursor, MapError, PieceLimit, READ_AHEAD};
 use crate::state::{App, MAX_READS};
 
-/// Memory for the pieces of all reads, in bytes: the more readers, the smaller their pieces.
+/// Budget for the pieces of all reads, in bytes: the more reads, the smaller their pieces.
 const READ_MEMORY: usize = 24 * 1024 * 1024;
 
-/// Pieces of one read that are in memory at once: in the cursor, the one that it is making, the one that
-/// waits, and the one that is being sent.
+/// Pieces of one read that are in memory at once: those in the cursor, one being made, one waiting
+/// and one being sent.
 const PIECES_OF_A_READ: usize = READ_AHEAD + 3;
 
-/// Pieces begin small, so that a read of a few entries takes little from the map, and double.
+/// Pieces begin small, so that a short read takes little from the map, and double in size.
 const FIRST_PIECE: usize = 4 * 1024;
 const MAX_PIECE: usize = 256 * 1024;
 
@@ -55,7 +55,7 @@ pub(crate) async fn show(
     }
 }
 
-/// `GET /`: the entries within the bounds as a stream, see [`common::api::StreamEnd`].
+/// `GET /`: the entries within the bounds as a stream; see [`common::api::StreamEnd`].
 pub(crate) async fn list(
     State(app): State<App>,
     query: Result<Query<ReadQuery>, QueryRejection>,
@@ -64,7 +64,7 @@ pub(crate) async fn list(
     let permit = app.reads.clone().try_acquire_owned();
     let permit = permit.map_err(|_| busy())?;
     if bounds.needs_end(SystemTime::now()) {
-        // What comes from now on is left out, or a slow reader would never reach the end.
+        // Entries that are stored from now on are left out, or a slow reader would never finish.
         let last = app.map.last().await.map_err(unreadable)?;
         let end = last.map_or(0, |last| last.as_u128().saturating_add(1));
         bounds = bounds.ending_before(Uuid::from_u128(end));
@@ -101,22 +101,20 @@ pub(crate) async fn list(
     Ok(holding(response, permit))
 }
 
-/// A stream under way.
 struct EntryStream {
     cursor: Box<dyn Cursor>,
-    /// Entries that the limit still allows.
     left: u64,
     count: u64,
     last: Option<Uuid>,
     is_finished: bool,
     piece_bytes: usize,
-    /// Tells how many reads there are.
+    /// The permits in use are the number of reads, which limits the size of pieces.
     reads: Arc<Semaphore>,
     stop: CancellationToken,
 }
 
 impl EntryStream {
-    /// Reads each piece while the one before is sent, until the end or until nobody takes them.
+    /// Reads each piece while the previous one is sent, until the end or a disconnect.
     async fn read_ahead(mut self, pieces: mpsc::Sender<Vec<u8>>) {
         while !self.is_finished {
             let Ok(permit) = pieces.reserve().await else {
@@ -129,14 +127,14 @@ impl EntryStream {
             permit.send(match self.next_lines().await {
                 Ok(lines) => lines,
                 Err(error) => {
-                    tracing::warn!(%error, "a read is to go on elsewhere, the map cannot be read");
+                    tracing::warn!(%error, "a read of the map failed: the facade continues it elsewhere");
                     self.hand_over(error.to_string())
                 }
             });
         }
     }
 
-    /// The next piece; after the last one also the line that counts.
+    /// The next piece; the last one includes the end line, see [`StreamEnd`].
     async fn next_lines(&mut self) -> Result<Vec<u8>, MapError> {
         let limit = PieceLimit {
             entries: self.left,
@@ -171,7 +169,7 @@ impl EntryStream {
         Ok(piece.lines)
     }
 
-    /// The line that ends a stream before its end.
+    /// The line that ends an incomplete stream and sends the facade to another instance.
     fn hand_over(&mut self, reason: String) -> Vec<u8> {
         self.is_finished = true;
         let mut line = Vec::new();

@@ -1,7 +1,6 @@
-//! A logging instance: a client of the shared distributed map with an HTTP door for the facade.
+//! A logging instance: an HTTP service that stores entries in the shared distributed map.
 //!
-//! It keeps no entries of its own and knows no other instance; what it stored is in its log, one
-//! line an entry.
+//! It keeps no entries, knows no other instance, and logs one line for each acknowledged entry.
 
 mod config;
 mod error;

@@ -1,7 +1,6 @@
 //! The shared distributed map (uuid -> msg): where it lives, and which engine opens it.
 //!
-//! The data is a grow-only set of immutable entries: nothing is deleted, changed or expired. That
-//! is what makes every repeat safe.
+//! Entries are immutable and are never deleted and never expire, so every retry is safe.
 
 mod contract;
 mod lmdb;
@@ -19,7 +18,7 @@ pub use self::contract::{
 };
 pub use self::redis::RedisConfig;
 
-/// Where the map lives: which engine, and what that engine needs.
+/// The engine and where its data is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Location {
     /// `lmdb:FOLDER`: one folder shared by the logging processes of one machine.
@@ -42,10 +41,10 @@ impl FromStr for Location {
     }
 }
 
-/// Opens the map at `location`. A Redis map is opened without waiting for its servers.
+/// Opens the map at `location`, on Redis without waiting for a server.
 ///
 /// # Errors
-/// When it cannot be opened, in words for the person who started the service.
+/// Why the map cannot be opened, for the operator.
 pub fn open(location: &Location, options: Options) -> anyhow::Result<Arc<dyn DistributedMap>> {
     match location {
         Location::Lmdb(folder) => Ok(Arc::new(lmdb::LmdbMap::open(folder, options)?)),

@@ -1,4 +1,4 @@
-//! Putting batches of entries.
+//! `POST /`: stores batches of entries.
 
 use std::sync::Arc;
 
@@ -13,8 +13,7 @@ use common::problem::Problem;
 use crate::error::busy;
 use crate::state::App;
 
-/// `POST /`: a batch, whose answer has a result for each entry, in order; or a single entry, as a person
-/// may send it, whose answer is its result.
+/// `POST /`: a batch, answered with a list of results in its order, or one entry, with its result.
 pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<Response, Problem> {
     let mut reserved = Reservation::new(&app.posts, 0).map_err(|NoMemory| busy())?;
     let body = request.into_body();
@@ -52,8 +51,8 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
     Ok(holding(answer, reserved))
 }
 
-/// The exercise's proof of which instance took which message: one line for each entry that is
-/// answered as stored. String fields are written quoted and escaped, so no message forges a line.
+/// Logs one line for each acknowledged entry: the exercise's proof of which instance stored it.
+/// String fields are quoted and escaped, so no message can forge a line.
 fn log_acknowledged(entries: &[Entry], request_ids: &[Option<String>], outcomes: &[Outcome]) {
     for ((entry, request_id), outcome) in entries.iter().zip(request_ids).zip(outcomes) {
         let outcome = match outcome {

@@ -1,4 +1,4 @@
-//! `/readyz`: whether the map can be read and takes entries.
+//! `/readyz`: whether the map can be read and written.
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
@@ -8,7 +8,7 @@ use common::problem::Problem;
 
 use crate::state::App;
 
-/// Ready while the map serves; `?verbose` lists the parts of the map too.
+/// Ready while the map is; `?verbose` also lists the map's parts.
 pub(crate) async fn readyz(
     State(app): State<App>,
     query: Result<Query<ReadinessQuery>, QueryRejection>,

@@ -1,4 +1,4 @@
-//! All routes of the service, and the mark that its answers bear.
+//! All routes of the service, and the header that identifies its responses.
 
 use axum::Router;
 use axum::extract::State;
@@ -24,7 +24,7 @@ pub fn router(app: App) -> Router {
     with_middleware(routes, RequestLog::Off).layer(map_response_with_state(app, mark))
 }
 
-/// Marks an answer as one of a logging instance.
+/// Marks a response as one of a logging instance.
 async fn mark(State(app): State<App>, mut response: Response) -> Response {
     let mark = Mark { map: app.map.id() }.to_string();
     let value = HeaderValue::try_from(mark).expect("a mark is plain ASCII");

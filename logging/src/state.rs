@@ -1,4 +1,4 @@
-//! What the handlers share.
+//! The state that the handlers share.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,26 +9,25 @@ use tokio_util::sync::CancellationToken;
 
 use crate::map::DistributedMap;
 
-/// Memory for batches on their way to the map, in bytes of bodies; what comes on top gets a 503.
+/// Budget for the bodies of batches in progress, in bytes; a batch beyond it gets a 429.
 const MAX_POSTED_BYTES: usize = 64 * 1024 * 1024;
 
-/// Reads at once; what comes on top gets a 429. A facade has at most one for each of its own.
+/// Concurrent reads; one more gets a 429. A facade sends at most one for each of its own reads.
 pub(crate) const MAX_READS: usize = 512;
 
-/// What the handlers share.
+/// The state that the handlers share.
 #[derive(Clone, Debug)]
 pub struct App {
     pub(crate) map: Arc<dyn DistributedMap>,
-    /// Memory for batches, in bytes.
+    /// One permit is one byte of a batch's body.
     pub(crate) posts: Arc<Semaphore>,
-    /// Permits for reads.
     pub(crate) reads: Arc<Semaphore>,
     pub(crate) body_timeout: Duration,
     pub(crate) stop: CancellationToken,
 }
 
 impl App {
-    /// Everything the handlers need; `stop` is cancelled when the process was told to stop.
+    /// `stop` is cancelled when the process is told to stop.
     pub fn new(map: Arc<dyn DistributedMap>, timeouts: Timeouts, stop: CancellationToken) -> Self {
         Self {
             map,

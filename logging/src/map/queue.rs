@@ -1,5 +1,5 @@
-//! A batch on its way to whoever writes it for an engine: bounded in bytes, answered in time, and
-//! told `refused` only when it certainly never will be written.
+//! The queue between the callers of `put` and an engine's writer. It bounds waiting batches in
+//! bytes, answers each within the store timeout, and answers `refused` only if it is never written.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,16 +8,16 @@ use std::time::Duration;
 use common::entry::{Entry, Outcome};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-/// What an entry costs besides its message: key, bookkeeping of the engine and of the queue.
+/// Bytes counted for an entry besides its message, for its key and bookkeeping.
 pub(super) const ENTRY_OVERHEAD: usize = 64;
 
-/// What a job costs besides its entries, so that many small ones are bounded too.
+/// Bytes counted for a job besides its entries, so that many small jobs are bounded too.
 const JOB_OVERHEAD: usize = 512;
 
-/// Entries that may wait to be written, in bytes; more are refused at once.
+/// Budget for waiting batches, in bytes; a batch beyond it is refused at once.
 const MAX_QUEUED_BYTES: usize = 32 * 1024 * 1024;
 
-/// WriteBudget for the batches that wait; what is in it holds its share until it is answered.
+/// The budget for waiting batches; each one holds its share until it is answered.
 #[derive(Clone, Debug)]
 pub(super) struct WriteBudget(Arc<Semaphore>);
 
@@ -28,10 +28,10 @@ impl Default for WriteBudget {
 }
 
 impl WriteBudget {
-    /// Makes a job of a batch, and the reply on which its outcomes come.
+    /// Admits a batch: the job goes to the writer, and its outcomes come on the reply.
     ///
     /// # Errors
-    /// The outcome of all its entries when there is no budget.
+    /// The outcome of all entries when the budget is used up.
     pub(super) fn admit(&self, entries: Arc<[Entry]>) -> Result<(Job, PendingReply), Outcome> {
         let sizes = entries.iter().map(|entry| entry.msg.len() + ENTRY_OVERHEAD);
         let bytes = JOB_OVERHEAD + sizes.sum::<usize>();
@@ -62,15 +62,15 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// Takes the job for writing. When it says no, the caller was told that nothing happened, and
-    /// nothing may happen.
+    /// Takes the job for writing. If this returns false, the caller was answered `refused` and the
+    /// job must not be written.
     pub(super) fn claim(&self) -> bool {
         self.claim.take()
     }
 
-    /// Tells the outcome of each entry, or of all. Whoever waited may have given up: then the
-    /// claim decided what it was told.
+    /// Answers with the outcome of each entry, or an error for all of them.
     pub(super) fn answer(self, outcomes: Result<Vec<Outcome>, Outcome>) {
+        // A caller whose timeout has passed was answered by its claim.
         let _ = self.reply.send(outcomes);
     }
 }
@@ -91,17 +91,19 @@ impl PendingReply {
             Ok(Err(_)) if self.claim.take() => {
                 Err(Outcome::refused("the map's writer has stopped"))
             }
-            Ok(Err(_)) => Err(Outcome::unknown("the map's writer stopped meanwhile")),
-            Err(_) if self.claim.take() => {
-                Err(Outcome::refused("the map's writer was not free in time"))
-            }
-            Err(_) => Err(Outcome::unknown("the commit was not finished in time")),
+            Ok(Err(_)) => Err(Outcome::unknown(
+                "the map's writer stopped during the commit",
+            )),
+            Err(_) if self.claim.take() => Err(Outcome::refused(
+                "the map's writer was busy until the store timeout",
+            )),
+            Err(_) => Err(Outcome::unknown("the commit exceeded the store timeout")),
         }
     }
 }
 
-/// Decides between the writer, who takes a job into a commit, and the caller, whose time is up:
-/// only the first one gets it. So a batch whose caller was told `refused` is never written.
+/// A job is claimed either by the writer for a commit or by the caller at its timeout, by the first
+/// of them only. So a batch that is answered `refused` is never written.
 #[derive(Clone, Debug, Default)]
 struct Claim(Arc<AtomicBool>);
 

@@ -1,4 +1,4 @@
-//! Rules that the engines share: the settle window, and the layout of a map.
+//! Rules that the engines share: the settle window and the map's id.
 
 use std::time::{Duration, SystemTime};
 
@@ -7,11 +7,10 @@ use uuid::Uuid;
 
 use super::contract::{MAX_AHEAD, MAX_SKEW};
 
-/// Reads what each engine keeps as the map's id: `LAYOUT ID`, where the layout is the version of how
-/// entries are stored.
+/// Parses a stored map id, `LAYOUT ID`, where the layout is the version of the storage format.
 ///
 /// # Errors
-/// When it is not the layout that this version reads and writes, and what to do then.
+/// When the layout is not `layout`, with what to do then, or the id is not a UUID.
 pub(super) fn parse_id(text: &str, layout: u32) -> Result<Uuid, String> {
     let (found, id) = text.split_once(' ').unwrap_or(("0", text));
     if found != layout.to_string() {
@@ -25,7 +24,7 @@ pub(super) fn parse_id(text: &str, layout: u32) -> Result<Uuid, String> {
         .map_err(|_| format!("has {text:?} where the map's id should be"))
 }
 
-/// Why an entry of this UUID may not be new to the map when its clock shows `now`, if so.
+/// The outcome when the time in `uuid` forbids a new entry at `now`, by the map's clock.
 pub(super) fn staleness(uuid: Uuid, now: SystemTime, settle: Duration) -> Option<Outcome> {
     let time = SystemTime::UNIX_EPOCH + Duration::from_millis(entry::unix_millis(uuid));
     if time > now + MAX_AHEAD {
