@@ -18,7 +18,7 @@ use crate::problem::Problem;
 
 /// An answer is given to its connection in pieces of this many bytes, so that its reservation ends
 /// when nearly all of it was taken, and not when the connection has put it into a buffer.
-const PIECE: usize = 32 * 1024;
+const PIECE: usize = 64 * 1024;
 
 /// Memory that is reserved from a budget in bytes. It is given back when this is dropped.
 #[derive(Debug)]

@@ -4,7 +4,7 @@ use std::fmt;
 
 use bytes::{Bytes, BytesMut};
 use common::api::{EntryLine, MAX_BATCH_BYTES, StreamEnd};
-use common::bounds::Bounds;
+use common::bounds::{Bounds, Order};
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use memchr::{memchr, memchr_iter, memrchr};
@@ -121,25 +121,35 @@ impl EntryStream {
     fn check(&mut self, mut lines: Bytes) -> Result<(Bytes, u64), UpstreamError> {
         let mut begin = 0;
         let mut count = 0;
+        let mut last: Option<EntryLine<'_>> = None;
         for newline in memchr_iter(b'\n', &lines) {
             let line = &lines[begin..newline];
             let Some(entry) = EntryLine::parse(line) else {
                 let is_last = newline + 1 == lines.len() && self.chunk.is_empty();
                 let end = serde_json::from_slice(line).ok().filter(|_| is_last);
                 self.end = Some(end.ok_or_else(|| garbled("a line is not an entry's"))?);
-                lines.truncate(begin);
                 break;
             };
-            if !self.bounds.contains(entry.uuid) {
-                return Err(garbled(&format!(
-                    "entry {} is not in its place",
-                    entry.uuid
-                )));
+            // Between the first and the last, the order alone keeps entries within the bounds.
+            let is_in_place = match (last, self.bounds.order) {
+                (None, _) => self.bounds.contains(entry.uuid()),
+                (Some(last), Order::Asc) => last.uuid < entry.uuid,
+                (Some(last), Order::Desc) => last.uuid > entry.uuid,
+            };
+            if !is_in_place {
+                return Err(out_of_place(entry.uuid()));
             }
-            self.bounds = self.bounds.resumed_from(entry.uuid);
+            last = Some(entry);
             count += 1;
             begin = newline + 1;
         }
+        if let Some(last) = last.map(|last| last.uuid()) {
+            if !self.bounds.contains(last) {
+                return Err(out_of_place(last));
+            }
+            self.bounds = self.bounds.resumed_from(last);
+        }
+        lines.truncate(begin);
         self.count += count;
         if let Some(left) = &mut self.left {
             let rest = left.checked_sub(count);
@@ -152,6 +162,12 @@ impl EntryStream {
         }
         Ok((lines, count))
     }
+}
+
+fn out_of_place(uuid: Uuid) -> UpstreamError {
+    garbled(&format!(
+        "entry {uuid} is out of order or outside the bounds"
+    ))
 }
 
 fn garbled(reason: &str) -> UpstreamError {

@@ -178,11 +178,11 @@ impl Partial {
                 bail!("line {} is not an entry; this is not an export", count + 1);
             };
             ensure!(
-                last < Some(entry.uuid),
+                last < Some(entry.uuid()),
                 "line {} is out of order; this is not an export",
                 count + 1
             );
-            last = Some(entry.uuid);
+            last = Some(entry.uuid());
             count += 1;
             whole += line.len() as u64 + 1;
         }
