@@ -11,15 +11,15 @@ use reqwest::Url;
 
 use crate::message::MESSAGE_SIZE_LIMIT;
 
-/// The public door: takes messages, hands each to a random logging instance, and reads them back
+/// The public service: stores each message through a random logging instance, and reads them back
 #[derive(Clone, Debug, Parser)]
 #[command(name = "facade", version)]
 pub struct Config {
-    /// Address to serve on; loopback unless you say otherwise
+    /// Address to listen on
     #[arg(long, global = true, default_value = "127.0.0.1:8086", value_parser = config::address)]
     pub listen: SocketAddr,
 
-    /// Logging instances, separated by commas
+    /// URLs of logging instances, separated by commas; a name counts as one per resolved address
     #[arg(
         long,
         value_delimiter = ',',
@@ -28,31 +28,31 @@ pub struct Config {
     )]
     pub logging: Vec<Url>,
 
-    /// The messages service
+    /// URL of the messages service
     #[arg(long, value_parser = service_url, default_value = "http://127.0.0.1:8081")]
     pub messages: Url,
 
-    /// How long one logging instance may take for one request before another one is asked
+    /// Timeout of a request to one logging instance, after which another instance is asked
     #[arg(long, default_value = "1s", value_parser = config::timeout)]
     pub try_timeout: Duration,
 
-    /// How long a POST may take, all tries together
+    /// Timeout of a POST over all its tries
     #[arg(long, default_value = "5s", value_parser = config::timeout)]
     pub deadline: Duration,
 
-    /// The longest silence of a GET while it looks for an instance that can go on
+    /// Longest silence of a GET while it looks for an instance that can continue it
     #[arg(long, default_value = "15s", value_parser = config::timeout)]
     pub read_deadline: Duration,
 
-    /// How long the messages service may take
+    /// Timeout of a request to the messages service
     #[arg(long, default_value = "1s", value_parser = config::timeout)]
     pub messages_timeout: Duration,
 
-    /// The largest message, up to 1MiB
+    /// Largest message, at most 1MiB
     #[arg(long, default_value = "64KiB", value_parser = message_size)]
     pub max_message: ByteSize,
 
-    /// How many GETs of the log are served at once
+    /// GETs of the log served at once; further ones get a 503
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     pub max_reads: u16,
 

@@ -1,4 +1,4 @@
-//! Every error that a caller of the facade is told, with its status.
+//! The error answers of the facade: the only place that maps an error to a status.
 
 use std::time::Duration;
 
@@ -9,12 +9,12 @@ use uuid::Uuid;
 use crate::judge::NotStored;
 use crate::upstream::UpstreamError;
 
-/// When a caller that got a 503 should come back.
+/// The `Retry-After` of every 503.
 pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// The answer to what would exceed a bound.
+/// The answer to a request beyond a concurrency or memory bound.
 pub(crate) fn too_many(what: &str) -> Problem {
-    let detail = format!("too many {what} at once, nothing was done; come back in a moment");
+    let detail = format!("too many {what} at once: nothing was done; retry in a moment");
     Problem::unavailable(detail, RETRY_AFTER)
 }
 
@@ -29,7 +29,6 @@ pub(crate) fn too_large(max_message: usize) -> Problem {
     )
 }
 
-/// The answer when a message was not stored.
 pub(crate) fn not_stored(error: &NotStored) -> Problem {
     match error {
         NotStored::Conflict => Problem::new(StatusCode::UNPROCESSABLE_ENTITY, error.detail()),
@@ -42,31 +41,30 @@ pub(crate) fn not_stored(error: &NotStored) -> Problem {
     }
 }
 
-/// The answer for a UUID that no message has.
 pub(crate) fn no_message(uuid: Uuid) -> Problem {
     Problem::new(StatusCode::NOT_FOUND, format!("there is no message {uuid}"))
 }
 
-/// The answer to an upload when the process is told to stop.
+/// The answer to an upload that is still being read when the process stops.
 pub(crate) fn stopping() -> Problem {
-    let detail = "this facade is stopping and read no further line than `lines` says: those of them \
-                  that are not among the errors are stored; send the rest again, to another facade";
+    let detail = "this facade is stopping: it read `lines` lines, and each without an error is \
+                  stored; send the remaining lines to another facade";
     Problem::unavailable(detail, RETRY_AFTER)
 }
 
-/// The answer when no logging instance could be read from.
+/// The answer to a GET that no logging instance served.
 pub(crate) fn unreadable(error: &UpstreamError) -> Problem {
-    tracing::warn!(%error, "no logging instance could be read from");
+    tracing::warn!(%error, "a GET failed: no logging instance could serve it");
     match error {
         UpstreamError::Status(StatusCode::INTERNAL_SERVER_ERROR, detail) => {
             Problem::new(StatusCode::INTERNAL_SERVER_ERROR, detail)
         }
         UpstreamError::Status(_, detail) => Problem::unavailable(
-            format!("the messages cannot be read now, come back in a moment: {detail}"),
+            format!("the messages cannot be read now, retry in a moment: {detail}"),
             RETRY_AFTER,
         ),
         UpstreamError::OtherMap(reason) => Problem::unavailable(
-            format!("no logging instance can be read from; one {reason}"),
+            format!("no logging instance can serve a GET; one {reason}"),
             RETRY_AFTER,
         ),
         UpstreamError::Unreachable(_)
@@ -74,7 +72,7 @@ pub(crate) fn unreadable(error: &UpstreamError) -> Problem {
         | UpstreamError::Lost(_)
         | UpstreamError::Unmarked(..)
         | UpstreamError::Garbled(_) => Problem::unavailable(
-            "no logging instance answers; come back in a moment, or see /readyz?verbose",
+            "no logging instance answers; retry in a moment, or see /readyz?verbose",
             RETRY_AFTER,
         ),
     }

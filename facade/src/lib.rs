@@ -1,7 +1,7 @@
-//! The facade: the only public door. It gives each message a UUID, hands it to a random logging
-//! instance, and merges what they hold with the messages service's reply.
+//! The facade: the only public service. It gives each message a UUID, stores it through a random
+//! logging instance, and answers a GET with all entries and the messages service's reply.
 //!
-//! It keeps nothing: any number of facades may stand side by side.
+//! A facade stores nothing itself: any number of facades may run in parallel.
 
 mod backoff;
 pub mod batcher;

@@ -1,6 +1,6 @@
-//! A request body as a message, by the rules of its content type.
+//! Parses a request body into a message, by the rules of its content type.
 //!
-//! What nobody asked for is refused, never dropped: a silently cut message is a lost message.
+//! Unexpected parts of a body are refused, never dropped: a silently cut message is a lost message.
 
 use std::convert::Infallible;
 
@@ -18,7 +18,7 @@ use serde::Deserialize;
 use crate::batcher::TARGET_BATCH_BYTES;
 use crate::error::{too_large, unsupported};
 
-/// The largest `--max-message`: escaped in JSON it still fits into a batch.
+/// The largest `--max-message`, in bytes: escaped in JSON, it still fits into a batch.
 pub(crate) const MESSAGE_SIZE_LIMIT: u64 = 1024 * 1024;
 const _: () = assert!(
     TARGET_BATCH_BYTES + MESSAGE_SIZE_LIMIT as usize * MAX_JSON_EXPANSION + ENTRY_OVERHEAD
@@ -26,13 +26,13 @@ const _: () = assert!(
     "an instance must accept a batch just below its limit and the largest entry behind it"
 );
 
-/// What an entry has in JSON besides its message, at most: its UUID, its request id, and the names.
+/// The most bytes of an entry's JSON besides its message: UUID, request id, and field names.
 const ENTRY_OVERHEAD: usize = 1024;
 
-/// Room in a body for what surrounds the message: `{"msg":"…"}` and white space.
+/// The most bytes of a body around its message: `{"msg":"…"}` and white space.
 const BODY_OVERHEAD: usize = 1024;
 
-/// The commands that work, for those who typed another one.
+/// Commands that work, for errors.
 const COMMANDS: &str = "with curl: --data-urlencode 'msg=TEXT', or --json '{\"msg\":\"TEXT\"}', or \
                         -H 'content-type: text/plain' --data-binary 'TEXT'";
 
@@ -72,7 +72,7 @@ impl ContentType {
         if is_other(header::CONTENT_ENCODING, "identity")
             || is_other(header::TRANSFER_ENCODING, "chunked")
         {
-            return Err(unsupported("send the body as it is, without compression"));
+            return Err(unsupported("send the body without compression"));
         }
         let mut content_types = headers.get_all(header::CONTENT_TYPE).iter();
         let content_type = match (content_types.next(), content_types.next()) {
@@ -82,7 +82,7 @@ impl ContentType {
         };
         let media_type = content_type
             .and_then(|text| MediaType::parse(text).ok())
-            .ok_or_else(|| unsupported("the content-type header cannot be read"))?;
+            .ok_or_else(|| unsupported("send one valid content-type header"))?;
         require_utf8(&media_type)?;
         let essence = media_type.essence().to_string().to_ascii_lowercase();
         match essence.as_str() {
@@ -94,7 +94,7 @@ impl ContentType {
                 Some(boundary) => Ok(Self::OneMessage(MessageFormat::Multipart {
                     boundary: boundary.unquoted_str().into_owned(),
                 })),
-                None => Err(unsupported("the content-type header names no boundary")),
+                None => Err(unsupported("the content-type header has no boundary")),
             },
             _ => Err(unsupported(
                 "send a form with the field msg, application/json, text/plain, or \
@@ -118,20 +118,19 @@ fn require_utf8(media_type: &MediaType<'_>) -> Result<(), Problem> {
     }
 }
 
-/// The largest body that can hold a message of `max_message` bytes: in JSON or a form each of its
-/// bytes may be escaped.
+/// The largest body of a message of `max_message` bytes, as JSON or a form may escape each byte.
 pub(crate) fn body_limit(max_message: usize) -> usize {
     max_message * MAX_JSON_EXPANSION + BODY_OVERHEAD
 }
 
-/// At most how many bytes a message has as a JSON string without its quotes.
+/// An upper bound for the bytes of a message as a JSON string without its quotes.
 pub(crate) fn json_length(msg: &str) -> usize {
     let is_escaped = |byte: &u8| *byte < b' ' || matches!(byte, b'"' | b'\\');
     let escaped = msg.bytes().filter(is_escaped).count();
     msg.len() + escaped * (MAX_JSON_EXPANSION - 1)
 }
 
-/// Takes the message out of a body, by the rules of its format.
+/// Parses a body by the rules of its format.
 ///
 /// # Errors
 /// 400 with what to do about it, or 413 when the message is larger than `max_message` bytes.
@@ -145,7 +144,6 @@ pub fn message(format: BodyFormat, body: Bytes, max_message: usize) -> Result<St
     Ok(msg)
 }
 
-/// Every message has at least one byte and at most `max_message`.
 pub(crate) fn check_size(msg: &str, max_message: usize) -> Result<(), Problem> {
     if msg.is_empty() {
         return Err(Problem::bad_request("the message is empty"));
@@ -156,8 +154,8 @@ pub(crate) fn check_size(msg: &str, max_message: usize) -> Result<(), Problem> {
     Ok(())
 }
 
-/// A form must be one field `msg`: a second one, or a `&` that was meant to be part of the
-/// message, would be lost.
+/// A form must be one field `msg`: a second field, or a `&` meant as part of the message, would be
+/// lost.
 fn form_message(body: Bytes) -> Result<String, Problem> {
     let body = utf8(body.into())?;
     let field = match body.split_once('=') {
@@ -171,7 +169,7 @@ fn form_message(body: Bytes) -> Result<String, Problem> {
     decode_form(field)
 }
 
-/// A multipart body must be one field `msg` with text: a second one, or a file, would be lost.
+/// A multipart body must be one text field `msg`: a second field or a file would be lost.
 pub(crate) async fn multipart_message(
     body: Bytes,
     boundary: String,

@@ -1,4 +1,4 @@
-//! POST of one message. Uploads of many are in `upload`.
+//! POST of one message. `upload` has the POST of many.
 
 use std::sync::Arc;
 
@@ -22,12 +22,12 @@ use crate::message::{
 use crate::state::App;
 use crate::upload;
 
-/// Names the logging instance whose answer counted, as `HOST:PORT`.
+/// `HOST:PORT` of the logging instance that reported the message stored.
 const LOGGING_INSTANCE: HeaderName = HeaderName::from_static("x-logging-instance");
 
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
-/// `POST /`: one message, or many as NDJSON.
+/// `POST /`, which hands NDJSON over to `upload`.
 pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
     let format = match ContentType::of(&parts.headers)? {
@@ -55,7 +55,7 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
             multipart_message(body, boundary, app.max_message).await?
         }
     };
-    // The answer repeats the message, and holds the memory until its caller has read it.
+    // The answer contains the message and keeps the reservation until its caller has read it.
     let bytes = body_length.max(json_length(&msg));
     reserved.resize(bytes).map_err(|NoMemory| no_memory())?;
     let reserved = Arc::new(reserved);

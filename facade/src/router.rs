@@ -13,7 +13,6 @@ use crate::readiness::check_all;
 use crate::state::App;
 use crate::{get, post};
 
-/// All routes of the service.
 pub fn router(app: App) -> Router {
     let routes = Router::new()
         .route("/", get(get::list).post(post::create))
@@ -24,9 +23,9 @@ pub fn router(app: App) -> Router {
     with_middleware(routes, RequestLog::On)
 }
 
-/// Ready while any logging instance can read and store. With `?verbose` all of them are asked, and
-/// the messages service, which is looked at but not needed. A step of the clock that breaks the order
-/// of messages is told in either case.
+/// Ready while any logging instance can read and store. With `?verbose` it lists every instance and
+/// the messages service, which readiness does not need. A clock step that breaks the order of
+/// messages is listed in either case.
 async fn readyz(
     State(app): State<App>,
     query: Result<Query<ReadinessQuery>, QueryRejection>,

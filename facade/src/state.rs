@@ -16,14 +16,14 @@ use crate::identifiers::Identifiers;
 use crate::pool::Pool;
 use crate::readiness::Readiness;
 
-/// Memory for single messages on their way into the log, in bytes of their bodies; more are turned
-/// away with a 503. Each is in memory up to three times: as body, as message, and encoded.
+/// Budget for POSTs of one message, in bytes of their bodies; excess ones get a 503. Each message is
+/// in memory up to three times: as body, as message, and encoded.
 const MAX_POSTED_BYTES: usize = 64 * 1024 * 1024;
 
-/// Uploads of many messages at once; each has a window of its own.
+/// Uploads of many messages at once, each with its own window; excess ones get a 503.
 const MAX_UPLOADS: usize = 16;
 
-/// Memory for reads of single messages, in bytes of their answers; more are turned away with a 503.
+/// Budget for GETs of one message, in bytes of their answers; excess ones get a 503.
 const MAX_LOOKUP_BYTES: usize = 64 * 1024 * 1024;
 
 /// What the handlers share.
@@ -35,21 +35,21 @@ pub struct App {
     pub(crate) deadline: Duration,
     pub(crate) read_deadline: Duration,
     pub(crate) max_message: usize,
-    /// Memory for posts, in bytes.
+    /// Budget for POSTs of one message, in bytes.
     pub(crate) posts: Arc<Semaphore>,
     /// Permits for uploads of many messages.
     pub(crate) uploads: Arc<Semaphore>,
     /// Permits for GETs of the log.
     pub(crate) reads: Arc<Semaphore>,
-    /// Memory for GETs of single messages, in bytes.
+    /// Budget for GETs of one message, in bytes.
     pub(crate) lookups: Arc<Semaphore>,
     pub(crate) readiness: Arc<Readiness>,
     pub(crate) stop: CancellationToken,
 }
 
 impl App {
-    /// Everything the handlers need; `random` chooses the instances, `stop` is cancelled when the
-    /// process was told to stop. Must be called within a runtime, where the batchers run.
+    /// `random` chooses the instances; the caller cancels `stop` when the process is to stop. Must be
+    /// called within a runtime, where the batchers run.
     ///
     /// # Errors
     /// When the HTTP client cannot be built.
@@ -63,10 +63,10 @@ impl App {
         Self::discovering(config, timeouts, Arc::new(pool), stop)
     }
 
-    /// The same, with a pool that is filled with the instances at the configured addresses.
+    /// As [`Self::new`], with a pool that discovery fills from the configured addresses.
     ///
     /// # Errors
-    /// When the HTTP client cannot be built, or a thread for look-ups not be started.
+    /// When the HTTP client cannot be built or a look-up thread cannot be started.
     pub fn discovering(
         config: &Config,
         timeouts: Timeouts,
@@ -78,7 +78,7 @@ impl App {
         Self::with_pool(config, timeouts, pool, stop).map_err(io::Error::other)
     }
 
-    /// The same, with a pool that the caller fills.
+    /// As [`Self::new`], with a pool that the caller fills.
     ///
     /// # Errors
     /// When the HTTP client cannot be built.

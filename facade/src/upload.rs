@@ -1,7 +1,6 @@
 //! Uploads of many messages as NDJSON: one message a line, each stored like a POST of its own.
 //!
-//! Lines are read, stored and answered at the same time, in order, within a window of bytes; so an
-//! upload may be of any length.
+//! Reading, storing and answering overlap within a window, in order: an upload may have any length.
 
 use std::future;
 use std::sync::Arc;
@@ -32,49 +31,47 @@ use crate::message::{body_limit, check_size};
 use crate::state::App;
 use crate::upstream::MaybeStored;
 
-/// Lines of one upload that are being stored, in bytes: enough for batches of full size.
+/// Lines of one upload in progress, in bytes: enough for full batches. Reading waits beyond it.
 const WINDOW_BYTES: usize = 1024 * 1024;
 
-/// Lines of one upload that are being stored, in number.
+/// Lines of one upload in progress, in number.
 const WINDOW_LINES: usize = 4096;
 
 /// Errors that a summary lists; the rest are only counted.
 const MAX_ERRORS: usize = 100;
 
-/// How long the rest of an upload is read and discarded when the process stops, so that its caller
-/// gets the answer.
+/// How long the rest of an upload is read and discarded when the process stops.
 const DISCARD_FOR: Duration = Duration::from_secs(2);
 
-/// Results that go into one piece of a streamed reply.
+/// The most results in one chunk of a streamed reply.
 const RESULTS_PER_CHUNK: usize = 256;
 
-/// Stores each line of the body. The reply is a summary when the upload has ended, because many
-/// clients read nothing before that; who asks for NDJSON gets each line's result while it runs.
+/// Stores each line of the body. The reply is a summary after the last line, because many clients
+/// read nothing before they have sent everything; as NDJSON it streams each line's result at once.
 pub(crate) async fn create(app: App, headers: &HeaderMap, body: Body) -> Result<Response, Problem> {
     if headers.contains_key("idempotency-key") {
         return Err(Problem::bad_request(
-            "an upload of many messages takes no idempotency-key; give lines a uuid of their own",
+            "an upload of many messages takes no idempotency-key; give each line its own uuid",
         ));
     }
-    let place = app.uploads.clone().try_acquire_owned();
-    let place = place.map_err(|_| too_many("uploads").with("stored", "no"))?;
-    let place: Held = Arc::new(place);
+    let permit = app.uploads.clone().try_acquire_owned();
+    let permit = permit.map_err(|_| too_many("uploads").with("stored", "no"))?;
+    let permit: Held = Arc::new(permit);
     let reply = negotiate(headers, &[Format::Json, Format::Ndjson])?;
     let request_id = request_id(headers).map(str::to_owned);
-    let results = store_lines(app, body, request_id, place.clone());
+    let results = store_lines(app, body, request_id, permit.clone());
     let answer = match reply {
         Format::Ndjson => stream_results(results),
         Format::Json | Format::Text => summarize(results).await?,
     };
-    Ok(holding(answer, place))
+    Ok(holding(answer, permit))
 }
 
-/// What became of one line.
 #[derive(Debug, Serialize)]
 struct LineResult {
     line: u64,
     uuid: Option<Uuid>,
-    /// `yes`, `no`, or `unknown`: repeat it with the same uuid.
+    /// `yes`, `no`, or `unknown`: retry the line with this uuid.
     stored: &'static str,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     duplicate: bool,
@@ -90,8 +87,8 @@ struct Summary {
     errors: Vec<LineResult>,
 }
 
-/// An upload that broke off is a problem that has the summary of the lines before it, so that its
-/// caller can go on behind them.
+/// When the body breaks off, the problem contains the summary of the lines before the break, from
+/// which the caller can continue.
 async fn summarize(
     results: impl Stream<Item = Result<LineResult, Broken>>,
 ) -> Result<Response, Problem> {
@@ -140,7 +137,7 @@ fn stream_results(
         }
         stream::iter([Ok(chunk)].into_iter().chain(end))
     });
-    // The pause before an error has what came before it written to the caller.
+    // Yielding before an error lets the server write the earlier chunks to the caller.
     let chunks = chunks.then(async |chunk| {
         if chunk.is_err() {
             tokio::task::yield_now().await;
@@ -151,13 +148,13 @@ fn stream_results(
     (content_type, Body::from_stream(chunks)).into_response()
 }
 
-/// Stores the lines of a body and yields their results in order. An error is the last item: the
-/// body broke off, and what was read before it has been stored.
+/// Stores the lines of a body and yields their results in order. When the body breaks off, the last
+/// item is an error; the lines before it have been processed.
 fn store_lines(
     app: App,
     body: Body,
     request_id: Option<String>,
-    place: Held,
+    upload_permit: Held,
 ) -> impl Stream<Item = Result<LineResult, Broken>> + Send + 'static {
     let window = Arc::new(Semaphore::new(WINDOW_BYTES));
     let limit = body_limit(app.max_message);
@@ -166,13 +163,13 @@ fn store_lines(
     let admitted = lines
         .filter(|line| future::ready(!line.is_blank()))
         .then(move |line| admit(line, window.clone()));
-    let stored = admitted.map(move |(line, permit)| {
+    let stored = admitted.map(move |(line, window_permit)| {
         let app = app.clone();
         let request_id = request_id.clone();
-        let place = place.clone();
+        let upload_permit = upload_permit.clone();
         async move {
-            let _until_stored = permit;
-            store_line(&app, line, request_id, place).await
+            let _until_stored = window_permit;
+            store_line(&app, line, request_id, upload_permit).await
         }
     });
     stored.buffered(WINDOW_LINES)
@@ -192,7 +189,7 @@ async fn store_line(
     app: &App,
     line: Line,
     request_id: Option<String>,
-    place: Held,
+    upload_permit: Held,
 ) -> Result<LineResult, Broken> {
     let text = match line.content {
         Content::Text(text) => text,
@@ -225,7 +222,7 @@ async fn store_line(
         msg,
         key,
         request_id,
-        held: place,
+        held: upload_permit,
         overload: WhenOverloaded::Wait,
     };
     let result = match deliver(&app.pool, message, app.deadline).await {
@@ -265,7 +262,7 @@ impl LineResult {
     }
 }
 
-/// A line is a JSON string, or an object with `msg` and, if the caller wants, a `uuid`.
+/// A line is a JSON string, or an object with `msg` and an optional `uuid`.
 fn parse_line(text: &[u8], max_message: usize) -> Result<(String, Key), String> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -289,11 +286,11 @@ fn parse_line(text: &[u8], max_message: usize) -> Result<(String, Key), String> 
     Ok((msg, key))
 }
 
-/// An upload that ends before its end.
+/// An upload whose body broke off.
 #[derive(Debug)]
 struct Broken {
     problem: Problem,
-    /// How many lines were read before.
+    /// The number of lines read before the break.
     lines: u64,
 }
 
@@ -304,7 +301,7 @@ struct Line {
 }
 
 enum Content {
-    /// A copy, so that it does not keep the buffer in memory that it was read into.
+    /// A copy, so that the read buffer can be freed.
     Text(Box<[u8]>),
     TooLong,
     Broken(Problem),
@@ -316,18 +313,17 @@ impl Line {
     }
 }
 
-/// Splits a body into lines without holding more than one line of at most `limit` bytes.
+/// Splits a body into lines and buffers at most one of them, of at most `limit` bytes.
 struct Lines {
     body: BodyDataStream,
     buffer: BytesMut,
     limit: usize,
-    patience: Duration,
+    timeout: Duration,
     stop: CancellationToken,
     number: u64,
     is_finished: bool,
 }
 
-/// What comes next from a body.
 enum Piece {
     Data(Bytes),
     End,
@@ -335,12 +331,12 @@ enum Piece {
 }
 
 impl Lines {
-    fn new(body: Body, limit: usize, patience: Duration, stop: CancellationToken) -> Self {
+    fn new(body: Body, limit: usize, timeout: Duration, stop: CancellationToken) -> Self {
         Self {
             body: body.into_data_stream(),
             buffer: BytesMut::new(),
             limit,
-            patience,
+            timeout,
             stop,
             number: 0,
             is_finished: false,
@@ -392,7 +388,6 @@ impl Lines {
         }
     }
 
-    /// Waits for more of the body, until the process is told to stop.
     async fn next_piece(&mut self) -> Piece {
         let piece = tokio::select! {
             biased;
@@ -400,7 +395,7 @@ impl Lines {
                 self.discard_rest();
                 return Piece::Broken(stopping());
             }
-            piece = timeout(self.patience, self.body.next()) => piece,
+            piece = timeout(self.timeout, self.body.next()) => piece,
         };
         match piece {
             Ok(Some(Ok(piece))) => Piece::Data(piece),
@@ -410,8 +405,8 @@ impl Lines {
         }
     }
 
-    /// Reads on for a while and keeps nothing: a caller that is still sending would otherwise find
-    /// its connection reset, and not read the answer.
+    /// Keeps reading for [`DISCARD_FOR`]: a caller that is still sending would otherwise get a reset
+    /// connection instead of the answer.
     fn discard_rest(&mut self) {
         let mut body = std::mem::replace(&mut self.body, Body::empty().into_data_stream());
         tokio::spawn(timeout(DISCARD_FOR, async move {
