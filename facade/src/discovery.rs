@@ -1,5 +1,5 @@
-//! Finds the logging instances behind the configured addresses. A host name that resolves to
-//! several addresses is several instances, so scaling a service behind one name is enough.
+//! Discovery of the logging instances. A host name counts as one instance per resolved address, so
+//! a service behind one name can be scaled without configuration.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
@@ -14,17 +14,17 @@ use tokio::time::timeout;
 use crate::client::{LoggingApi, LoggingClient};
 use crate::pool::Pool;
 
-/// How often host names are looked up again.
+/// Pause between two look-ups of a host name.
 const LOOK_UP_INTERVAL: Duration = Duration::from_secs(3);
 
-/// A look-up that takes longer is logged; the last good answer stays until it ends.
+/// A slower look-up is logged; the last addresses stay in use.
 const LONG_LOOK_UP: Duration = Duration::from_secs(6);
 
-/// Puts the instances at these addresses into the pool, and keeps looking up those that are host
-/// names for as long as the pool is there.
+/// Puts the instances at these addresses into the pool, and looks host names up repeatedly until
+/// the pool is dropped.
 ///
 /// # Errors
-/// When the thread of a look-up cannot be started.
+/// When a look-up thread cannot be started.
 pub(crate) fn start(
     pool: &Arc<Pool>,
     http: &Client,
@@ -71,8 +71,8 @@ impl Origin {
 
 type LookUp = io::Result<Vec<SocketAddr>>;
 
-/// Looks a name up again and again, on a thread of its own until the receiver is dropped. A resolver
-/// may hang for a minute, and the runtime would wait for its own threads when the process stops.
+/// Looks a name up repeatedly until the receiver is dropped, on its own thread: a resolver may hang
+/// for a minute, and a stopping runtime would wait for a thread of its pool.
 fn look_up_repeatedly(host: String, port: u16) -> io::Result<mpsc::Receiver<LookUp>> {
     let (found, look_ups) = mpsc::channel(1);
     let name = "look-up".to_owned();
@@ -104,26 +104,25 @@ async fn publish_look_ups(pool: Weak<Pool>, origin: Origin, mut look_ups: mpsc::
                 if instances.is_empty() {
                     tracing::warn!(
                         host,
-                        "a look-up found no address, the last good answer stays"
+                        "a look-up returned no address: the last addresses stay in use"
                     );
                 } else {
                     origin.publish(&pool, instances);
                 }
             }
             Ok(Some(Err(error))) => {
-                tracing::warn!(host, %error, "a look-up failed, the last good answer stays");
+                tracing::warn!(host, %error, "a look-up failed: the last addresses stay in use");
             }
             Err(_) => {
-                tracing::warn!(host, "a look-up takes long, the last good answer stays");
+                tracing::warn!(host, "a look-up takes long: the last addresses stay in use");
             }
             Ok(None) => return,
         }
     }
 }
 
-/// The addresses of a name that count as instances. A scoped link-local address cannot be written in
-/// a URL. A machine's two loopback addresses are one instance, and the IPv4 one is what services
-/// listen on by default.
+/// The addresses of a name that count as instances. A scoped link-local address cannot be written
+/// in a URL. The two loopback addresses are one instance; services default to the IPv4 one.
 fn instances_of(host: &str, addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     let has_loopback = addresses
         .iter()
@@ -134,7 +133,7 @@ fn instances_of(host: &str, addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
             tracing::warn!(
                 host,
                 address,
-                "a link-local address with a scope is left out"
+                "a scoped link-local address is ignored: it cannot be written in a URL"
             );
             false
         }

@@ -1,8 +1,7 @@
-//! Whether one logging instance is up: what makes the pool skip it, and how it is readmitted.
+//! The health of one logging instance: the pool skips an instance that is down.
 //!
-//! The evidence is work. An instance is down from the first batch that fails as a whole, and up
-//! again after a trial batch that it answers. That it accepts connections, or answers other paths,
-//! says nothing: an instance that is sick may still do that.
+//! An instance is down from a failed batch or read until it answers a trial, a batch without
+//! entries. Accepted connections and other answers prove nothing: a broken instance may give them.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -16,15 +15,15 @@ use crate::client::LoggingApi;
 use crate::served_map::ServedMap;
 use crate::upstream::UpstreamError;
 
-/// Pause before the next trial of an instance that is down: the longest time for which one that is
-/// well again gets nothing.
+/// Pause before the next trial of an instance that is down: a recovered instance gets no messages
+/// for at most this time.
 const TRIAL_PAUSE: Duration = Duration::from_millis(200);
 
-/// An instance that answers its trials and then fails real batches gets its next trial after twice
-/// the pause before, at most this many times doubled: 3.2 s.
+/// The pause doubles, at most this often (to 3.2 s), each time an instance answers a trial and then
+/// fails a batch with entries.
 const MAX_DOUBLINGS: u32 = 4;
 
-/// Whether an instance is believed to be up. It is until a request finds otherwise.
+/// An instance is up until a request fails.
 #[derive(Debug)]
 pub struct Health {
     name: String,
@@ -32,15 +31,15 @@ pub struct Health {
     is_up: AtomicBool,
     /// How often it went down since it last answered a batch with entries.
     relapses: AtomicU32,
-    /// Why it is down, or was last.
+    /// Why it is down, or was down last.
     reason: Mutex<String>,
-    /// Wakes the messages that wait for any instance.
+    /// Wakes messages that wait for a healthy instance.
     readmitted: Arc<Notify>,
     served_map: Arc<ServedMap>,
 }
 
 impl Health {
-    /// The health of a new instance, which gets its first trial at once.
+    /// Gives a new instance its first trial.
     pub(crate) fn start(
         name: String,
         client: Arc<dyn LoggingApi>,
@@ -65,7 +64,7 @@ impl Health {
         self.is_up.load(Ordering::Acquire)
     }
 
-    /// Why the instance is down; `None` when it is up.
+    /// `None` when the instance is up.
     pub fn down_reason(&self) -> Option<String> {
         let reason = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
         (!self.is_up()).then(|| reason.clone())
@@ -79,7 +78,7 @@ impl Health {
         }
     }
 
-    /// Gives the instance a trial, a batch without entries. One that refuses it is well: it says so itself.
+    /// Sends a trial. An instance that refuses it itself is healthy.
     async fn try_once(&self) -> Result<(), UpstreamError> {
         match self.client.put(Batch::default()).await {
             Ok(_) => Ok(()),
@@ -93,8 +92,7 @@ impl Health {
         }
     }
 
-    /// Marks the instance down after a request that failed, unless it is already, and gives it
-    /// trials until it answers one.
+    /// Marks the instance down, unless it is already, and sends trials until it answers one.
     pub fn note_failure(self: &Arc<Self>, error: &UpstreamError) {
         let mut reason = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.is_up.swap(false, Ordering::AcqRel) {
@@ -116,7 +114,7 @@ async fn try_first(health: Arc<Health>) {
     health.served_map.note_asked();
 }
 
-/// Ends also when the instance is no longer one of the pool's.
+/// Ends also when the pool drops the instance.
 async fn try_until_up(health: Weak<Health>, pause: Duration) {
     loop {
         sleep(pause).await;

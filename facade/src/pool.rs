@@ -1,5 +1,5 @@
-//! The logging instances: uniform random choice among those that are up, and what to ask next when
-//! a read fails on one. How a POST is repeated is the subject of `delivery`.
+//! The logging instances: the uniform random choice among healthy ones, and the failover of reads.
+//! `delivery` has the retries of a POST.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -19,19 +19,17 @@ use crate::identifiers::Identifiers;
 use crate::served_map::ServedMap;
 use crate::upstream::UpstreamError;
 
-/// Pause before all instances are asked again for what none of them gave, doubled each time up to
-/// [`MAX_PAUSE`].
+/// Pause after a read failed on every instance; it doubles up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const MAX_PAUSE: Duration = Duration::from_millis(500);
 
-/// Repeats and hedges of POSTs may be this share of the POSTs of the last [`BUDGET_SPAN`], and
-/// [`FREE_REPEATS_PER_SECOND`] besides. Above 500 POSTs a second that is less than a tenth in all,
-/// so overload is not multiplied. (The budget counts in whole POSTs for each repeat: one of twelve.)
-const REPEAT_SHARE: f32 = 0.08;
+/// The retry budget: retries and hedges may be this share of the POSTs of the last [`BUDGET_SPAN`],
+/// plus [`FREE_RETRIES_PER_SECOND`]. Above 500 POSTs a second that is less than a tenth in all, so
+/// retries do not multiply overload. (The budget rounds the share to one retry for 12 POSTs.)
+const RETRY_SHARE: f32 = 0.08;
 const BUDGET_SPAN: Duration = Duration::from_secs(10);
-const FREE_REPEATS_PER_SECOND: u32 = 10;
+const FREE_RETRIES_PER_SECOND: u32 = 10;
 
-/// One logging instance with its batcher.
 #[derive(Debug)]
 pub struct Instance {
     /// `HOST:PORT`, as callers see it in `x-logging-instance`.
@@ -42,8 +40,7 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// An instance that is believed to be up. Its batcher ends when it has been dropped and what
-    /// was queued is answered.
+    /// An instance that counts as healthy until a request fails.
     fn new(
         name: String,
         client: Arc<dyn LoggingApi>,
@@ -60,20 +57,19 @@ impl Instance {
     }
 }
 
-/// All logging instances.
 #[derive(Debug)]
 pub struct Pool {
     members: RwLock<Vec<Member>>,
     random: Mutex<StdRng>,
-    /// How many POSTs may be tried once more, so that overload is not multiplied.
+    /// The retry budget of POSTs.
     pub repeats: TpsBudget,
-    /// Wakes the messages that wait for any instance.
+    /// Wakes messages that wait for a healthy instance.
     readmitted: Arc<Notify>,
     pub served_map: Arc<ServedMap>,
     pub identifiers: Identifiers,
 }
 
-/// An instance and the configured addresses that it was found under.
+/// An instance and the configured addresses that resolve to it.
 #[derive(Clone, Debug)]
 struct Member {
     origins: BTreeSet<String>,
@@ -81,22 +77,21 @@ struct Member {
 }
 
 impl Pool {
-    /// A pool without instances; `random` chooses among them, `identifiers` makes the UUIDs of what
-    /// they are given.
+    /// An empty pool; `random` chooses instances, `identifiers` generates the UUIDs of messages.
     pub fn new(random: StdRng, identifiers: Identifiers) -> Self {
         Self {
             members: RwLock::default(),
             random: Mutex::new(random),
-            repeats: TpsBudget::new(BUDGET_SPAN, FREE_REPEATS_PER_SECOND, REPEAT_SHARE),
+            repeats: TpsBudget::new(BUDGET_SPAN, FREE_RETRIES_PER_SECOND, RETRY_SHARE),
             readmitted: Arc::default(),
             served_map: Arc::default(),
             identifiers,
         }
     }
 
-    /// Makes these, by name, the instances that were found under `origin`. The pool is the union of
-    /// what was found under each origin. Those that were there already stay as they are; those that
-    /// no origin has any more get nothing new, and what they have is finished.
+    /// Sets the instances, by name, behind `origin`. The pool is the union of all origins. An
+    /// instance already in the pool keeps its state. An instance that is behind no origin any more
+    /// gets no new requests and finishes its queue.
     pub fn set_instances(&self, origin: &str, found: Vec<(String, Arc<dyn LoggingApi>)>) {
         let mut members = self.members.write().unwrap_or_else(PoisonError::into_inner);
         for (name, client) in &found {
@@ -105,7 +100,7 @@ impl Pool {
                 member.origins.insert(origin.to_owned());
                 continue;
             }
-            tracing::info!(instance = name, "a logging instance is known");
+            tracing::info!(instance = name, "a logging instance is configured");
             members.push(Member {
                 origins: BTreeSet::from([origin.to_owned()]),
                 instance: Arc::new(Instance::new(
@@ -124,7 +119,7 @@ impl Pool {
             if !member.origins.is_empty() {
                 return true;
             }
-            tracing::info!(instance = name, "a logging instance has vanished");
+            tracing::info!(instance = name, "a logging instance is no longer in DNS");
             self.served_map.forget(name);
             false
         });
@@ -140,18 +135,17 @@ impl Pool {
             .collect()
     }
 
-    /// One of the instances that are up and whose queue has room, each equally likely: for a message
-    /// that was not tried yet.
+    /// A random healthy instance that is not overloaded, each equally likely, for a first try.
     pub fn choose_with_room(&self) -> Option<Arc<Instance>> {
         self.pick(|instance| instance.health.is_up() && instance.batcher.has_room())
     }
 
-    /// One of the instances that are up and not in `tried`, each equally likely.
+    /// A random healthy instance that is not in `tried`, each equally likely.
     pub fn choose_up(&self, tried: &[Arc<Instance>]) -> Option<Arc<Instance>> {
         self.pick(|instance| instance.health.is_up() && !is_among(tried, instance))
     }
 
-    /// The same. If there is none, one of those that are down: it may have come back unnoticed.
+    /// As [`Self::choose_up`]; if there is none, an unhealthy instance, which may have recovered.
     fn choose(&self, tried: &[Arc<Instance>]) -> Option<Arc<Instance>> {
         self.choose_up(tried)
             .or_else(|| self.pick(|instance| !is_among(tried, instance)))
@@ -169,7 +163,6 @@ impl Pool {
         self.instances().iter().any(|one| one.health.is_up())
     }
 
-    /// Waits until an instance is up.
     pub async fn any_up(&self) {
         loop {
             let readmitted = self.readmitted.notified();
@@ -180,7 +173,7 @@ impl Pool {
         }
     }
 
-    /// Which instances are down, and why, for a caller.
+    /// Why no instance is up, for a caller.
     pub fn down_reasons(&self) -> String {
         let instances = self.instances();
         let reasons = instances.iter().filter_map(|instance| {
@@ -189,7 +182,7 @@ impl Pool {
         });
         let reasons: Vec<String> = reasons.collect();
         match reasons.is_empty() {
-            true => "no logging instance is known".to_owned(),
+            true => "no logging instance is in DNS".to_owned(),
             false => format!("no logging instance is up: {}", reasons.join("; ")),
         }
     }
@@ -197,14 +190,14 @@ impl Pool {
     /// Asks instances in random order until one answers, each at most once.
     ///
     /// # Errors
-    /// When none answered: the error that gives the most hope, see `hope`.
+    /// When none answered: the error after which a retry is most likely to succeed.
     pub async fn ask<T, F>(&self, question: impl Fn(Arc<Instance>) -> F) -> Result<T, UpstreamError>
     where
         F: Future<Output = Result<T, UpstreamError>>,
     {
         self.served_map.all_asked().await;
         let mut tried = Vec::new();
-        let mut failure = UpstreamError::Unreachable("no logging instance is known".into());
+        let mut failure = UpstreamError::Unreachable("no logging instance is in DNS".into());
         while let Some(instance) = self.choose(&tried) {
             match question(instance.clone()).await {
                 Ok(answer) => {
@@ -215,7 +208,7 @@ impl Pool {
                     if is_failure_of_instance(&error) {
                         instance.health.note_failure(&error);
                     }
-                    if hope(&error) >= hope(&failure) {
+                    if retry_rank(&error) >= retry_rank(&failure) {
                         failure = error;
                     }
                 }
@@ -225,11 +218,10 @@ impl Pool {
         Err(failure)
     }
 
-    /// Asks all instances again and again until one answers, while `may_wait` allows it for the
-    /// error, and at most for `timeout`.
+    /// Repeats [`Self::ask`], with backoff, while `may_wait` accepts its error and until `timeout`.
     ///
     /// # Errors
-    /// As [`Self::ask`], of the last time.
+    /// The last error of [`Self::ask`].
     pub async fn ask_until_deadline<T, F>(
         &self,
         timeout: Duration,
@@ -259,8 +251,8 @@ fn is_among(tried: &[Arc<Instance>], instance: &Instance) -> bool {
     tried.iter().any(|tried| std::ptr::eq(&**tried, instance))
 }
 
-/// Whether a read that failed says that the instance itself is sick. What the instance says of the
-/// map, or of one damaged entry, does not.
+/// Whether a read's error makes the instance unhealthy. An error of its map or of one damaged entry
+/// does not.
 fn is_failure_of_instance(error: &UpstreamError) -> bool {
     match error {
         UpstreamError::Unreachable(_)
@@ -272,15 +264,15 @@ fn is_failure_of_instance(error: &UpstreamError) -> bool {
     }
 }
 
-/// Whether a read that begins waits after this error: an instance hangs, or waits for its map as
-/// while a failover lasts. When all instances are away or refuse, its caller is told at once.
+/// Whether a read that has not begun is retried: an instance hangs, or its map is unavailable, as
+/// during a failover. When all instances are unreachable or refuse, the read fails at once.
 pub fn is_worth_waiting(error: &UpstreamError) -> bool {
     error.is_map_unavailable() || matches!(error, UpstreamError::TimedOut)
 }
 
-/// How much hope an error gives that asking again helps, from none up: the instance is away or
-/// wrong, it refuses, it hangs, it waits for its map.
-fn hope(error: &UpstreamError) -> u8 {
+/// Ranks errors by how likely a retry succeeds, from least to most: the instance is unreachable or
+/// wrong, it refuses, it hangs, its map is unavailable.
+fn retry_rank(error: &UpstreamError) -> u8 {
     match error {
         UpstreamError::Unreachable(_)
         | UpstreamError::Lost(_)
@@ -306,7 +298,6 @@ mod tests {
         instances.iter().map(|one| one.name.clone()).collect()
     }
 
-    /// An address that two names share stays when one of them moves away.
     #[tokio::test]
     async fn pool_is_the_union_of_what_each_name_has() {
         let identifiers = Identifiers::new(SystemTime::now);

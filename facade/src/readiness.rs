@@ -1,4 +1,4 @@
-//! Whether the facade can serve now, which is whether any logging instance can.
+//! Readiness: the facade is ready while any logging instance is.
 
 use std::time::Duration;
 
@@ -13,20 +13,20 @@ use crate::client::MessagesClient;
 use crate::pool::Pool;
 use crate::upstream::UpstreamError;
 
-/// How long an answer counts, so that many who ask at once cost the instances one question.
+/// How long an answer is reused, so that many probes cost the instances one request.
 const FRESH: Duration = Duration::from_secs(1);
 
-/// What the last question to the instances gave; the lock is held while it is found out again.
+/// The last answer of the instances; the lock is held while they are asked again.
 #[derive(Debug, Default)]
 pub(crate) struct Readiness {
-    known: Mutex<Option<(Instant, Result<(), String>)>>,
+    last: Mutex<Option<(Instant, Result<(), String>)>>,
 }
 
 impl Readiness {
-    /// Asks all instances at once and is done with the first that is ready.
+    /// Asks all instances in parallel and returns when the first is ready.
     pub(crate) async fn any_instance(&self, pool: &Pool) -> Result<(), String> {
-        let mut known = self.known.lock().await;
-        if let Some((at, ready)) = &*known
+        let mut last = self.last.lock().await;
+        if let Some((at, ready)) = &*last
             && at.elapsed() < FRESH
         {
             return ready.clone();
@@ -45,7 +45,7 @@ impl Readiness {
                 None => break Err(none_is_ready(&reasons)),
             }
         };
-        *known = Some((Instant::now(), ready.clone()));
+        *last = Some((Instant::now(), ready.clone()));
         ready
     }
 }
@@ -75,10 +75,10 @@ pub(crate) async fn check_all(
 
 fn none_is_ready(reasons: &[String]) -> String {
     let reasons = match reasons.is_empty() {
-        true => "none is known".to_owned(),
+        true => "none is in DNS".to_owned(),
         false => reasons.join("; "),
     };
-    format!("no logging instance can read and store; start one, or look at --logging: {reasons}")
+    format!("no logging instance can read and store; start one, or correct --logging: {reasons}")
 }
 
 fn check(name: String, asked: Result<(), UpstreamError>) -> Check {

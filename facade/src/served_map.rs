@@ -1,9 +1,8 @@
-//! Which map the facade serves: the one that it began with.
+//! The facade serves one map: that of the first answer it used.
 //!
-//! Instances tell the id of their map in each answer. If one of them is started on another map, for
-//! example because the folder was deleted under it, its answers would make messages appear and
-//! disappear. While the facade has served nothing yet and its instances disagree, nobody can tell
-//! which map is meant, and it serves neither.
+//! Each answer of an instance has the id of its map. Answers of an instance on another map, for
+//! example after its folder was deleted, would make messages appear and disappear. While the facade
+//! has served nothing and its instances have different maps, it serves none of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -11,39 +10,39 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-/// The map that a facade serves, shared by the clients of all its instances.
+/// The map that the facade serves, shared by the clients of all instances.
 #[derive(Debug, Default)]
 pub struct ServedMap {
-    /// Set once, when the facade has served something.
+    /// Set when the facade has used the first answer.
     served: OnceLock<Uuid>,
     beginning: Mutex<Beginning>,
-    /// Wakes requests that came before all instances were asked.
+    /// Wakes requests that wait in [`Self::all_asked`].
     asked: Notify,
 }
 
-/// What is known until the facade has served something.
+/// The state until the facade has served something.
 #[derive(Debug, Default)]
 struct Beginning {
-    /// Instances that were not asked yet.
+    /// The number of instances whose first trial has not ended.
     unasked: usize,
-    /// The map's id that each instance told last.
-    told: BTreeMap<String, Uuid>,
+    /// The last map id of each instance.
+    last_maps: BTreeMap<String, Uuid>,
 }
 
 impl ServedMap {
-    /// Counts an instance that is going to be asked for the first time.
+    /// Counts an instance whose first trial begins.
     pub(crate) fn expect_instance(&self) {
         self.beginning().unasked += 1;
     }
 
-    /// Notes that an instance was asked for the first time, and that it answered or failed.
+    /// Notes that the first trial of an instance ended, with an answer or an error.
     pub(crate) fn note_asked(&self) {
         self.beginning().unasked -= 1;
         self.asked.notify_waiters();
     }
 
-    /// Waits until all instances that the facade began with were asked, so that the first one to
-    /// answer does not decide alone which map is served.
+    /// Waits until the first trials of all instances ended, so that the fastest instance does not
+    /// decide alone which map is served.
     pub(crate) async fn all_asked(&self) {
         loop {
             let asked = self.asked.notified();
@@ -54,10 +53,10 @@ impl ServedMap {
         }
     }
 
-    /// Checks an answer of the instance, which bears this map's id.
+    /// Checks the map id in an answer of the instance.
     ///
     /// # Errors
-    /// Why the answer must not be used, in words that follow the instance's name.
+    /// Why the answer must not be used, as a text to follow the instance's name.
     pub(crate) fn check(&self, instance: &str, map: Option<Uuid>) -> Result<(), String> {
         let Some(map) = map else {
             return Ok(());
@@ -67,27 +66,27 @@ impl ServedMap {
                 return Ok(());
             }
             return Err(format!(
-                "serves the map {map}, and this facade began with the map {served}: start the \
-                 instance on that map, or restart the facade if the other one is meant"
+                "serves the map {map}, but this facade serves the map {served}: start the instance \
+                 on the facade's map, or restart the facade if the instance's map is the right one"
             ));
         }
         let mut beginning = self.beginning();
-        beginning.told.insert(instance.to_owned(), map);
+        beginning.last_maps.insert(instance.to_owned(), map);
         if beginning.maps().len() == 1 {
             return Ok(());
         }
         Err(format!(
-            "serves the map {map}, and other instances serve another one: this facade serves \
-             neither until they agree"
+            "serves the map {map}, but other instances serve another map: this facade serves none \
+             until they all serve the same map"
         ))
     }
 
-    /// Forgets what an instance told that does not answer any more.
+    /// Forgets the map of an instance that failed or left the pool.
     pub(crate) fn forget(&self, instance: &str) {
-        self.beginning().told.remove(instance);
+        self.beginning().last_maps.remove(instance);
     }
 
-    /// Notes that an answer was used: from now on its map is the one.
+    /// Notes that an answer was used, which fixes the served map.
     pub(crate) fn note_use(&self) {
         if self.served.get().is_some() {
             return;
@@ -107,7 +106,7 @@ impl ServedMap {
 
 impl Beginning {
     fn maps(&self) -> BTreeSet<Uuid> {
-        self.told.values().copied().collect()
+        self.last_maps.values().copied().collect()
     }
 }
 

@@ -337,7 +337,11 @@ async fn host_name_is_as_many_instances_as_it_has_addresses() {
             &format!("http://logging.test:{}", first_address.port()),
         ]);
     let facade = Process::start(command, free_address());
-    let known = |log: &[String]| log.iter().filter(|line| line.contains("is known")).count();
+    let known = |log: &[String]| {
+        log.iter()
+            .filter(|line| line.contains("is configured"))
+            .count()
+    };
     facade.wait_for_log(|log| known(log) == 2);
 
     let http = Client::new();
@@ -358,7 +362,8 @@ async fn host_name_is_as_many_instances_as_it_has_addresses() {
     );
 
     std::fs::write(&hosts, "127.0.0.2 logging.test\n").unwrap();
-    facade.wait_for_line(|line| line.contains("vanished") && line.contains("127.0.0.1:"));
+    facade
+        .wait_for_line(|line| line.contains("is no longer in DNS") && line.contains("127.0.0.1:"));
     for _ in 0..50 {
         assert!(is_from(&post().await, &second));
     }

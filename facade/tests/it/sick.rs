@@ -337,7 +337,7 @@ async fn facade_serves_the_map_that_it_began_with() {
     let readiness = system.http.get(readyz).send().await.unwrap();
     let readiness = readiness.text().await.unwrap();
     assert!(
-        readiness.contains("this facade began with the map"),
+        readiness.contains("this facade serves the map"),
         "{readiness}"
     );
     // The others' folder is gone, so nothing may be stored, and not on the other map either.
@@ -345,7 +345,7 @@ async fn facade_serves_the_map_that_it_began_with() {
     assert_eq!(system.read_all().await.len(), 20);
 }
 
-/// A facade that begins in front of two maps serves neither, and says so; when one of them is gone,
+/// A facade that begins in front of two maps serves none, and says so; when one of them is gone,
 /// it serves the other.
 #[tokio::test(flavor = "multi_thread")]
 async fn facade_that_begins_with_two_maps_serves_neither() {
@@ -366,14 +366,14 @@ async fn facade_that_begins_with_two_maps_serves_neither() {
     };
     for path in ["/", "/readyz"] {
         let refused = problem(get(path).await, 503).await;
-        assert!(refused.to_string().contains("serves neither"), "{refused}");
+        assert!(refused.to_string().contains("serves none"), "{refused}");
     }
     let post = async || {
         let request = http.post(facade.url()).body("a");
         request.send().await.unwrap()
     };
     let refused = problem(post().await, 503).await;
-    assert!(refused.to_string().contains("serves neither"), "{refused}");
+    assert!(refused.to_string().contains("serves none"), "{refused}");
     second.kill();
     facade.wait_for_line(|line| line.contains("is up again"));
     assert_eq!(post().await.status(), 200);
