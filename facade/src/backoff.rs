@@ -1,10 +1,9 @@
-//! Pauses that double.
+//! Exponential backoff.
 
 use std::time::Duration;
 
 use tokio::time::sleep;
 
-/// The pause before the next try.
 #[derive(Debug)]
 pub(crate) struct Backoff {
     pause: Duration,
@@ -12,12 +11,12 @@ pub(crate) struct Backoff {
 }
 
 impl Backoff {
-    /// Begins with the pause `first`, which doubles up to `max`.
+    /// The first pause takes `first`, each next one twice as long, up to `max`.
     pub(crate) fn new(first: Duration, max: Duration) -> Self {
         Self { pause: first, max }
     }
 
-    /// How long the next pause is.
+    /// The length of the next pause.
     pub(crate) fn next(&self) -> Duration {
         self.pause
     }

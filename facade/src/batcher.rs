@@ -1,7 +1,7 @@
-//! One batcher for each logging instance. While a batch is in flight the next one gathers, so
-//! batches grow with the load and nobody waits for a timer.
+//! One batcher per logging instance. The next batch gathers while one is in flight, so batches grow
+//! with the load and no entry waits for a timer.
 //!
-//! What a failed batch means for its entries is decided here; where they go next is not.
+//! A failed batch fails its entries here; `delivery` retries them.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -17,34 +17,31 @@ use crate::client::LoggingApi;
 use crate::health::Health;
 use crate::upstream::{MaybeStored, UpstreamError};
 
-/// A batch takes no further entry once it has this many bytes: one group commit's worth, which an
-/// instance stores well within its store timeout.
+/// A batch takes no further entry once it has this many bytes, which an instance stores in one
+/// group commit well within its store timeout.
 pub(crate) const TARGET_BATCH_BYTES: usize = 1024 * 1024;
 
-/// Batches begin with this limit in bytes, and double it while they are answered in less than half
-/// of [`LONG_BATCH`], like TCP's slow start: an instance that stores a few hundred entries a second
-/// must not get a batch that it cannot answer within the try timeout.
+/// The first limit of a batch, in bytes. As in TCP's slow start, it doubles while full batches take
+/// less than half of [`LONG_BATCH`]: an instance that stores a few hundred entries a second must be
+/// able to answer a batch within the try timeout.
 const FIRST_BATCH: usize = 16 * 1024;
 
-/// A batch that took longer halves the limit.
+/// A batch that takes longer halves the limit.
 const LONG_BATCH: Duration = Duration::from_millis(500);
 
-/// The limit is not halved below this, in bytes: a few entries share what a batch costs.
+/// The lowest limit, in bytes: a few entries still share the cost of a batch.
 const SMALLEST_BATCH: usize = 1024;
 
-/// A queue has no room for new messages when the first entry has waited for so long and it would
-/// take more than [`MAX_WAITING_BATCHES`] to send all of it. Both together, so that neither a burst
-/// nor a slow disk alone turns messages away.
+/// A queue takes no new messages while its first entry has waited longer than this and it fills
+/// more than [`MAX_WAITING_BATCHES`], so neither a burst nor a slow disk alone refuses messages.
 const LONG_WAIT: Duration = Duration::from_millis(500);
 const MAX_WAITING_BATCHES: usize = 4;
 
-/// What a request has reserved, for as long as anything of it is queued.
+/// The permits or memory of a request, held until none of its entries is queued.
 pub type Held = Arc<dyn Any + Send + Sync>;
 
-/// The queue to one instance.
-///
-/// It has no bound of its own in bytes: each entry in it holds the reservation of its request. In
-/// time it is bounded by [`Batcher::has_room`].
+/// The queue to one instance. Its bytes are bounded by the reservation that each entry holds, its
+/// waiting time by [`Batcher::has_room`].
 #[derive(Debug)]
 pub struct Batcher {
     shared: Arc<Shared>,
@@ -53,16 +50,16 @@ pub struct Batcher {
 #[derive(Debug)]
 struct Shared {
     queue: Mutex<Queue>,
-    /// Wakes the task that sends.
+    /// Wakes the sending task.
     changed: Notify,
 }
 
 #[derive(Debug)]
 struct Queue {
     entries: VecDeque<Queued>,
-    /// Of all entries, encoded.
+    /// The encoded length of all entries.
     bytes: usize,
-    /// How many bytes the next batch may have; one entry may always be sent.
+    /// The limit of the next batch, in bytes; the entry that reaches it is still sent.
     batch_limit: usize,
     is_closed: bool,
 }
@@ -77,20 +74,19 @@ struct Queued {
 
 type Reply = oneshot::Sender<Result<Outcome, BatchFailure>>;
 
-/// Why an entry has no outcome of its own: its batch failed as a whole, or was never sent.
+/// Why an entry has no outcome: its batch failed as a whole or was never sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BatchFailure {
     /// For the caller.
     pub detail: String,
     /// Whether the batch may have been executed.
     pub maybe_stored: MaybeStored,
-    /// Whether the instance is down because of it; otherwise the instance itself refused the batch.
+    /// Whether the instance is down; otherwise it refused the batch.
     pub is_down: bool,
 }
 
 impl Batcher {
-    /// Starts the task that sends the batches. It ends when the batcher is dropped and what was
-    /// queued is answered.
+    /// Starts the sending task, which ends when the batcher is dropped and its queue is answered.
     pub fn start(client: Arc<dyn LoggingApi>, health: Arc<Health>) -> Self {
         let shared = Arc::new(Shared {
             queue: Mutex::new(Queue {
@@ -105,8 +101,8 @@ impl Batcher {
         Self { shared }
     }
 
-    /// Queues one entry for the next batch and returns what will become of it. Whoever drops the
-    /// future stops waiting: the entry may then be stored or not.
+    /// Queues one entry and returns a future of its outcome. If the future is dropped, the entry
+    /// may or may not be stored.
     pub fn put(
         &self,
         entry: &PutEntry,
@@ -130,7 +126,7 @@ impl Batcher {
         }
     }
 
-    /// Whether the instance keeps up with what it is given, so that it may be given more.
+    /// Whether the instance keeps up with its queue and may get new messages.
     pub fn has_room(&self) -> bool {
         let queue = self.shared.lock();
         let waited = queue.entries.front().map(|first| first.since.elapsed());
@@ -151,7 +147,7 @@ impl Shared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for entries and takes a batch of them; `None` when there will be no more.
+    /// `None` when the batcher is dropped and its queue is empty.
     async fn next_batch(&self) -> Option<Vec<Queued>> {
         loop {
             {
@@ -170,8 +166,7 @@ impl Shared {
 }
 
 impl Queue {
-    /// Takes entries until they have [`Self::batch_limit`] bytes; those whose caller has given up
-    /// are left out.
+    /// Takes entries up to [`Self::batch_limit`] and skips those whose caller has given up.
     fn take_batch(&mut self) -> Vec<Queued> {
         let mut batch = Vec::new();
         let mut bytes = 0;
@@ -192,7 +187,6 @@ impl Queue {
         std::mem::take(&mut self.entries)
     }
 
-    /// Adapts the limit to what the instance stores in time.
     fn note_answered(&mut self, bytes: usize, took: Duration) {
         if took > LONG_BATCH {
             self.batch_limit = (self.batch_limit / 2).max(SMALLEST_BATCH);
@@ -237,7 +231,7 @@ async fn send_batches(client: Arc<dyn LoggingApi>, health: Arc<Health>, shared: 
     }
 }
 
-/// An answer without a result for each entry is worth nothing: nobody knows whose the results are.
+/// Rejects an answer with too few or too many results: they cannot be matched to entries.
 fn require_all(
     answer: Result<Vec<PutResult>, UpstreamError>,
     entries: usize,
@@ -252,8 +246,7 @@ fn require_all(
     )))
 }
 
-/// What waits behind a batch that took the instance down was never sent: it can go elsewhere at
-/// once.
+/// Entries queued behind the batch that failed were never sent: other instances can take them.
 fn refuse_queued(shared: &Shared, failure: &BatchFailure) {
     let waiting = {
         let mut queue = shared.lock();

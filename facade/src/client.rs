@@ -1,8 +1,8 @@
-//! Clients to the services behind the facade: one method a call, every call with a deadline.
+//! HTTP clients of the logging instances and the messages service, with a timeout on every call.
 //!
-//! They know no failover and keep no state about which instance is up: that is the pool's subject.
-//! An answer counts as a logging instance's only when it bears the instance's mark: a proxy, or
-//! another server at the address, may answer anything after it forwarded a request or not.
+//! They have no failover and no health: these belong to the pool. An answer must bear a logging
+//! instance's mark: a proxy or another server at the address may answer anything, whether or not it
+//! forwarded the request.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -26,25 +26,25 @@ use crate::entry_stream::Chunks;
 use crate::served_map::ServedMap;
 use crate::upstream::UpstreamError;
 
-/// Idle connections are dropped after this time, well before the services behind drop theirs.
+/// Idle connections are closed after this time, well before the services close them.
 const IDLE_CONNECTION: Duration = Duration::from_secs(10);
 
-/// A longer answer to a read of one entry is not an instance's: an entry can be as large as a batch.
+/// The largest answer with one entry, which can be as large as a batch; a longer one is an error.
 const MAX_ENTRY_BODY: usize = MAX_BATCH_BYTES + 1024;
 
-/// A longer answer to a batch is not an instance's: an outcome is not much larger than its entry,
-/// and a batch of the facade is an eighth of what an instance accepts.
+/// The largest answer to a batch; a longer one is an error. An outcome is not much larger than its
+/// entry, and the facade's batches are an eighth of what an instance accepts.
 const MAX_OUTCOMES_BODY: usize = MAX_BATCH_BYTES;
 
-/// The longest reply of the messages service that is passed on.
+/// The longest reply of the messages service, and the longest error body; longer ones are errors.
 const MAX_REPLY_BYTES: usize = 64 * 1024;
 
-/// How many bytes of a stream hyper may hold for one GET.
+/// The most bytes of a stream that hyper buffers for one GET.
 const STREAM_BUFFER: usize = 64 * 1024;
 
-/// The HTTP client for all calls but streams. It goes straight to the services: proxies from the
-/// environment and redirects are off, and so are retries, except of requests that were never
-/// written because a kept connection had been closed.
+/// The HTTP client for all calls but streams. It uses no proxies from the environment, follows no
+/// redirects, and retries only requests that were never written because an idle connection had been
+/// closed.
 ///
 /// # Errors
 /// When the client cannot be built.
@@ -59,8 +59,8 @@ pub fn http_client(connect_timeout: Duration) -> reqwest::Result<Client> {
         .build()
 }
 
-/// The HTTP client for streams. It is the one inside reqwest, built here because reqwest cannot bound
-/// hyper's read buffer, which grows to half a mebibyte for each GET whose caller is slow.
+/// The HTTP client for streams: hyper's, because reqwest cannot bound hyper's read buffer, which
+/// grows to 512 KiB for each GET whose caller is slow.
 type StreamClient = legacy::Client<HttpConnector, Body>;
 
 fn stream_client(connect_timeout: Duration) -> StreamClient {
@@ -74,11 +74,10 @@ fn stream_client(connect_timeout: Duration) -> StreamClient {
         .build(connector)
 }
 
-/// The answer to a read.
 pub struct ReadAnswer {
     /// Where an ascending read ends: see [`READ_END`].
     pub end: Option<Uuid>,
-    /// The lines, as they come. No byte for the time of one try, while one is waited for, is an error.
+    /// The lines as they arrive. Waiting for the next byte longer than the try timeout is an error.
     pub chunks: Chunks,
 }
 
@@ -89,24 +88,23 @@ impl fmt::Debug for ReadAnswer {
     }
 }
 
-/// One logging instance, as the pool, the batcher and reads see it. Tests of failover put a
-/// simulated one in its place, whose network loses and delays what the test says.
+/// One logging instance. Failover tests replace it by a simulation that loses and delays messages.
 #[async_trait]
 pub trait LoggingApi: fmt::Debug + Send + Sync {
-    /// Puts a batch and returns what became of each entry, in order.
+    /// Stores a batch and returns the result of each entry, in order.
     async fn put(&self, batch: Batch) -> Result<Vec<PutResult>, UpstreamError>;
 
-    /// Begins to read entries; waits until the answer begins.
+    /// Starts a read and returns when the answer begins.
     async fn read(
         &self,
         query: ReadQuery,
         request_id: Option<&str>,
     ) -> Result<ReadAnswer, UpstreamError>;
 
-    /// Reads one entry; `None` when the instance says that there is none.
+    /// Reads one entry; `None` when the map has none under this UUID.
     async fn get(&self, uuid: Uuid) -> Result<Option<Entry>, UpstreamError>;
 
-    /// Asks whether the instance can read and store now; what it says is missing is the error.
+    /// Asks whether the instance can read and store; the error has its reason.
     async fn ready(&self) -> Result<(), UpstreamError>;
 }
 
@@ -139,15 +137,14 @@ impl LoggingClient {
         }
     }
 
-    /// Sends a request and lets the answer pass, whatever its status, if a logging instance wrote
-    /// it and serves the facade's map.
+    /// Sends a request and accepts any status from a logging instance that serves the facade's map.
     async fn send(&self, request: RequestBuilder) -> Result<Response, UpstreamError> {
         self.check(request.timeout(self.timeout).send().await?)
     }
 
     fn check(&self, response: Response) -> Result<Response, UpstreamError> {
         let mark = match response.headers().get(MARK).map(|mark| mark.to_str()) {
-            None => Err("it does not bear an instance's mark".to_owned()),
+            None => Err("its mark is missing".to_owned()),
             Some(Err(_)) => Err("its mark is not text".to_owned()),
             Some(Ok(mark)) => mark.parse::<Mark>(),
         };
@@ -190,11 +187,11 @@ impl LoggingApi for LoggingClient {
         let response = asked.unwrap_or(Err(UpstreamError::TimedOut))?;
         let end = response.headers().get(READ_END).map(|end| {
             let end = Uuid::try_parse_ascii(end.as_bytes());
-            end.map_err(|_| UpstreamError::Garbled("its end is no UUID".to_owned()))
+            end.map_err(|_| UpstreamError::Garbled("its end is not a UUID".to_owned()))
         });
-        let patience = self.timeout;
+        let chunk_timeout = self.timeout;
         let chunks = stream::try_unfold(response, move |mut response| async move {
-            let chunk = timeout(patience, response.chunk()).await;
+            let chunk = timeout(chunk_timeout, response.chunk()).await;
             let chunk = chunk.map_err(|_| UpstreamError::TimedOut)??;
             Ok(chunk.map(|chunk| (chunk, response)))
         });
@@ -240,7 +237,6 @@ impl MessagesClient {
         }
     }
 
-    /// Its reply, whatever that is.
     pub async fn reply(&self, request_id: Option<&str>) -> Result<String, UpstreamError> {
         let mut request = self.http.get(self.base.clone()).timeout(self.timeout);
         if let Some(id) = request_id {

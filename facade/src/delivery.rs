@@ -1,5 +1,5 @@
-//! The delivery of one message: on which instance, how often, under which UUID, and until when. What an
-//! outcome means is decided in `judge`.
+//! Delivers one message: decides on which instances, how often, under which UUID and until when it
+//! is tried. `judge` decides what an outcome means.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,67 +18,63 @@ use crate::judge::{Doubt, Key, NotStored, Trouble, Verdict, judge};
 use crate::pool::{Instance, Pool};
 use crate::upstream::MaybeStored;
 
-/// Pause after every instance has failed once, doubled each time up to [`MAX_PAUSE`].
+/// Pause after every instance has failed once; it doubles up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const MAX_PAUSE: Duration = Duration::from_millis(500);
 
-/// How long a try may be silent before a second instance is asked: far more than storing takes, far
-/// less than the try timeout, so that several instances that hang do not use up the deadline.
+/// After this time without an answer a second instance is asked. It is far longer than storing
+/// takes, and so short that several hung instances do not use up the deadline.
 const HEDGE_AFTER: Duration = Duration::from_millis(200);
 
-/// So often a message is tried whose own UUID's time the map does not accept: the clocks of a cluster's
-/// primaries may differ, but when several of them refuse it, the facade's clock is wrong.
+/// After this many rejections of a generated UUID's time, give up. The clocks of a cluster's
+/// primaries may differ; when several primaries reject it, the facade's clock is wrong.
 const MAX_CLOCK_TRIES: u32 = 3;
 
-/// So often a message goes to another partition before it has to pause: with a third of them down,
-/// one of 19,683 does.
+/// After this many moves to other partitions, back off. With a third of the partitions down, one
+/// message of 19,683 does.
 const MAX_MOVES_AT_ONCE: u32 = 8;
 
-/// A message to be stored.
 #[derive(Debug)]
 pub struct Message {
     pub msg: String,
     pub key: Key,
-    /// For the logs.
     pub request_id: Option<String>,
-    /// What the request has reserved.
+    /// The permits or memory that the request reserved.
     pub held: Held,
     pub overload: WhenOverloaded,
 }
 
-/// What becomes of a message that an instance refused while the retry budget is used up.
+/// What to do when an instance refused a message and the retry budget is used up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WhenOverloaded {
-    /// Its caller is told at once, and may come back.
+    /// Fail at once; the caller may retry.
     GiveUp,
-    /// It waits for the budget until its deadline, which slows an upload down.
+    /// Wait for the budget until the deadline, which slows an upload down.
     Wait,
 }
 
-/// A message that is in the map.
 #[derive(Debug)]
 pub struct Stored {
     pub uuid: Uuid,
-    /// `HOST:PORT` of the instance whose answer counted.
+    /// `HOST:PORT` of the instance that reported the entry stored.
     pub instance: String,
-    /// Whether the map had held the caller's entry before.
+    /// Whether the entry was in the map before this request.
     pub is_duplicate: bool,
 }
 
 /// Stores one message: tries random instances, each once before any is tried again, until one has
 /// stored it or `timeout` is over.
 ///
-/// - A repeat after a try that may have been executed keeps its UUID, so the map sees that it is the
-///   same entry. A UUID of ours is made anew only while every try with it was certainly not executed.
-/// - A try that is not answered after 200 ms gets a second one beside it (a hedge), on
-///   another instance and under the same UUID.
-/// - An instance that fails with its whole batch is down; what it held goes to others at once, and
-///   its death costs nothing of the pool's budget for repeats. It costs an instance, and there are few.
-/// - Every other repeat and every hedge takes from that budget. When it is used up and an instance
-///   refuses, that is overload: see [`WhenOverloaded`].
-/// - A message that is refused only because no primary takes its partition goes to another
-///   partition, under another UUID; where that is not possible it waits. Neither is for want of
-///   capacity, so it costs nothing of the budget.
+/// - A retry after a try that may have been executed keeps its UUID, so the map recognizes the
+///   entry. A generated UUID is replaced only while no try with it can have been executed.
+/// - A try without an answer after 200 ms gets a hedge: a second try on another instance with the
+///   same UUID.
+/// - An instance that fails a whole batch is down, and its entries go to other instances at once.
+///   These retries take nothing from the retry budget: each failure removes one of few instances.
+/// - Every other retry and every hedge takes from the retry budget. An instance that refuses while
+///   the budget is used up means overload: see [`WhenOverloaded`].
+/// - A message whose partition no primary accepts goes to another partition under another UUID, or
+///   waits if its UUID must stay. The cause is not a lack of capacity, so this takes no budget.
 pub async fn deliver(
     pool: &Pool,
     message: Message,
@@ -90,7 +86,6 @@ pub async fn deliver(
     delivered.unwrap_or_else(|_| Err(delivery.give_up()))
 }
 
-/// A message on its way into the map.
 struct Delivery<'pool> {
     pool: &'pool Pool,
     deadline: Instant,
@@ -98,19 +93,18 @@ struct Delivery<'pool> {
     key: Key,
     held: Held,
     overload: WhenOverloaded,
-    /// What is known from the tries that have ended.
+    /// Whether an ended try may have stored the message.
     maybe_stored: MaybeStored,
     /// The instances whose tries have not ended.
     pending: Vec<Arc<Instance>>,
-    /// The instances that were tried in this round.
+    /// The instances tried in this round.
     tried: Vec<Arc<Instance>>,
-    /// What the last try on each instance said, for the caller.
+    /// The reason of the last failed try on each instance, for the caller.
     reasons: Vec<(String, String)>,
-    /// Between two rounds.
     backoff: Backoff,
-    /// To another partition.
+    /// Moves to other partitions.
     moves: u32,
-    /// Tries for which the map's clock and the facade's differed.
+    /// Tries whose UUID had a time that the map rejects.
     clock_tries: u32,
 }
 
@@ -119,7 +113,7 @@ struct Delivery<'pool> {
 enum Pace {
     Now,
     AfterPause,
-    /// After a pause in which the budget has recovered.
+    /// After pauses until the retry budget allows it.
     OnBudget,
 }
 
@@ -193,7 +187,7 @@ impl<'pool> Delivery<'pool> {
         }
     }
 
-    /// An instance for the first try, as soon as one is up.
+    /// Waits for an instance that is up and not overloaded.
     async fn first_instance(&mut self) -> Result<Arc<Instance>, NotStored> {
         self.pool.served_map.all_asked().await;
         loop {
@@ -208,22 +202,21 @@ impl<'pool> Delivery<'pool> {
                 return Err(NotStored::GaveUp {
                     uuid: self.entry.uuid,
                     maybe_stored: MaybeStored::No,
-                    detail: "more messages come than the logging instances store".to_owned(),
+                    detail: "messages arrive faster than instances store them".to_owned(),
                 });
             }
             self.backoff.pause().await;
         }
     }
 
-    /// A second instance to ask while the first one is silent, if there is one and the budget
-    /// allows it.
+    /// Another instance to try while the first has not answered, if the retry budget allows it.
     fn hedge(&self) -> Option<Arc<Instance>> {
         let second = self.pool.choose_up(&self.tried)?;
         self.pool.repeats.withdraw().then_some(second)
     }
 
-    /// The instance for the next try, in its time; `None` while another try is still pending that
-    /// may bring the answer.
+    /// Waits until the next try may begin and returns its instance; `None` if a pending try may
+    /// still store the message.
     async fn next_instance(
         &mut self,
         trouble: Trouble,
@@ -241,7 +234,7 @@ impl<'pool> Delivery<'pool> {
             }
             self.pool.any_up().await;
             if Instant::now() + self.backoff.next() >= self.deadline {
-                // A try that the deadline cuts off would only make its fate unknown.
+                // The deadline would cut the try off, which makes its outcome unknown.
                 return Err(self.give_up());
             }
             self.backoff.pause().await;
@@ -256,7 +249,7 @@ impl<'pool> Delivery<'pool> {
         match trouble {
             Trouble::InstanceDown => Ok(Pace::Now),
             Trouble::PartitionDown => {
-                // Any instance may take it in another partition, this one too.
+                // With another partition, instances already tried may store the message.
                 self.tried.clear();
                 self.moves += 1;
                 let may_move = self.may_renew() && self.moves <= MAX_MOVES_AT_ONCE;
@@ -279,20 +272,19 @@ impl<'pool> Delivery<'pool> {
         }
     }
 
-    /// Whether the entry may get another UUID.
     fn may_renew(&self) -> bool {
         self.key == Key::Generated
             && self.maybe_stored == MaybeStored::No
             && self.pending.is_empty()
     }
 
-    /// Hands the entry to an instance and returns what comes of it.
+    /// Queues the entry on an instance, under a new UUID if it may have one.
     fn try_on(
         &mut self,
         instance: Arc<Instance>,
     ) -> impl Future<Output = (Arc<Instance>, Result<Outcome, BatchFailure>)> + use<> {
-        let is_repeat = !self.reasons.is_empty();
-        if is_repeat && self.may_renew() {
+        let is_retry = !self.reasons.is_empty();
+        if is_retry && self.may_renew() {
             self.entry.uuid = self.pool.identifiers.next();
         }
         self.pending.push(instance.clone());
@@ -301,7 +293,6 @@ impl<'pool> Delivery<'pool> {
         async { (instance, answer.await) }
     }
 
-    /// Remembers what an instance said last.
     fn note(&mut self, instance: &str, reason: impl Into<String>) {
         self.reasons.retain(|(known, _)| known != instance);
         self.reasons.push((instance.to_owned(), reason.into()));

@@ -1,5 +1,5 @@
-//! What one try of a message means for it: a pure function of the answer and of what is known from the
-//! other tries. When and where the next try begins is the subject of `delivery`.
+//! Judges one try of a message: a pure function of its answer and of the state of the other tries.
+//! `delivery` decides when and where the next try begins.
 
 use common::entry::Outcome;
 use uuid::Uuid;
@@ -7,47 +7,45 @@ use uuid::Uuid;
 use crate::batcher::BatchFailure;
 use crate::upstream::MaybeStored;
 
-/// Whose UUID a message gets: only one of ours may ever be replaced.
+/// The origin of a message's UUID. Only a generated one may be replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Key {
-    /// The facade makes one.
     Generated,
-    /// The caller's; repeats of it are the same entry.
+    /// Chosen by the caller; retries with it store one entry.
     Caller(Uuid),
 }
 
 /// Why a message was not stored.
 #[derive(Debug)]
 pub enum NotStored {
-    /// The caller's UUID was already used for another message.
+    /// The caller already used the UUID for another message.
     Conflict,
-    /// The caller's UUID is too old, and not in the map.
+    /// The caller's UUID is too old, and the map has no entry under it.
     Stale,
     /// The caller's UUID is in the future.
     Early,
     /// Every try failed until the deadline.
     GaveUp {
-        /// To repeat the message with.
+        /// To retry the message with.
         uuid: Uuid,
-        /// Whether one of the tries may have stored it after all.
         maybe_stored: MaybeStored,
-        /// What the last try said.
+        /// The reason, for the caller.
         detail: String,
     },
 }
 
 impl NotStored {
-    /// What the caller is told to do.
+    /// The reason and the next step, for the caller.
     pub fn detail(&self) -> String {
         match self {
             Self::Conflict => {
                 "this key was already used for another message; make a new one for each message"
                     .to_owned()
             }
-            Self::Stale => "this key's time has passed, and it never was stored and never will \
-                            be: post again with a new key"
+            Self::Stale => "this key is too old: its message was not stored and never will be; \
+                            post again with a new key"
                 .to_owned(),
-            Self::Early => "this key's time is in the future, and nothing was stored: make keys \
+            Self::Early => "this key's time is in the future and nothing was stored: make keys \
                             from the current time, and post again with a new key"
                 .to_owned(),
             Self::GaveUp {
@@ -60,20 +58,20 @@ impl NotStored {
                 detail,
                 ..
             } => format!(
-                "the message may be stored; repeat it under this uuid, as idempotency-key or in its \
-                 line of an upload, then it is stored once: {detail}"
+                "the message may be stored; to store it once, retry with this uuid as \
+                 idempotency-key or in the upload's line: {detail}"
             ),
         }
     }
 }
 
-/// What is known of a message when one of its tries ends.
+/// The state of a message's other tries when one of them ends.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Doubt {
     pub(crate) key: Key,
-    /// From the tries that ended before.
+    /// By the tries that ended before.
     pub(crate) maybe_stored: MaybeStored,
-    /// Whether other tries of it may still be executed.
+    /// Whether other tries may still be executed.
     pub(crate) others_pending: bool,
 }
 
@@ -82,7 +80,7 @@ impl Doubt {
         self.maybe_stored == MaybeStored::Unknown || self.others_pending
     }
 
-    /// Why a message under the caller's key is not stored, when an earlier try may still store it.
+    /// The failure of a message under the caller's key, which another try may still store.
     fn gave_up(self, uuid: Uuid, detail: &str) -> NotStored {
         NotStored::GaveUp {
             uuid,
@@ -95,7 +93,6 @@ impl Doubt {
     }
 }
 
-/// What a try means for the message, and what is known of it from then on.
 #[derive(Debug)]
 pub(crate) struct Judged {
     pub(crate) verdict: Verdict,
@@ -108,26 +105,25 @@ pub(crate) enum Verdict {
         is_duplicate: bool,
     },
     Final(NotStored),
-    /// It is not stored yet, as far as this try knows; with the reason for the caller.
+    /// This try did not store it; with the reason for the caller.
     Again(Trouble, String),
 }
 
 /// Why a message has to be tried again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Trouble {
-    /// The instance is down since this try.
+    /// The whole batch failed: the instance is down.
     InstanceDown,
-    /// No primary takes the entry's partition now.
+    /// No primary accepts the entry's partition now.
     PartitionDown,
-    /// The instance certainly did not execute it.
+    /// The instance certainly did not execute the try.
     Refused,
-    /// The map's clock does not accept the time of a UUID that the facade made.
+    /// The map rejects the time of the generated UUID.
     ClocksDiffer,
-    /// The instance cannot tell, or the UUID is taken.
+    /// The outcome is unknown, or the generated UUID belongs to another message.
     NotTaken,
 }
 
-/// Judges one try of a message.
 pub(crate) fn judge(answer: Result<Outcome, BatchFailure>, doubt: Doubt) -> Judged {
     let before = doubt.maybe_stored;
     let outcome = match answer {
@@ -153,8 +149,7 @@ pub(crate) fn judge(answer: Result<Outcome, BatchFailure>, doubt: Doubt) -> Judg
             (Verdict::Stored { is_duplicate }, before)
         }
         (Outcome::Duplicate, Key::Caller(_)) => {
-            // A try of ours that may have been executed explains the entry: the caller may never
-            // have repeated it.
+            // Not a duplicate if another try of this request may have stored the entry.
             let is_duplicate = !doubt.may_be_stored();
             (Verdict::Stored { is_duplicate }, before)
         }
@@ -165,7 +160,7 @@ pub(crate) fn judge(answer: Result<Outcome, BatchFailure>, doubt: Doubt) -> Judg
         }
         (Outcome::Stale, Key::Caller(_)) => (Verdict::Final(NotStored::Stale), before),
         (Outcome::Leaving, Key::Caller(uuid)) => {
-            let detail = "this key is leaving the settle window, take a new one";
+            let detail = "this key is leaving the settle window; use a new one";
             (Verdict::Final(doubt.gave_up(uuid, detail)), before)
         }
         (Outcome::Early, Key::Caller(uuid)) if doubt.may_be_stored() => {
@@ -173,7 +168,7 @@ pub(crate) fn judge(answer: Result<Outcome, BatchFailure>, doubt: Doubt) -> Judg
             (Verdict::Final(doubt.gave_up(uuid, detail)), before)
         }
         (Outcome::Early, Key::Caller(_)) => (Verdict::Final(NotStored::Early), before),
-        // No earlier try of it will ever be stored either.
+        // The map has no entry under a stale UUID and accepts none, from earlier tries either.
         (Outcome::Stale, Key::Generated) => (clocks_differ(), MaybeStored::No),
         (Outcome::Leaving | Outcome::Early, Key::Generated) => (clocks_differ(), before),
         (Outcome::Refused { detail }, _) => (Verdict::Again(Trouble::Refused, detail), before),
@@ -192,8 +187,8 @@ pub(crate) fn judge(answer: Result<Outcome, BatchFailure>, doubt: Doubt) -> Judg
 }
 
 fn clocks_differ() -> Verdict {
-    let detail = "does not accept the time: the clocks of this facade and of the map differ by more \
-                  than the map tolerates; set them";
+    let detail = "rejects the UUID's time: this facade's clock and the map's differ by more than \
+                  the map tolerates; synchronize them";
     Verdict::Again(Trouble::ClocksDiffer, detail.to_owned())
 }
 
@@ -203,7 +198,6 @@ mod tests {
 
     const KEY: Key = Key::Caller(Uuid::nil());
 
-    /// What a try is judged to mean, in a word, and what is certain from then on.
     fn verdict(
         answer: Result<Outcome, BatchFailure>,
         key: Key,
@@ -282,7 +276,6 @@ mod tests {
         }
     }
 
-    /// A try that is still pending may be executed, as one of unknown fate may have been.
     #[test]
     fn pending_tries_are_doubts() {
         use MaybeStored::No;

@@ -1,51 +1,47 @@
-//! Why a service behind the facade gave no usable answer, and whether the request may have been executed.
+//! Errors of the services behind the facade, and whether the request may have been executed.
 
 use std::error::Error;
 
 use hyper_util::client::legacy;
 use reqwest::StatusCode;
 
-/// What lies behind an [`UpstreamError`], for the log.
+/// The source of an [`UpstreamError`].
 pub type Cause = Box<dyn Error + Send + Sync>;
 
-/// Why a service behind the facade gave no usable answer.
 #[derive(Debug, thiserror::Error)]
 pub enum UpstreamError {
     /// No connection: the request was certainly not executed.
     #[error("cannot be reached")]
     Unreachable(#[source] Cause),
-    /// No complete answer in time.
     #[error("did not answer in time")]
     TimedOut,
     /// The connection was lost before the answer was complete.
-    #[error("broke the connection off")]
+    #[error("closed the connection early")]
     Lost(#[source] Cause),
-    /// The service itself answered that it does not do this.
+    /// The service answered with an error.
     #[error("answered {0}: {1}")]
     Status(StatusCode, String),
-    /// The answer came from something else: a proxy in between, or another server at the address.
-    /// The request may have been executed.
-    #[error("gave an answer ({0}) that is not a logging instance's: {1}")]
+    /// The answer came from a proxy or another server at the address: the request may have been
+    /// executed.
+    #[error("gave an answer ({0}) that is not from a logging instance: {1}")]
     Unmarked(StatusCode, String),
-    /// The instance serves another map than the facade.
+    /// The instance serves a different map than the facade.
     #[error("{0}")]
     OtherMap(String),
-    /// Its answer is not in the form that was agreed on.
-    #[error("gave an answer that cannot be read: {0}")]
+    #[error("gave an invalid answer: {0}")]
     Garbled(String),
 }
 
-/// What is known about a request that failed, or a message after several, from less doubt to more.
+/// Whether failed requests may have stored a message, from less to more doubt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum MaybeStored {
-    /// It was certainly not executed.
+    /// Certainly not.
     No,
-    /// It may have been executed.
     Unknown,
 }
 
 impl MaybeStored {
-    /// The word for it in answers.
+    /// The value of `stored` in answers.
     pub fn word(self) -> &'static str {
         match self {
             Self::No => "no",
@@ -55,8 +51,8 @@ impl MaybeStored {
 }
 
 impl UpstreamError {
-    /// Whether the request may have been executed. Only a connection that was refused and the
-    /// instance's own word, with its mark, prove that it was not.
+    /// Whether the request may have been executed. Only a failed connection attempt or a marked
+    /// refusal of the instance proves that it was not.
     pub fn maybe_stored(&self) -> MaybeStored {
         match self {
             Self::Unreachable(_) => MaybeStored::No,
@@ -70,13 +66,12 @@ impl UpstreamError {
         }
     }
 
-    /// Whether a logging instance itself says that it executed nothing: it is busy, or it does not
-    /// take such a request. Such an instance is well.
+    /// Whether a healthy logging instance executed nothing: it is busy or rejects the request.
     pub fn is_refusal(&self) -> bool {
         matches!(self, Self::Status(status, _) if status.is_client_error() || status.as_u16() == 503)
     }
 
-    /// Whether an instance serves, but its map cannot be read now, as while a failover lasts.
+    /// Whether a healthy instance cannot read its map now, as during a failover.
     pub fn is_map_unavailable(&self) -> bool {
         matches!(self, Self::Status(status, _) if status.as_u16() == 503)
     }

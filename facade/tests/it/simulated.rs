@@ -188,7 +188,7 @@ impl Record {
 
 fn never_will_be(answer: &Value) -> bool {
     let detail = answer["detail"].as_str().unwrap();
-    detail.contains("never was stored and never will be")
+    detail.contains("was not stored and never will be")
 }
 
 /// Those who post and read, and remember what they were told.
