@@ -52,7 +52,7 @@ pub struct Config {
     #[arg(long, default_value = "64KiB", value_parser = message_size)]
     pub max_message: ByteSize,
 
-    /// GETs of the log served at once; further ones get a 503
+    /// GETs of the log served at once; excess ones get a 503
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     pub max_reads: u16,
 

@@ -1,4 +1,4 @@
-//! What a logging instance streams, checked: whole lines, in their form and order, within the bounds.
+//! Checks the stream of a logging instance: whole lines of valid entries, in order, within bounds.
 
 use std::fmt;
 
@@ -13,22 +13,21 @@ use uuid::Uuid;
 
 use crate::upstream::UpstreamError;
 
-/// A longer line is no entry's: one can be as large as a batch, which was JSON too.
+/// The longest line of an entry, which can be as large as a batch; a longer line is an error.
 const MAX_LINE: usize = MAX_BATCH_BYTES + 1024;
 
-/// The bytes of an answer, as they come. A break or a hang is an error.
+/// The bytes of an answer as they arrive. A lost connection or a timeout is an error.
 pub type Chunks = BoxStream<'static, Result<Bytes, UpstreamError>>;
 
-/// A stream under way.
 pub(crate) struct EntryStream {
     chunks: Chunks,
-    /// What is still to come.
+    /// The bounds of the entries still to come.
     bounds: Bounds,
     left: Option<u64>,
     count: u64,
-    /// The beginning of a line whose end has not come yet.
+    /// The beginning of a line that has not arrived whole.
     cut_line: BytesMut,
-    /// What has come and was not given.
+    /// Bytes that arrived and were not returned yet.
     chunk: Bytes,
     end: Option<StreamEnd>,
 }
@@ -40,17 +39,16 @@ impl fmt::Debug for EntryStream {
     }
 }
 
-/// What comes next.
 #[derive(Debug)]
 pub(crate) enum Part {
-    /// At least one whole line of an entry, each with its newline, and how many they are.
+    /// At least one whole line of an entry, each with its newline, and their number.
     Entries(Bytes, u64),
-    /// The end, with the UUID to go on from when the limit cut the stream.
+    /// The end, with the cursor to continue from when the limit ended the stream.
     End(Option<Uuid>),
 }
 
 impl EntryStream {
-    /// Reads the answer to a request with these bounds and this limit.
+    /// `bounds` and `limit` are those of the request.
     pub(crate) fn new(chunks: Chunks, bounds: Bounds, limit: Option<u64>) -> Self {
         Self {
             chunks,
@@ -63,15 +61,15 @@ impl EntryStream {
         }
     }
 
-    /// What is still to be read behind what was given, and how many entries at most.
+    /// The bounds and the limit of the entries that were not returned yet.
     pub(crate) fn rest(&self) -> (Bounds, Option<u64>) {
         (self.bounds, self.left)
     }
 
-    /// The lines that have come, or the end.
+    /// The lines that have arrived, or the end.
     ///
     /// # Errors
-    /// When the stream breaks off, hangs, is handed over, or is not as agreed on.
+    /// When the stream breaks off, hangs, is handed over, or is invalid.
     pub(crate) async fn next(&mut self) -> Result<Part, UpstreamError> {
         loop {
             if let Some(end) = self.end.take() {
@@ -100,7 +98,7 @@ impl EntryStream {
         }
     }
 
-    /// The whole lines of what has come; the one that was cut comes by itself.
+    /// The whole lines that have arrived; a line that arrived in pieces is returned alone.
     fn take_lines(&mut self) -> Option<Bytes> {
         if self.cut_line.is_empty() {
             let lines = memrchr(b'\n', &self.chunk).map(|at| self.chunk.split_to(at + 1));
@@ -117,7 +115,7 @@ impl EntryStream {
         end.map(|_| std::mem::take(&mut self.cut_line).freeze())
     }
 
-    /// Checks lines and gives those of entries, and how many they are.
+    /// Checks lines and returns the lines of entries with their number.
     fn check(&mut self, mut lines: Bytes) -> Result<(Bytes, u64), UpstreamError> {
         let mut begin = 0;
         let mut count = 0;
@@ -127,7 +125,7 @@ impl EntryStream {
             let Some(entry) = EntryLine::parse(line) else {
                 let is_last = newline + 1 == lines.len() && self.chunk.is_empty();
                 let end = serde_json::from_slice(line).ok().filter(|_| is_last);
-                self.end = Some(end.ok_or_else(|| garbled("a line is not an entry's"))?);
+                self.end = Some(end.ok_or_else(|| garbled("a line is not an entry"))?);
                 break;
             };
             // Between the first and the last, the order alone keeps entries within the bounds.
@@ -158,7 +156,7 @@ impl EntryStream {
         if let Some(end) = &self.end
             && (end.count != self.count || (end.next.is_some() && self.left != Some(0)))
         {
-            return Err(garbled("the count is wrong"));
+            return Err(garbled("the last line has a wrong count or cursor"));
         }
         Ok((lines, count))
     }
@@ -189,7 +187,7 @@ mod tests {
         lines
     }
 
-    /// What comes of a stream: its lines, and how many they are or what is wrong with it.
+    /// The lines of a stream, and their number or the error.
     async fn read(pieces: Vec<Vec<u8>>, limit: Option<u64>) -> (Vec<u8>, Result<u64, String>) {
         let chunks = stream::iter(pieces)
             .map(|piece| Ok(Bytes::from(piece)))

@@ -1,4 +1,4 @@
-//! The error answers of the facade: the only place that maps an error to a status.
+//! Maps errors to answers: a status and a detail for the caller.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use uuid::Uuid;
 use crate::judge::NotStored;
 use crate::upstream::UpstreamError;
 
-/// The `Retry-After` of every 503.
+/// The `Retry-After` of a 503.
 pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// The answer to a request beyond a concurrency or memory bound.

@@ -1,5 +1,4 @@
-//! The formats of an answer that holds entries: which one a caller likes best, and how head, entries and
-//! tail look in each.
+//! The formats of an answer with entries: negotiation, and the head, entries and tail of each.
 
 use axum::http::{HeaderMap, StatusCode, header};
 use bytes::Bytes;
@@ -13,7 +12,6 @@ use memchr::memchr_iter;
 use serde::Serialize;
 use uuid::Uuid;
 
-/// The form of an answer that holds entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     Json,
@@ -40,11 +38,11 @@ impl Format {
     }
 }
 
-/// The format, of those on offer, that the `Accept` headers like best; the first one if they do
-/// not care. Ranges that cannot be read are passed over, as are parameters other than `q`.
+/// The offered format that the `Accept` headers prefer, by default the first. Invalid ranges and
+/// parameters other than `q` are ignored.
 ///
 /// # Errors
-/// 406 when none of them is acceptable.
+/// 406 when no offered format is acceptable.
 pub(crate) fn negotiate(headers: &HeaderMap, offer: &[Format]) -> Result<Format, Problem> {
     let values = headers.get_all(header::ACCEPT).iter();
     let values: Vec<&str> = values.filter_map(|value| value.to_str().ok()).collect();
@@ -78,7 +76,6 @@ fn essence_and_quality(range: &str) -> Option<String> {
 }
 
 impl Format {
-    /// What comes before the entries.
     pub(crate) fn head(self) -> &'static [u8] {
         match self {
             Self::Json => b"{\"logging_service\":[\n",
@@ -86,7 +83,7 @@ impl Format {
         }
     }
 
-    /// Checked lines of entries in this form; `is_first` when none came before.
+    /// Renders checked lines of entries; `is_first` when they are the first of the answer.
     pub(crate) fn render(self, lines: Bytes, is_first: bool) -> Bytes {
         if self == Self::Ndjson {
             return lines;
@@ -108,7 +105,6 @@ impl Format {
         out.into()
     }
 
-    /// What comes after the entries.
     pub(crate) fn render_tail(self, tail: &Tail) -> Bytes {
         let mut out = Vec::new();
         match self {
@@ -127,7 +123,7 @@ impl Format {
     }
 }
 
-/// What comes after the entries.
+/// The part of an answer after the entries.
 #[derive(Serialize)]
 pub(crate) struct Tail {
     pub(crate) messages_service: Option<String>,
@@ -152,7 +148,7 @@ impl Tail {
     }
 }
 
-/// `UUID msg`, where nothing in the message can pass for another line or change how one looks.
+/// `UUID msg`, escaped so that no message can imitate or alter another line.
 fn write_text_line(out: &mut Vec<u8>, line: &[u8]) {
     let entry: Entry = serde_json::from_slice(line).expect("the line was checked");
     out.extend_from_slice(entry.uuid.to_string().as_bytes());

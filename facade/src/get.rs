@@ -1,4 +1,4 @@
-//! GET: bounds, the choice of a format, and single entries. The body itself is made in `read`.
+//! GET: bounds, the choice of a format, and single entries. `read` makes the body.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -24,14 +24,14 @@ use crate::pool::{Instance, is_worth_waiting};
 use crate::read::{self, Read};
 use crate::state::App;
 
-/// The query of a read; unknown fields are ignored, as the first client of this system sends some.
+/// Unknown fields are ignored, because the first client of this system sends some.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub(crate) struct ListQuery {
     after: Option<Uuid>,
     before: Option<Uuid>,
-    /// Only entries of this time or later.
+    /// Inclusive.
     since: Option<Moment>,
-    /// Only entries of an earlier time.
+    /// Exclusive.
     until: Option<Moment>,
     #[serde(default)]
     order: Order,
@@ -83,7 +83,7 @@ pub(crate) async fn show(
     let Ok(Path(uuid)) = path else {
         return Err(answer_not_found().await);
     };
-    // Until it is known how large the message is, it may be as large as any.
+    // Until its size is known, the message may be as large as any.
     let largest = body_limit(app.max_message);
     let reserved = Reservation::new(&app.lookups, largest);
     let mut reserved = reserved.map_err(|NoMemory| too_many("reads"))?;
@@ -100,7 +100,7 @@ pub(crate) async fn show(
     Ok(holding(answer, reserved))
 }
 
-/// What is not GET on `/{uuid}`: a path that is no message's is unknown, whatever the method.
+/// A method other than GET on `/{uuid}` is a 405, or a 404 when the path is not a UUID.
 pub(crate) async fn refuse_method(path: Result<Path<Uuid>, PathRejection>) -> Problem {
     match path {
         Ok(_) => answer_method_not_allowed().await,

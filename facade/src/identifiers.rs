@@ -1,9 +1,9 @@
-//! The UUIDs of messages that come without a key: version 7 (RFC 9562, section 5.7), strictly
+//! Generates the UUIDs of messages without a key: version 7 (RFC 9562, section 5.7), strictly
 //! increasing within the process.
 //!
-//! The clock may be set back. By less than two seconds, UUIDs go on from the time that they had
-//! reached, which the map still accepts. After a larger step they go on from the corrected time,
-//! because the map refuses times in the future: order is kept on each side of the step, not across it.
+//! When the clock is set back by less than two seconds, UUIDs continue from their last time, which
+//! the map still accepts. After a larger step they continue from the corrected time, because the
+//! map refuses times in the future: order is kept on each side of the step, not across it.
 
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,47 +12,45 @@ use std::time::{Duration, SystemTime};
 use rand::RngExt;
 use uuid::Uuid;
 
-/// The map accepts times up to two seconds ahead of its clock; within them UUIDs need not follow a
-/// clock that was set back.
+/// UUIDs ignore a smaller clock step back: the map accepts times up to two seconds in the future.
 const SMALL_STEP: Duration = Duration::from_secs(2);
 
-/// The bits of a UUID below its time, without version and variant.
+/// The tail is the bits of a UUID below its time, without version and variant.
 const TAIL_BITS: u32 = 74;
 
-/// So many bits of a tail stand behind the variant (RFC 9562, figure 11: `rand_b`).
+/// The bits of a tail behind the variant (RFC 9562, figure 11: `rand_b`).
 const VARIANT_AT: u32 = 62;
 
-/// The lowest bits of a tail count the large steps: UUIDs of the same millisecond before and after a
-/// step differ in them, so none is made twice in 256 steps.
+/// The lowest bits of a tail count the large steps, so UUIDs of one millisecond before and after a
+/// step differ. The count wraps after 256 steps.
 const EPOCH_BITS: u32 = 8;
 
-/// Each tail is greater than the one before by a random number below two to the power of this.
+/// Each tail exceeds the previous one by a random number of up to this many bits.
 const STRIDE_BITS: u32 = 32;
 
 type Clock = dyn Fn() -> SystemTime + Send + Sync;
 
-/// Makes the UUIDs of one process.
+/// Generates the UUIDs of one process.
 pub struct Identifiers {
     clock: Box<Clock>,
     last: Mutex<Last>,
 }
 
-/// The last UUID that was made.
+/// The last UUID that was generated.
 #[derive(Debug, Default)]
 struct Last {
     millis: u64,
     tail: u128,
-    /// How many large steps there were.
+    /// The number of large steps so far.
     epoch: u8,
     step: Option<ClockStep>,
 }
 
-/// A large step of the clock that still shows: UUIDs from before it lie in the future.
+/// A large step back of the clock: UUIDs from before it are in the future.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClockStep {
-    /// How far the clock was set back.
     pub back: Duration,
-    /// The greatest time of a UUID from before it, in milliseconds since the Unix epoch.
+    /// The latest time of a UUID from before the step, in milliseconds since the Unix epoch.
     greatest_millis: u64,
 }
 
@@ -60,8 +58,8 @@ impl fmt::Display for ClockStep {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             formatter,
-            "this facade's clock was set back by {} s: until it has passed that time again, new \
-             messages come before those that were stored before the step",
+            "this facade's clock was set back by {} s: until it has caught up, new messages sort \
+             before messages stored before the step",
             self.back.as_secs_f64()
         )
     }
@@ -75,7 +73,6 @@ impl fmt::Debug for Identifiers {
 }
 
 impl Identifiers {
-    /// UUIDs with the times of this clock.
     pub fn new(clock: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
         Self {
             clock: Box::new(clock),
@@ -83,8 +80,7 @@ impl Identifiers {
         }
     }
 
-    /// The next UUID: greater than the one before, unless the clock was set back by
-    /// two seconds or more.
+    /// A UUID greater than the previous one, unless the clock was set back by 2 s or more.
     pub fn next(&self) -> Uuid {
         let mut last = self.last();
         let now = self.millis();
@@ -98,7 +94,7 @@ impl Identifiers {
         last.uuid()
     }
 
-    /// The last large step of the clock, while it still shows.
+    /// The last large step, while UUIDs from before it are in the future.
     pub fn clock_step(&self) -> Option<ClockStep> {
         let now = self.millis();
         self.last().step.filter(|step| step.greatest_millis >= now)
@@ -115,14 +111,14 @@ impl Identifiers {
 }
 
 impl Last {
-    /// A new millisecond: a random tail in the lower half, so that there is space to count up.
+    /// Starts a millisecond with a random tail in the lower half, which leaves space to count up.
     fn restart_at(&mut self, millis: u64) {
         let random = rand::rng().random::<u128>() >> (u128::BITS - TAIL_BITS + 1);
         self.millis = millis;
         self.set_tail(random);
     }
 
-    /// The same millisecond: a greater tail. When they are used up, the next millisecond.
+    /// Takes a greater tail, or the next millisecond when the tails of this one are used up.
     fn advance(&mut self) {
         let stride = 1 + (rand::rng().random::<u128>() >> (u128::BITS - STRIDE_BITS));
         let greater = self.tail + (stride << EPOCH_BITS);
@@ -149,7 +145,7 @@ impl Last {
     }
 
     /// Twelve bits of the tail stand between version and variant, the rest behind the variant. The
-    /// builder takes them from bytes in which version and variant have their places.
+    /// builder expects bytes with gaps for version and variant.
     fn uuid(&self) -> Uuid {
         let high = self.tail >> VARIANT_AT;
         let low = self.tail & ((1 << VARIANT_AT) - 1);
@@ -169,7 +165,6 @@ mod tests {
 
     use super::*;
 
-    /// Identifiers whose clock shows these milliseconds.
     fn with_clock(millis: u64) -> (Identifiers, Arc<AtomicU64>) {
         let clock = Arc::new(AtomicU64::new(millis));
         let shown = clock.clone();
@@ -218,7 +213,6 @@ mod tests {
         assert_eq!(identifiers.clock_step(), None);
     }
 
-    /// The clock shows the same milliseconds again and again.
     #[test]
     fn no_uuid_is_made_twice() {
         let (identifiers, clock) = with_clock(0);

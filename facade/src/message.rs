@@ -32,7 +32,7 @@ const ENTRY_OVERHEAD: usize = 1024;
 /// The most bytes of a body around its message: `{"msg":"…"}` and white space.
 const BODY_OVERHEAD: usize = 1024;
 
-/// Commands that work, for errors.
+/// Working commands, quoted in errors.
 const COMMANDS: &str = "with curl: --data-urlencode 'msg=TEXT', or --json '{\"msg\":\"TEXT\"}', or \
                         -H 'content-type: text/plain' --data-binary 'TEXT'";
 
@@ -56,7 +56,6 @@ pub(crate) enum MessageFormat {
     },
 }
 
-/// What a request says it carries.
 pub(crate) enum ContentType {
     OneMessage(MessageFormat),
     /// One message a line.
@@ -154,8 +153,7 @@ pub(crate) fn check_size(msg: &str, max_message: usize) -> Result<(), Problem> {
     Ok(())
 }
 
-/// A form must be one field `msg`: a second field, or a `&` meant as part of the message, would be
-/// lost.
+/// A form must be one field `msg`: a second field, or a `&` inside the message, would be lost.
 fn form_message(body: Bytes) -> Result<String, Problem> {
     let body = utf8(body.into())?;
     let field = match body.split_once('=') {

@@ -1,4 +1,4 @@
-//! Points in time as callers write them in the bounds `since` and `until` of a read.
+//! Parses the points in time of the bounds `since` and `until` of a read.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -7,12 +7,11 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
-/// A point in time.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(try_from = "String")]
 pub(crate) enum Moment {
     At(SystemTime),
-    /// So long before the read.
+    /// This long before the read.
     Ago(Duration),
 }
 
@@ -25,15 +24,15 @@ impl TryFrom<String> for Moment {
         }
         // A `+` that was not percent-encoded arrives as a space.
         let at = OffsetDateTime::parse(&text.replace(' ', "+"), &Rfc3339);
-        at.map(|at| Self::At(at.into())).map_err(|_| {
-            "write a time (RFC 3339) such as 2026-11-24T20:00:00Z, or how long ago it is, such as 10m"
-        })
+        at.map(|at| Self::At(at.into())).map_err(
+            |_| "write an RFC 3339 time such as 2026-11-24T20:00:00Z, or how long ago, such as 10m",
+        )
     }
 }
 
 impl Moment {
-    /// Separates, for a read that begins `now`, the entries before this moment from the others: they
-    /// alone have a smaller UUID. UUIDs have the time in whole milliseconds.
+    /// The lowest UUID of this moment, for a read that begins `now`: only earlier entries have
+    /// lower UUIDs. The time of a UUID is in whole milliseconds, so it is rounded up.
     pub(crate) fn first_uuid(self, now: SystemTime) -> Uuid {
         let time = match self {
             Self::At(time) => time,

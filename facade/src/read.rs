@@ -1,8 +1,8 @@
-//! The body of a GET: the log's entries, streamed by one logging instance after the other, then the
-//! reply of the messages service, which was asked in parallel.
+//! The body of a GET: the log's entries, streamed from one logging instance after the other, then
+//! the reply of the messages service, which is asked in parallel.
 //!
-//! A body that ends properly is complete, and its count proves it. One that cannot be finished is
-//! aborted: the connection breaks before the last chunk.
+//! A body that ends properly is complete, as its count proves. An incomplete body is aborted: the
+//! connection is closed before the last chunk.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +26,6 @@ use crate::pool::{Instance, Pool, is_worth_waiting};
 use crate::state::App;
 use crate::upstream::UpstreamError;
 
-/// What a GET asked for.
 #[derive(Debug)]
 pub(crate) struct Read {
     pub(crate) bounds: Bounds,
@@ -35,10 +34,10 @@ pub(crate) struct Read {
     pub(crate) request_id: Option<String>,
 }
 
-/// Begins the answer once an instance begins to stream; `permit` is held until the body ends.
+/// Begins the answer when an instance begins to stream; the body holds `permit` until it ends.
 ///
 /// # Errors
-/// 503 when no logging instance does so within the read deadline.
+/// When no logging instance begins within the read deadline.
 pub(crate) async fn answer(
     app: App,
     read: Read,
@@ -67,7 +66,7 @@ pub(crate) async fn answer(
     };
     let rest = stream::try_unfold(body, |mut body| async move {
         let chunk = body.next_chunk().await.inspect_err(|error| {
-            tracing::warn!(%error, entries = body.count, "a GET is cut off, no instance can go on");
+            tracing::warn!(%error, entries = body.count, "a GET is aborted: no instance continues");
         })?;
         Ok::<_, UpstreamError>(chunk.map(|chunk| (chunk, body)))
     });
@@ -77,11 +76,10 @@ pub(crate) async fn answer(
     Ok(holding((content_type, body).into_response(), permit))
 }
 
-/// Where a read is. Whichever instance streams, it goes on from the last UUID on another one when
-/// that one is gone, hangs, or hands the read over.
+/// The position of a read. When an instance dies, hangs or hands the read over, the read continues
+/// behind its last UUID on another instance.
 struct Cursor {
     pool: Arc<Pool>,
-    /// What is still to be read.
     bounds: Bounds,
     left: Option<u64>,
     request_id: Option<String>,
@@ -89,15 +87,14 @@ struct Cursor {
     source: Option<Source>,
 }
 
-/// An instance and what it streams.
 struct Source {
     instance: Arc<Instance>,
     stream: EntryStream,
 }
 
 impl Cursor {
-    /// Has an instance begin a stream, and gives what comes first. Asks until one does or the read
-    /// deadline is over, while `may_wait` allows it for the error.
+    /// Opens a stream on an instance and returns its first part. Retries until the read deadline,
+    /// while `may_wait` accepts the error.
     async fn open(
         &mut self,
         may_wait: impl Fn(&UpstreamError) -> bool,
@@ -128,7 +125,7 @@ impl Cursor {
         Ok(first)
     }
 
-    /// What comes next, from whichever instance gives it within the read deadline.
+    /// The next part, from another instance when the current one fails.
     async fn next(&mut self) -> Result<Part, UpstreamError> {
         if let Some(Source { instance, stream }) = &mut self.source {
             match stream.next().await {
@@ -137,12 +134,12 @@ impl Cursor {
                     return Ok(part);
                 }
                 Err(error) => {
-                    // A connection may have been lost while a slow caller took nothing: that says
-                    // nothing of the instance.
+                    // A lost connection may be due to a slow caller, so only a hang counts as a
+                    // failure of the instance.
                     if matches!(error, UpstreamError::TimedOut) {
                         instance.health.note_failure(&error);
                     }
-                    tracing::info!(instance = instance.name, %error, "a GET goes on elsewhere");
+                    tracing::info!(instance = instance.name, %error, "a GET fails over");
                 }
             }
         }
@@ -151,10 +148,9 @@ impl Cursor {
     }
 }
 
-/// A merged body under way.
 struct MergedBody {
     cursor: Cursor,
-    /// What the first stream began with, until it is taken.
+    /// The first part, until it is taken.
     first: Option<Part>,
     format: Format,
     reply: AbortOnDropHandle<Result<String, UpstreamError>>,
@@ -181,7 +177,7 @@ impl MergedBody {
                 self.is_finished = true;
                 let reply = (&mut self.reply).await;
                 let reply = reply.unwrap_or_else(|error| {
-                    let reason = format!("asking failed: {error}");
+                    let reason = format!("the request task failed: {error}");
                     Err(UpstreamError::Garbled(reason))
                 });
                 let (messages_service, messages_service_error) = match reply {

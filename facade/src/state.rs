@@ -1,4 +1,4 @@
-//! What the handlers share.
+//! The state that the handlers share.
 
 use std::io;
 use std::sync::Arc;
@@ -16,8 +16,8 @@ use crate::identifiers::Identifiers;
 use crate::pool::Pool;
 use crate::readiness::Readiness;
 
-/// Budget for POSTs of one message, in bytes of their bodies; excess ones get a 503. Each message is
-/// in memory up to three times: as body, as message, and encoded.
+/// Budget for POSTs of one message, in bytes of their bodies; excess ones get a 503. Each message
+/// is in memory up to three times: as body, as message, and encoded.
 const MAX_POSTED_BYTES: usize = 64 * 1024 * 1024;
 
 /// Uploads of many messages at once, each with its own window; excess ones get a 503.
@@ -26,7 +26,6 @@ const MAX_UPLOADS: usize = 16;
 /// Budget for GETs of one message, in bytes of their answers; excess ones get a 503.
 const MAX_LOOKUP_BYTES: usize = 64 * 1024 * 1024;
 
-/// What the handlers share.
 #[derive(Clone, Debug)]
 pub struct App {
     pub pool: Arc<Pool>,
@@ -48,8 +47,8 @@ pub struct App {
 }
 
 impl App {
-    /// `random` chooses the instances; the caller cancels `stop` when the process is to stop. Must be
-    /// called within a runtime, where the batchers run.
+    /// `random` chooses the instances; the caller cancels `stop` when the process is to stop. Must
+    /// be called within a runtime, where the batchers run.
     ///
     /// # Errors
     /// When the HTTP client cannot be built.

@@ -405,8 +405,8 @@ impl Lines {
         }
     }
 
-    /// Keeps reading for [`DISCARD_FOR`]: a caller that is still sending would otherwise get a reset
-    /// connection instead of the answer.
+    /// Keeps reading for [`DISCARD_FOR`]: a caller that is still sending would otherwise get a
+    /// connection reset instead of the answer.
     fn discard_rest(&mut self) {
         let mut body = std::mem::replace(&mut self.body, Body::empty().into_data_stream());
         tokio::spawn(timeout(DISCARD_FOR, async move {
