@@ -77,7 +77,7 @@ pub enum BodyError {
     #[error("the body ended too early or cannot be read")]
     Broken,
     /// All memory for bodies is in use.
-    #[error("too many bodies at once, nothing was done; come back in a moment")]
+    #[error("too many bodies at once, nothing was done; retry in a moment")]
     NoMemory,
 }
 

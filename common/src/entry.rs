@@ -84,9 +84,9 @@ pub fn unix_millis(uuid: Uuid) -> u64 {
 /// whether the entry may still be added.
 ///
 /// # Errors
-/// A sentence for the caller when the text is no UUID or one of another version.
+/// A sentence for the caller when the text is not a UUID, or one of another version.
 pub fn parse_entry_uuid(text: &str) -> Result<Uuid, String> {
-    let uuid = Uuid::try_parse(text).map_err(|error| format!("this is no UUID: {error}"))?;
+    let uuid = Uuid::try_parse(text).map_err(|error| format!("this is not a UUID: {error}"))?;
     require_entry_uuid(uuid)
 }
 
