@@ -8,9 +8,10 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::Request;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
+use common::api::{MARK, WIRE_VERSION};
 use common::entry::Outcome;
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
@@ -221,6 +222,45 @@ async fn stranger_cannot_say_that_a_message_is_not_there() {
             assert_eq!(system.get(&format!("/{uuid}")).await.status(), 200);
         }
         problem(system.get(&format!("/{}", Uuid::now_v7())).await, 404).await;
+    }
+}
+
+/// During an upgrade an instance of another version stands beside one of this: it is understood by its
+/// mark, gets no message, and `/readyz` names both versions.
+#[tokio::test(flavor = "multi_thread")]
+async fn instance_of_another_version_is_refused_clearly() {
+    for version in [WIRE_VERSION - 1, WIRE_VERSION + 1] {
+        let (mut logging, map) = instances(1).await;
+        let posts = Arc::new(AtomicUsize::new(0));
+        let count = posts.clone();
+        let mark = HeaderValue::try_from(format!("{version} -")).unwrap();
+        let other = async move |request: Request| {
+            let entries = axum::body::to_bytes(request.into_body(), usize::MAX)
+                .await
+                .unwrap();
+            if entries.len() > "[]".len() {
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+            ([(MARK, mark)], "[]")
+        };
+        logging.push(serve(Router::new().fallback(other)));
+        let name = logging[1].address.clone();
+        let system = System::with_instances(logging, map, &[]);
+        for n in 0..50 {
+            system.store(&n.to_string()).await;
+            assert_eq!(system.read("").await.count, n + 1);
+        }
+        assert_eq!(
+            posts.load(Ordering::Relaxed),
+            0,
+            "messages sent to version {version}"
+        );
+        let readiness = system.get("/readyz?verbose").await.text().await.unwrap();
+        let reason = format!("version {version} of the wire, this facade speaks {WIRE_VERSION}");
+        assert!(
+            readiness.contains(&name) && readiness.contains(&reason),
+            "{readiness}"
+        );
     }
 }
 
