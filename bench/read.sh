@@ -144,8 +144,8 @@ full() {
         for ((column = 0; column < ${#columns[@]}; column++)); do
             medians+=("$(median ${times[$column]})")
         done
-        printf '| %s' "$engine" "${medians[@]}"
-        echo ' |'
+        printf '| %s ' "$engine" "${medians[@]}"
+        echo '|'
         case $engine in
             lmdb)
                 ratios+=(
@@ -234,7 +234,7 @@ large() {
     local engine readers reader refused posts
     echo "64 readers at once of 2000 messages of 60 KB:"
     echo
-    echo "| map | one reader, s | 64 readers, s | not whole | POSTs meanwhile that were refused | answers of `/readyz?verbose` with a member that is down |"
+    echo "| map | one reader, s | 64 readers, s | not whole | POSTs meanwhile that were refused | answers of /readyz?verbose with a member down |"
     echo "|---|---|---|---|---|---|"
     for engine in lmdb cluster; do
         start_map "$engine"

@@ -1,11 +1,12 @@
 //! The wire between facade and logging: HTTP whose answers bear a mark. `put` has the batches and their
-//! results, `stream` what a read is answered with.
+//! results, `stream` what a read is answered with, `stats` the statistics.
 //!
 //! A logging instance answers 429 when it is busy and did nothing, and 503 when its map cannot serve now.
 //! With the mark, both prove that nothing was executed; without it nothing does, as the answer may come from
 //! a proxy or from another server at the address.
 
 mod put;
+mod stats;
 mod stream;
 
 use std::fmt;
@@ -14,6 +15,7 @@ use std::str::FromStr;
 use uuid::Uuid;
 
 pub use put::{Batch, EncodedEntry, MAX_BATCH_BYTES, PutEntry, PutResult};
+pub use stats::{InstanceStats, MapStats, MemberStats, OutcomeCounts, Role, timestamp};
 pub use stream::{EntryLine, READ_END, ReadQuery, StreamEnd, write_entry};
 
 /// The header of every answer of a logging instance. Its value is a [`Mark`].

@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use common::api::{Batch, MARK, MAX_BATCH_BYTES, Mark, PutResult, READ_END, ReadQuery};
+use common::api::{
+    Batch, InstanceStats, MARK, MAX_BATCH_BYTES, Mark, PutResult, READ_END, ReadQuery,
+};
 use common::entry::Entry;
 use common::middleware::REQUEST_ID;
 use futures_util::{StreamExt, stream};
@@ -35,6 +37,9 @@ const MAX_ENTRY_BODY: usize = MAX_BATCH_BYTES + 1024;
 /// The largest answer to a batch; a longer one is an error. An outcome is not much larger than its
 /// entry, and the facade's batches are an eighth of what an instance accepts.
 const MAX_OUTCOMES_BODY: usize = MAX_BATCH_BYTES;
+
+/// Longer statistics are not an instance's: a row for a member has some hundred bytes.
+const MAX_STATS_BODY: usize = 1024 * 1024;
 
 /// The longest reply of the messages service, and the longest error body; longer ones are errors.
 const MAX_REPLY_BYTES: usize = 64 * 1024;
@@ -103,6 +108,9 @@ pub trait LoggingApi: fmt::Debug + Send + Sync {
 
     /// Reads one entry; `None` when the map has none under this UUID.
     async fn get(&self, uuid: Uuid) -> Result<Option<Entry>, UpstreamError>;
+
+    /// The instance's statistics.
+    async fn stats(&self) -> Result<InstanceStats, UpstreamError>;
 
     /// Asks whether the instance can read and store; the error has its reason.
     async fn ready(&self) -> Result<(), UpstreamError>;
@@ -210,6 +218,14 @@ impl LoggingApi for LoggingClient {
         }
         let body = read_body(require_success(response).await?, MAX_ENTRY_BODY).await?;
         serde_json::from_slice(&body).map(Some).map_err(garbled)
+    }
+
+    async fn stats(&self) -> Result<InstanceStats, UpstreamError> {
+        let mut url = self.base.clone();
+        url.set_path("stats");
+        let response = require_success(self.send(self.http.get(url)).await?).await?;
+        let body = read_body(response, MAX_STATS_BODY).await?;
+        serde_json::from_slice(&body).map_err(garbled)
     }
 
     async fn ready(&self) -> Result<(), UpstreamError> {

@@ -5,7 +5,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use common::api::Batch;
 use tokio::sync::Notify;
@@ -29,6 +29,8 @@ pub struct Health {
     name: String,
     client: Arc<dyn LoggingApi>,
     is_up: AtomicBool,
+    /// Since when it is up or down.
+    since: Mutex<SystemTime>,
     /// How often it went down since it last answered a batch with entries.
     relapses: AtomicU32,
     /// Why it is down, or was down last.
@@ -51,6 +53,7 @@ impl Health {
             name,
             client,
             is_up: AtomicBool::new(true),
+            since: Mutex::new(SystemTime::now()),
             relapses: AtomicU32::new(0),
             reason: Mutex::default(),
             readmitted,
@@ -58,6 +61,15 @@ impl Health {
         });
         tokio::spawn(try_first(health.clone()));
         health
+    }
+
+    /// Since when the instance is up or down.
+    pub(crate) fn since(&self) -> SystemTime {
+        *self.since.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note_change(&self) {
+        *self.since.lock().unwrap_or_else(PoisonError::into_inner) = SystemTime::now();
     }
 
     pub fn is_up(&self) -> bool {
@@ -100,6 +112,7 @@ impl Health {
         }
         *reason = error.to_string();
         drop(reason);
+        self.note_change();
         tracing::warn!(instance = self.name, %error, "a logging instance is down");
         let relapses = self.relapses.fetch_add(1, Ordering::Relaxed);
         let pause = TRIAL_PAUSE * 2_u32.pow(relapses.min(MAX_DOUBLINGS));
@@ -124,6 +137,7 @@ async fn try_until_up(health: Weak<Health>, pause: Duration) {
         match health.try_once().await {
             Ok(()) => {
                 health.is_up.store(true, Ordering::Release);
+                health.note_change();
                 tracing::info!(instance = health.name, "a logging instance is up again");
                 health.readmitted.notify_waiters();
                 return;

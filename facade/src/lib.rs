@@ -7,6 +7,7 @@ mod backoff;
 pub mod batcher;
 pub mod client;
 mod config;
+mod counters;
 pub mod delivery;
 mod discovery;
 pub mod entry_stream;
@@ -25,6 +26,7 @@ mod readiness;
 mod router;
 pub mod served_map;
 mod state;
+mod stats;
 mod upload;
 pub mod upstream;
 

@@ -2,7 +2,8 @@
 
 use axum::Router;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, State};
+use axum::extract::{Query, Request, State};
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::Response;
 use axum::routing::get;
 use common::health::{Check, ReadinessQuery, check_running, livez, readiness};
@@ -11,12 +12,14 @@ use common::problem::Problem;
 
 use crate::readiness::check_all;
 use crate::state::App;
-use crate::{get, post};
+use crate::{get, post, stats};
 
 pub fn router(app: App) -> Router {
     let routes = Router::new()
         .route("/", get(get::list).post(post::create))
         .route("/{uuid}", get(get::show).fallback(get::refuse_method))
+        .layer(from_fn_with_state(app.clone(), count))
+        .route("/stats", get(stats::show))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .with_state(app);
@@ -43,4 +46,12 @@ async fn readyz(
     let checks: Vec<Check> = checks.into_iter().chain(clock_step).collect();
     let ready = check_running(&app.stop).and(ready);
     Ok(readiness(ready, &checks))
+}
+
+/// Counts requests for messages, and not those for health or statistics.
+async fn count(State(app): State<App>, request: Request, next: Next) -> Response {
+    let method = request.method().clone();
+    let response = next.run(request).await;
+    app.counters.count(&method, response.status());
+    response
 }

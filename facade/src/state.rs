@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::client::{MessagesClient, http_client};
 use crate::config::Config;
+use crate::counters::Counters;
 use crate::discovery;
 use crate::identifiers::Identifiers;
 use crate::pool::Pool;
@@ -43,6 +44,7 @@ pub struct App {
     /// Budget for GETs of one message, in bytes.
     pub(crate) lookups: Arc<Semaphore>,
     pub(crate) readiness: Arc<Readiness>,
+    pub(crate) counters: Arc<Counters>,
     pub(crate) stop: CancellationToken,
 }
 
@@ -100,6 +102,7 @@ impl App {
             reads: Arc::new(Semaphore::new(config.max_reads.into())),
             lookups: Arc::new(Semaphore::new(MAX_LOOKUP_BYTES)),
             readiness: Arc::default(),
+            counters: Arc::default(),
             stop,
         })
     }

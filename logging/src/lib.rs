@@ -3,6 +3,7 @@
 //! It keeps no entries, knows no other instance, and logs one line for each acknowledged entry.
 
 mod config;
+mod counters;
 mod error;
 mod get;
 pub mod map;
@@ -10,6 +11,7 @@ mod put;
 mod readiness;
 mod router;
 mod state;
+mod stats;
 pub mod transfer;
 
 pub use config::{Config, Task};

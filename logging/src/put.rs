@@ -1,6 +1,7 @@
 //! `POST /`: stores batches of entries.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
@@ -37,7 +38,11 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
         request_ids.push(request_id);
     }
     let entries: Arc<[Entry]> = entries.into();
+    let begin = Instant::now();
+    let in_flight = app.counters.in_flight();
     let outcomes = app.map.put(entries.clone()).await;
+    drop(in_flight);
+    app.counters.count_put(&outcomes, begin.elapsed());
     log_acknowledged(&entries, &request_ids, &outcomes);
     let results = entries.iter().zip(outcomes).map(|(entry, outcome)| {
         let uuid = entry.uuid;

@@ -11,13 +11,14 @@ use common::health::livez;
 use common::middleware::{RequestLog, with_middleware};
 
 use crate::state::App;
-use crate::{get, put, readiness};
+use crate::{get, put, readiness, stats};
 
 /// All routes of the service.
 pub fn router(app: App) -> Router {
     let routes = Router::new()
         .route("/", routing::get(get::list).post(put::create))
         .route("/{uuid}", routing::get(get::show))
+        .route("/stats", routing::get(stats::show))
         .route("/livez", routing::get(livez))
         .route("/readyz", routing::get(readiness::readyz))
         .with_state(app.clone());

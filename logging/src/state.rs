@@ -7,6 +7,7 @@ use common::serve::Timeouts;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use crate::counters::Counters;
 use crate::map::DistributedMap;
 
 /// Budget for the bodies of batches in progress, in bytes; a batch beyond it gets a 429.
@@ -22,6 +23,7 @@ pub struct App {
     /// One permit is one byte of a batch's body.
     pub(crate) posts: Arc<Semaphore>,
     pub(crate) reads: Arc<Semaphore>,
+    pub(crate) counters: Arc<Counters>,
     pub(crate) body_timeout: Duration,
     pub(crate) stop: CancellationToken,
 }
@@ -33,6 +35,7 @@ impl App {
             map,
             posts: Arc::new(Semaphore::new(MAX_POSTED_BYTES)),
             reads: Arc::new(Semaphore::new(MAX_READS)),
+            counters: Arc::default(),
             body_timeout: timeouts.body,
             stop,
         }

@@ -40,3 +40,5 @@ mod simulated;
 
 /// POST of one message: every accepted shape, every refusal, keys.
 mod post;
+/// Statistics.
+mod stats;

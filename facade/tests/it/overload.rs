@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use axum::body::{Body, to_bytes};
 use axum::http::{Request, StatusCode};
 use clap::Parser;
-use common::api::{Batch, PutResult, ReadQuery};
+use common::api::{Batch, InstanceStats, PutResult, ReadQuery};
 use common::entry::{Entry, Outcome};
 use common::serve::Timeouts;
 use facade::client::{LoggingApi, ReadAnswer};
@@ -122,6 +122,10 @@ impl LoggingApi for Slow {
 
     async fn get(&self, _uuid: Uuid) -> Result<Option<Entry>, UpstreamError> {
         unreachable!("nobody reads")
+    }
+
+    async fn stats(&self) -> Result<InstanceStats, UpstreamError> {
+        unreachable!("nobody asks for statistics")
     }
 
     async fn ready(&self) -> Result<(), UpstreamError> {

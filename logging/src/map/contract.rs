@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use common::api::write_entry;
+use common::api::{MapStats, write_entry};
 use common::bounds::Bounds;
 use common::entry::{Entry, Outcome};
 use common::health::Check;
@@ -56,6 +56,10 @@ pub trait DistributedMap: fmt::Debug + Send + Sync {
 
     /// Checks the map. Takes as long as a put.
     async fn health(&self) -> Health;
+
+    /// The members of the map and what each holds. Answers within half a second; a member that does
+    /// not is a row that says so.
+    async fn stats(&self) -> MapStats;
 }
 
 /// The map's health, for operators and load balancers.

@@ -15,12 +15,13 @@ use std::thread;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use common::api::{MapStats, MemberStats, Role};
 use common::bounds::Bounds;
 use common::entry::{Entry, Outcome};
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use self::store::Store;
+use self::store::{LAYOUT, Store};
 use self::writer::Writer;
 use super::contract::{Cursor, DistributedMap, Health, MapError, Options, Piece, PieceLimit};
 use super::queue::{Job, WriteBudget};
@@ -158,6 +159,17 @@ impl DistributedMap for LmdbMap {
         Health {
             not_ready,
             checks: self.store.readers.checks(),
+        }
+    }
+
+    async fn stats(&self) -> MapStats {
+        let folder = self.reader().read(Store::stats).await;
+        let member = self.store.folder().display().to_string();
+        MapStats {
+            engine: "lmdb".to_owned(),
+            layout: LAYOUT,
+            problem: folder.as_ref().err().map(MapError::to_string),
+            members: vec![folder.unwrap_or_else(|_| MemberStats::down(member, Role::Folder))],
         }
     }
 }

@@ -20,12 +20,14 @@ mod primary;
 mod primary_writer;
 mod query;
 mod replies;
+mod stats;
 mod timeouts;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use common::api::MapStats;
 use common::bounds::Bounds;
 use common::entry::{Entry, Outcome};
 use futures_util::future::join_all;
@@ -42,6 +44,7 @@ use super::queue::WriteBudget;
 /// A map whose entries are on Redis servers.
 #[derive(Debug)]
 pub(super) struct RedisMap {
+    config: RedisConfig,
     cluster: Arc<Cluster>,
     budget: WriteBudget,
     store_timeout: Duration,
@@ -52,7 +55,8 @@ impl RedisMap {
     pub(super) fn open(config: RedisConfig, options: Options) -> Self {
         Self {
             store_timeout: options.store_timeout,
-            cluster: Arc::new(discovery::start(config, options)),
+            cluster: Arc::new(discovery::start(config.clone(), options)),
+            config,
             budget: WriteBudget::default(),
         }
     }
@@ -122,5 +126,9 @@ impl DistributedMap for RedisMap {
         // Each writer keeps its result as its closed reason.
         join_all(writers.map(|writer| writer.put(&self.budget, Arc::new([])))).await;
         self.cluster.health()
+    }
+
+    async fn stats(&self) -> MapStats {
+        stats::stats(&self.config, &self.cluster).await
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use axum::body::Bytes;
 use axum::http::StatusCode;
-use common::api::{Batch, PutEntry, PutResult, ReadQuery, StreamEnd, write_entry};
+use common::api::{Batch, InstanceStats, PutEntry, PutResult, ReadQuery, StreamEnd, write_entry};
 use common::bounds::Order;
 use common::entry::{self, Entry, Outcome};
 use common::json;
@@ -385,6 +385,10 @@ impl LoggingApi for Simulated {
             msg.map(|msg| Entry { uuid, msg })
         })
         .await
+    }
+
+    async fn stats(&self) -> Result<InstanceStats, UpstreamError> {
+        unreachable!("nobody asks for statistics")
     }
 
     async fn ready(&self) -> Result<(), UpstreamError> {

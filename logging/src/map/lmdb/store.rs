@@ -4,10 +4,12 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, Write};
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use common::api::{MemberStats, Role};
 use common::bounds::{Bounds, Order};
 use common::entry::Entry;
 use heed::types::Bytes;
@@ -30,7 +32,7 @@ const MIN_SPACE: u64 = 4 * 1024 * 1024;
 const DATA_FILE: &str = "data.mdb";
 
 /// The version of the storage format.
-const LAYOUT: u32 = 1;
+pub(super) const LAYOUT: u32 = 1;
 
 const CHECKSUM_BYTES: usize = 4;
 
@@ -53,6 +55,8 @@ pub(super) struct Store {
     /// Set once the id is found in the map or committed to it.
     id: OnceLock<Uuid>,
     pub(super) readers: Readers,
+    /// Entries read by this process.
+    gets: AtomicU64,
     /// Locked by the process that writes: see [`Store::lock_for_writing`].
     turns: File,
     /// Locked while the map is open: see [`claim_namespace`].
@@ -87,6 +91,7 @@ impl Store {
             id: opened.id()?.map(OnceLock::from).unwrap_or_default(),
             opened: RwLock::new(Some(opened)),
             readers: Readers::open(folder)?,
+            gets: AtomicU64::new(0),
             turns,
             _namespace: namespace,
         })
@@ -183,6 +188,7 @@ impl Store {
         let Opened { env, entries } = self.opened()?;
         let txn = env.read_txn().map_err(unavailable)?;
         let value = entries.get(&txn, uuid.as_bytes());
+        self.gets.fetch_add(1, Ordering::Relaxed);
         match value.map_err(unavailable)? {
             Some(value) => Ok(Some(decode(uuid, value)?.to_owned())),
             None => Ok(None),
@@ -205,16 +211,41 @@ impl Store {
         let range = (low, high);
         let Opened { env, entries } = self.opened()?;
         let txn = env.read_txn().map_err(unavailable)?;
-        match bounds.order {
-            Order::Asc => {
-                let found = entries.range(&txn, &range).map_err(unavailable)?;
-                fill_piece(found, limit)
-            }
-            Order::Desc => {
-                let found = entries.rev_range(&txn, &range).map_err(unavailable)?;
-                fill_piece(found, limit)
-            }
-        }
+        let piece = match bounds.order {
+            Order::Asc => fill_piece(entries.range(&txn, &range).map_err(unavailable)?, limit),
+            Order::Desc => fill_piece(entries.rev_range(&txn, &range).map_err(unavailable)?, limit),
+        }?;
+        self.gets.fetch_add(piece.count, Ordering::Relaxed);
+        Ok(piece)
+    }
+
+    /// The row of the folder.
+    pub(super) fn stats(&self) -> Result<MemberStats, MapError> {
+        let Opened { env, entries } = self.opened()?;
+        let txn = env.read_txn().map_err(unavailable)?;
+        let stat = entries.stat(&txn).map_err(unavailable)?;
+        let records = stat.entries as u64;
+        // One record is the map's id.
+        let count = records.saturating_sub(u64::from(read_id(entries, &txn)?.is_some()));
+        let pages = stat.branch_pages + stat.leaf_pages + stat.overflow_pages;
+        let file = fs::metadata(self.folder.join(DATA_FILE));
+        Ok(MemberStats {
+            member: self.folder.display().to_string(),
+            role: Role::Folder,
+            up: true,
+            partitions: Some(1),
+            entries: Some(count),
+            gets: Some(self.gets.load(Ordering::Relaxed)),
+            puts: Some(count),
+            entry_memory_bytes: Some(pages as u64 * u64::from(stat.page_size)),
+            backups: Some(0),
+            backup_memory_bytes: Some(0),
+            used_memory_bytes: file.ok().map(|file| file.len()),
+        })
+    }
+
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
     }
 
     pub(super) fn last(&self) -> Result<Option<Uuid>, MapError> {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::health::Check;
 use tokio::sync::{Notify, watch};
@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::config::Address;
 use super::connection::ServerConnection;
+use super::partition;
 use super::primary_writer::PrimaryWriter;
 use super::replies::{Direction, MovingSlot, ServerInfo};
 use crate::map::contract::{Health, MapError};
@@ -21,6 +22,8 @@ pub(super) struct Cluster {
     wake_discovery: Arc<Notify>,
     /// Whether the state was ever complete: see [`ClusterState::is_complete`].
     was_complete: AtomicBool,
+    /// Entries of each partition read by this process.
+    gets: Vec<AtomicU64>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -63,7 +66,22 @@ impl Cluster {
             state,
             wake_discovery,
             was_complete: AtomicBool::new(false),
+            gets: partition::all().map(|_| AtomicU64::new(0)).collect(),
         }
+    }
+
+    pub(super) fn state(&self) -> ClusterState {
+        self.state.borrow().clone()
+    }
+
+    /// Counts an entry read from a partition.
+    pub(super) fn count_get(&self, partition: u16) {
+        self.gets[usize::from(partition)].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Entries of a partition that were read.
+    pub(super) fn gets(&self, partition: u16) -> u64 {
+        self.gets[usize::from(partition)].load(Ordering::Relaxed)
     }
 
     pub(super) fn topology(&self) -> Arc<Topology> {

@@ -93,6 +93,7 @@ impl RedisCursor {
                 break;
             }
             picked.extend(source.members.pop_front());
+            self.cluster.count_get(partition);
             self.queue.pop();
             self.enqueue(partition);
         }

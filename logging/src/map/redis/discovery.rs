@@ -429,6 +429,7 @@ impl Answer {
         };
         if let Some(myself) = nodes.iter().find(|node| node.is_myself) {
             info.id.clone_from(&myself.id);
+            info.primary_id.clone_from(&myself.primary_id);
             info.moving.clone_from(&myself.moving);
         }
         Ok(Self {

@@ -45,6 +45,9 @@ pub(super) const LINE_BYTES: usize = 57;
 /// Memory of a member besides its bytes, approximately.
 const MEMBER_OVERHEAD: usize = 64;
 
+/// Members of a partition that are no entries: its marks.
+pub(super) const MARKS: u64 = 2;
+
 /// The version of this layout, stored with the map's id; a map of another version is refused.
 pub(super) const LAYOUT: u32 = 1;
 

@@ -128,6 +128,7 @@ pub(super) async fn get(cluster: &Cluster, uuid: Uuid) -> Result<Option<String>,
         from: rank(Order::Asc, uuid),
         count: 1,
     };
+    cluster.count_get(part.partition);
     let mut found = read_parts(cluster, Order::Asc, &[part]).await?.remove(0);
     let message = match found.pop() {
         Some(Member::Small(found, message)) if found == uuid => message,

@@ -17,10 +17,15 @@ pub(super) struct ServerInfo {
     pub(super) max_memory: u64,
     /// What the server does when `max_memory` is used up.
     pub(super) max_memory_policy: String,
+    /// In bytes, all that the server uses, and its data set alone.
+    pub(super) used_memory: u64,
+    pub(super) dataset_memory: u64,
     /// Keys evicted since the server started.
     pub(super) evicted_keys: u64,
     /// The server's id in the cluster, from `CLUSTER NODES`.
     pub(super) id: String,
+    /// The id of a replica's primary, from `CLUSTER NODES`.
+    pub(super) primary_id: Option<String>,
     /// Slots that the server reports as moving, from `CLUSTER NODES`.
     pub(super) moving: Vec<MovingSlot>,
 }
@@ -37,6 +42,8 @@ impl ServerInfo {
                 "cluster_enabled" => info.is_cluster_enabled = value == "1",
                 "role" => info.is_replica = value == "slave",
                 "aof_enabled" => info.has_append_only_file = value == "1",
+                "used_memory" => info.used_memory = value.parse().unwrap_or(0),
+                "used_memory_dataset" => info.dataset_memory = value.parse().unwrap_or(0),
                 "maxmemory" => info.max_memory = value.parse().unwrap_or(0),
                 "maxmemory_policy" => info.max_memory_policy = value.to_owned(),
                 "evicted_keys" => info.evicted_keys = value.parse().unwrap_or(0),
@@ -105,6 +112,8 @@ pub(super) struct Node {
     pub(super) is_myself: bool,
     /// Of two members that claim a slot, the one with the greater configuration epoch owns it.
     pub(super) epoch: u64,
+    /// The id of a replica's primary.
+    pub(super) primary_id: Option<String>,
     /// The slots of a primary; a replica has none.
     pub(super) slots: Vec<RangeInclusive<u16>>,
     /// Only in a member's line about itself.
@@ -123,7 +132,7 @@ impl Node {
 
     fn parse(line: &str, asked: &Address, is_tls: bool) -> Option<Self> {
         let fields: Vec<&str> = line.split(' ').collect();
-        let [id, endpoint, flags, _, _, _, epoch, _, slots @ ..] = &fields[..] else {
+        let [id, endpoint, flags, primary_id, _, _, epoch, _, slots @ ..] = &fields[..] else {
             return None;
         };
         if flags.contains("noaddr") || flags.contains("handshake") {
@@ -150,6 +159,7 @@ impl Node {
                 port: port.parse().ok()?,
             },
             epoch: epoch.parse().ok()?,
+            primary_id: Some((*primary_id).to_owned()).filter(|id| id != "-"),
             is_myself: has_flag("myself"),
             moving,
             slots: if has_flag("master") {

@@ -1,0 +1,69 @@
+//! What this facade counts.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
+
+use axum::http::{Method, StatusCode};
+use common::api::timestamp;
+use serde::Serialize;
+
+/// Counts since the start of the process.
+#[derive(Debug)]
+pub(crate) struct Counters {
+    since: SystemTime,
+    posts: AtomicU64,
+    gets: AtomicU64,
+    errors: Mutex<BTreeMap<u16, u64>>,
+}
+
+/// The row of this facade.
+#[derive(Serialize)]
+pub(crate) struct FacadeStats {
+    since: String,
+    version: &'static str,
+    /// POSTs to `/`, uploads among them.
+    posts: u64,
+    /// GETs of the log and of single messages.
+    gets: u64,
+    /// Answers by status, of those that are errors.
+    errors: BTreeMap<u16, u64>,
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        Self {
+            since: SystemTime::now(),
+            posts: AtomicU64::new(0),
+            gets: AtomicU64::new(0),
+            errors: Mutex::default(),
+        }
+    }
+}
+
+impl Counters {
+    /// Counts a request for messages and the status of its answer.
+    pub(crate) fn count(&self, method: &Method, status: StatusCode) {
+        match *method {
+            Method::POST => self.posts.fetch_add(1, Ordering::Relaxed),
+            Method::GET => self.gets.fetch_add(1, Ordering::Relaxed),
+            _ => 0,
+        };
+        if status.is_client_error() || status.is_server_error() {
+            let mut errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
+            *errors.entry(status.as_u16()).or_default() += 1;
+        }
+    }
+
+    pub(crate) fn stats(&self) -> FacadeStats {
+        let errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
+        FacadeStats {
+            since: timestamp(self.since),
+            version: env!("CARGO_PKG_VERSION"),
+            posts: self.posts.load(Ordering::Relaxed),
+            gets: self.gets.load(Ordering::Relaxed),
+            errors: errors.clone(),
+        }
+    }
+}

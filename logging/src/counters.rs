@@ -1,0 +1,98 @@
+//! What this process counts: entries it was given, what became of them, how long that took.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use common::api::{InstanceStats, MapStats, OutcomeCounts, timestamp};
+use common::entry::Outcome;
+use hdrhistogram::Histogram;
+
+/// Counts of this process.
+#[derive(Debug)]
+pub(crate) struct Counters {
+    since: SystemTime,
+    in_flight: AtomicU64,
+    puts: Mutex<Puts>,
+}
+
+#[derive(Debug)]
+struct Puts {
+    received: u64,
+    outcomes: OutcomeCounts,
+    /// How long batches took, in microseconds.
+    times: Histogram<u64>,
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        Self {
+            since: SystemTime::now(),
+            in_flight: AtomicU64::new(0),
+            puts: Mutex::new(Puts {
+                received: 0,
+                outcomes: OutcomeCounts::default(),
+                times: Histogram::new(2).expect("two digits are allowed"),
+            }),
+        }
+    }
+}
+
+impl Counters {
+    /// Counts a batch as in flight until the guard is dropped.
+    pub(crate) fn in_flight(&self) -> InFlight<'_> {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        InFlight(&self.in_flight)
+    }
+
+    /// Counts a batch that was put, with the outcome of each entry.
+    pub(crate) fn count_put(&self, outcomes: &[Outcome], took: Duration) {
+        if outcomes.is_empty() {
+            return;
+        }
+        let mut puts = self.puts.lock().unwrap_or_else(PoisonError::into_inner);
+        puts.received += outcomes.len() as u64;
+        puts.times.saturating_record(took.as_micros() as u64);
+        for outcome in outcomes {
+            let counts = &mut puts.outcomes;
+            *match outcome {
+                Outcome::Stored => &mut counts.stored,
+                Outcome::Duplicate => &mut counts.duplicate,
+                Outcome::Conflict => &mut counts.conflict,
+                Outcome::Stale | Outcome::Leaving | Outcome::Early => &mut counts.stale,
+                Outcome::Refused { .. } | Outcome::PartitionDown { .. } => &mut counts.refused,
+                Outcome::Unknown { .. } => &mut counts.unknown,
+            } += 1;
+        }
+    }
+
+    /// The counts, with the statistics of the map.
+    pub(crate) fn stats(&self, map: MapStats) -> InstanceStats {
+        let puts = self.puts.lock().unwrap_or_else(PoisonError::into_inner);
+        let percentile = |quantile| {
+            let micros = puts.times.value_at_quantile(quantile);
+            (!puts.times.is_empty()).then_some(micros as f64 / 1000.0)
+        };
+        InstanceStats {
+            at: timestamp(SystemTime::now()),
+            since: timestamp(self.since),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            map,
+            received: puts.received,
+            outcomes: puts.outcomes,
+            in_flight: self.in_flight.load(Ordering::Relaxed),
+            put_p50_ms: percentile(0.5),
+            put_p99_ms: percentile(0.99),
+        }
+    }
+}
+
+/// A batch that is being put.
+#[derive(Debug)]
+pub(crate) struct InFlight<'a>(&'a AtomicU64);
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
