@@ -147,7 +147,7 @@ impl InstanceRow {
     fn new(instance: &Arc<Instance>, stats: Option<&InstanceStats>, received: u64) -> Self {
         Self {
             instance: instance.name.clone(),
-            up: instance.health.is_up(),
+            up: instance.health.is_up() && stats.is_some(),
             since: timestamp(instance.health.since()),
             version: stats.map(|stats| stats.version.clone()),
             engine: stats.map(|stats| stats.map.engine.clone()),
