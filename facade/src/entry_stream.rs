@@ -189,10 +189,18 @@ mod tests {
 
     /// The lines of a stream, and their number or the error.
     async fn read(pieces: Vec<Vec<u8>>, limit: Option<u64>) -> (Vec<u8>, Result<u64, String>) {
+        read_within(Bounds::default(), pieces, limit).await
+    }
+
+    async fn read_within(
+        bounds: Bounds,
+        pieces: Vec<Vec<u8>>,
+        limit: Option<u64>,
+    ) -> (Vec<u8>, Result<u64, String>) {
         let chunks = stream::iter(pieces)
             .map(|piece| Ok(Bytes::from(piece)))
             .boxed();
-        let mut stream = EntryStream::new(chunks, Bounds::default(), limit);
+        let mut stream = EntryStream::new(chunks, bounds, limit);
         let (mut read, mut count) = (Vec::new(), 0);
         loop {
             match stream.next().await {
@@ -221,6 +229,30 @@ mod tests {
             assert!(end.is_err(), "{length} bytes");
             assert!(lines.starts_with(&read));
             assert!(read.is_empty() || read.ends_with(b"\n"));
+        }
+    }
+
+    /// Entries 1 to 3, ascending, at once and one at a time.
+    #[tokio::test]
+    async fn entries_outside_the_bounds_are_an_error() {
+        let stream = [&whole(3)[..], b"{\"count\":3}\n"].concat();
+        let lines = stream.split_inclusive(|byte| *byte == b'\n');
+        let lines: Vec<Vec<u8>> = lines.map(<[u8]>::to_vec).collect();
+        for (after, before, order, is_right) in [
+            (0, 4, Order::Asc, true),
+            (1, 4, Order::Asc, false),
+            (0, 3, Order::Asc, false),
+            (0, 4, Order::Desc, false),
+        ] {
+            let bounds = Bounds {
+                after: Some(Uuid::from_u128(after)),
+                before: Some(Uuid::from_u128(before)),
+                order,
+            };
+            for pieces in [vec![stream.clone()], lines.clone()] {
+                let (_, end) = read_within(bounds, pieces, None).await;
+                assert_eq!(end.is_ok(), is_right, "{bounds:?}: {end:?}");
+            }
         }
     }
 

@@ -40,11 +40,8 @@ pub(crate) struct ListQuery {
 
 impl ListQuery {
     fn bounds(&self, now: SystemTime) -> Bounds {
-        let last_uuid_before = |since: Moment| {
-            let first = since.first_uuid(now);
-            Uuid::from_u128(first.as_u128().saturating_sub(1))
-        };
-        let since = self.since.map(last_uuid_before);
+        // No entry has the UUID of a moment itself: it has no version.
+        let since = self.since.map(|since| since.first_uuid(now));
         let until = self.until.map(|until| until.first_uuid(now));
         Bounds {
             after: self.after.max(since),
