@@ -86,7 +86,8 @@ impl Format {
     /// Renders checked lines of entries; `is_first` when they are the first of the answer.
     pub(crate) fn render(self, lines: Bytes, is_first: bool) -> Bytes {
         if self == Self::Ndjson {
-            return lines;
+            // A copy lets hyper reuse the buffer of which these lines are a slice.
+            return Bytes::copy_from_slice(&lines);
         }
         let mut out = Vec::with_capacity(lines.len() + lines.len() / 32);
         let mut begin = 0;
