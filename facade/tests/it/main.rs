@@ -4,7 +4,7 @@
 
 /// Posters and a reader who record what they saw.
 mod load;
-/// Real processes together: the exercise's client, kills, signals, logs.
+/// The services as real processes.
 mod processes;
 /// Starts the services in-process, each on a free port.
 mod system;
@@ -19,6 +19,10 @@ mod clock;
 mod cluster;
 /// The shipped containers.
 mod compose;
+/// Flags, variables, and the task `healthcheck`.
+mod configuration;
+/// What the exercise asks for, on real processes.
+mod exercise;
 /// Instances that die, hang and return, as real processes.
 mod failover;
 /// What becomes of messages that are not stored at the first try.
@@ -31,14 +35,13 @@ mod http;
 mod large;
 /// More messages than the instances can store.
 mod overload;
+/// POST of one message: every accepted shape, every refusal, keys.
+mod post;
 /// The scripts that a newcomer runs first.
 mod scripts;
 /// Instances that are sick but answer, proxies, strangers, bursts behind a paused one.
 mod sick;
 /// Promises 1 to 4 and 6 to 8 on a simulated network and clock, for many seeds.
 mod simulated;
-
-/// POST of one message: every accepted shape, every refusal, keys.
-mod post;
 /// Statistics.
 mod stats;

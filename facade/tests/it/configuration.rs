@@ -1,0 +1,126 @@
+//! The command line and environment of the binaries.
+
+use std::net::SocketAddr;
+use std::process::Command;
+
+use testing::command_line::{assert_help, assert_refused, one_line};
+use testing::process::{Process, free_address};
+
+use crate::processes::{Processes, binary, facade};
+
+/// The task `healthcheck` says by its exit code whether the service is ready, on all addresses too, and
+/// otherwise why not, in one line.
+#[test]
+fn healthcheck_asks_the_running_service() {
+    let healthcheck = |address: SocketAddr| {
+        let listen = ["--listen", &address.to_string()];
+        let run = |arguments: &[&str]| {
+            Command::new(binary("facade"))
+                .args(arguments)
+                .output()
+                .unwrap()
+        };
+        let before = run(&[&listen[..], &["healthcheck"]].concat());
+        let after = run(&[&["healthcheck"], &listen[..]].concat());
+        assert_eq!(before.status, after.status);
+        after
+    };
+    let everywhere = SocketAddr::from(([0, 0, 0, 0], free_address().port()));
+    let nobody = one_line(&healthcheck(everywhere));
+    assert!(nobody.contains("is the service running"), "{nobody}");
+
+    let alone = facade("http://127.0.0.1:1", "http://127.0.0.1:1", &[]);
+    let alone = Process::start(alone, everywhere);
+    let output = healthcheck(alone.address);
+    assert_eq!(output.status.code(), Some(1));
+    let why = one_line(&output);
+    assert!(
+        why.contains("not ready: ") && why.contains("logging"),
+        "{why}"
+    );
+
+    let system = Processes::start();
+    let output = healthcheck(system.facade.address);
+    assert!(output.status.success(), "{output:?}");
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(printed.contains(r#""status":"ready""#), "{printed}");
+}
+
+#[test]
+fn wrong_configuration_is_one_line_and_exit_code_2() {
+    let binary = binary("facade");
+    assert_refused(
+        &binary,
+        &["--logging", "127.0.0.1:8082"],
+        "http://HOST:PORT",
+    );
+    assert_refused(
+        &binary,
+        &["--logging", "http://a:1,ftp://b:2"],
+        "http://HOST:PORT",
+    );
+    assert_refused(
+        &binary,
+        &["--messages", "http://a:1/path"],
+        "http://HOST:PORT",
+    );
+    assert_refused(&binary, &["--max-message", "0"], "64KiB");
+    assert_refused(&binary, &["--max-message", "2MiB"], "1MiB");
+    assert_refused(&binary, &["--max-reads", "0"], "--max-reads");
+    assert_refused(&binary, &["--deadline", "5"], "10s");
+    assert_refused(&binary, &["--deadline", "0s"], "above zero");
+    let endless = "18446744073709551615s";
+    assert_refused(&binary, &["--deadline", endless], "365days");
+    assert_refused(&binary, &["--logging", "http://:p@a:1"], "http://HOST:PORT");
+    assert_refused(&binary, &["--try-timeout"], "--try-timeout");
+    assert_refused(
+        &binary,
+        &["--logging", "localhost:9000"],
+        "http://localhost:9000",
+    );
+    assert_refused(&binary, &["--messages", "https://a:1"], "only http");
+}
+
+/// What was set is named: the variable if the value came from it, otherwise the flag.
+#[test]
+fn wrong_value_is_blamed_on_what_was_set() {
+    let mut by_variable = Command::new(binary("facade"));
+    let output = by_variable.env("FACADE_DEADLINE", "soon").output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let line = one_line(&output);
+    assert!(
+        line.contains("FACADE_DEADLINE") && !line.contains("--deadline"),
+        "{line}"
+    );
+    for arguments in [&["--deadline", "late"][..], &["--deadline=late"]] {
+        let mut by_both = Command::new(binary("facade"));
+        let by_both = by_both.env("FACADE_DEADLINE", "soon").args(arguments);
+        let line = one_line(&by_both.output().unwrap());
+        assert!(line.contains("\"late\" for --deadline"), "{line}");
+    }
+}
+
+#[test]
+fn help_names_each_flag_with_its_environment_twin() {
+    let three = "http://127.0.0.1:8082,http://127.0.0.1:8083,http://127.0.0.1:8084";
+    let flags = [
+        ("--listen", "FACADE_LISTEN", "127.0.0.1:8086"),
+        ("--logging", "FACADE_LOGGING", three),
+        ("--messages", "FACADE_MESSAGES", "http://127.0.0.1:8081"),
+        ("--try-timeout", "FACADE_TRY_TIMEOUT", "1s"),
+        ("--deadline", "FACADE_DEADLINE", "5s"),
+        ("--read-deadline", "FACADE_READ_DEADLINE", "15s"),
+        ("--messages-timeout", "FACADE_MESSAGES_TIMEOUT", "1s"),
+        ("--max-message", "FACADE_MAX_MESSAGE", "64KiB"),
+        ("--max-reads", "FACADE_MAX_READS", "64"),
+        ("--grace", "FACADE_GRACE", "10s"),
+        ("--log-format", "FACADE_LOG_FORMAT", "text"),
+    ];
+    assert_help(&binary("facade"), &flags);
+    let flags = [
+        ("--listen", "MESSAGES_LISTEN", "127.0.0.1:8081"),
+        ("--grace", "MESSAGES_GRACE", "10s"),
+        ("--log-format", "MESSAGES_LOG_FORMAT", "text"),
+    ];
+    assert_help(&binary("messages"), &flags);
+}
