@@ -37,6 +37,14 @@ impl Bounds {
         }
     }
 
+    /// The bound at which a read in this order begins.
+    pub fn near(&self) -> Option<Uuid> {
+        match self.order {
+            Order::Asc => self.after,
+            Order::Desc => self.before,
+        }
+    }
+
     /// The same bounds for a reader that wants only what has a smaller UUID than `end` as well.
     #[must_use]
     pub fn ending_before(self, end: Uuid) -> Self {

@@ -73,7 +73,8 @@ pub(crate) async fn list(
         cursor: app.map.read(bounds),
         left: limit.unwrap_or(u64::MAX),
         count: 0,
-        last: None,
+        // A read that another instance lost behind its last entry continues here with a limit of 0.
+        last: bounds.near(),
         is_finished: false,
         piece_bytes: FIRST_PIECE,
         reads: app.reads,
@@ -105,6 +106,7 @@ struct EntryStream {
     cursor: Box<dyn Cursor>,
     left: u64,
     count: u64,
+    /// The last entry of this stream, or the one behind which it begins.
     last: Option<Uuid>,
     is_finished: bool,
     piece_bytes: usize,

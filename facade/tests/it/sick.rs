@@ -8,7 +8,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::Request;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use common::api::{MARK, WIRE_VERSION};
@@ -208,6 +208,60 @@ async fn message_is_stored_once_though_a_proxy_answered_503() {
         assert_eq!(system.messages().await, ["once"], "{status}");
         drop(logging);
     }
+}
+
+/// An instance dies when all entries that a GET asked for were sent and the end line was not: the next
+/// one says whether there are more.
+#[tokio::test(flavor = "multi_thread")]
+async fn limited_get_that_lost_only_its_end_line_has_its_cursor() {
+    let (logging, map) = instances(1).await;
+    let url = logging[0].url();
+    let cuts = Arc::new(AtomicUsize::new(0));
+    let count = cuts.clone();
+    let forward = async move |request: Request| {
+        let (parts, body) = request.into_parts();
+        let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
+        let http = reqwest::Client::new();
+        let body = reqwest::Body::wrap_stream(body.into_data_stream());
+        let forwarded = http.request(parts.method.clone(), format!("{url}{path}"));
+        let answer = forwarded
+            .headers(parts.headers)
+            .body(body)
+            .send()
+            .await
+            .unwrap();
+        let mut headers = answer.headers().clone();
+        let text = answer.text().await.unwrap();
+        let entries = text.matches("{\"uuid\"").count();
+        if parts.method != Method::GET || entries == 0 {
+            return (headers, text).into_response();
+        }
+        count.fetch_add(1, Ordering::Relaxed);
+        headers.remove(header::CONTENT_LENGTH);
+        headers.remove(header::TRANSFER_ENCODING);
+        let lines = text[..text.trim_end().rfind('\n').unwrap() + 1].to_owned();
+        let cut = stream::iter([Ok(lines), Err("cut")]).then(async |piece| {
+            tokio::task::yield_now().await;
+            piece
+        });
+        (headers, Body::from_stream(cut)).into_response()
+    };
+    let cutting = serve(Router::new().fallback(forward));
+    let system = System::with_instances(vec![cutting], map, &[]);
+    let mut uuids = Vec::new();
+    for n in 0..3 {
+        uuids.push(system.store(&n.to_string()).await);
+    }
+    for (query, next) in [
+        ("?limit=2", Some(uuids[1])),
+        ("?limit=3", None),
+        ("?limit=2&order=desc", Some(uuids[1])),
+        ("?limit=3&order=desc", None),
+    ] {
+        assert_eq!(system.read(query).await.next, next, "{query}");
+    }
+    assert_eq!(cuts.load(Ordering::Relaxed), 4);
+    drop(logging);
 }
 
 /// Something else listens at the address of the second instance.

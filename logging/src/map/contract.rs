@@ -108,9 +108,9 @@ pub struct Piece {
 }
 
 impl Piece {
-    /// Whether a message of `bytes` bytes still fits. The first one always does.
+    /// Whether a message of `bytes` bytes still fits. The first one may have any size.
     pub(super) fn fits(&self, limit: PieceLimit, bytes: usize) -> bool {
-        self.count == 0 || (self.count < limit.entries && self.lines.len() + bytes <= limit.bytes)
+        self.count < limit.entries && (self.count == 0 || self.lines.len() + bytes <= limit.bytes)
     }
 
     pub(super) fn push(&mut self, uuid: Uuid, msg: &str) {

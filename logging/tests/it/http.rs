@@ -167,6 +167,19 @@ async fn list_streams_lines_and_a_count_within_bounds() {
     assert_eq!(answer.headers()[READ_END], end.as_str());
     let next = format!(r#"{{"count":1,"next":"{}"}}"#, first.uuid);
     assert_eq!(answer.text().await.unwrap(), lines(&[first], &next));
+    // The rest of a limited read that lost only its end line.
+    for (order, bound, uuid, more) in [
+        ("asc", "after", first.uuid, true),
+        ("asc", "after", third.uuid, false),
+        ("desc", "before", third.uuid, true),
+        ("desc", "before", first.uuid, false),
+    ] {
+        let path = format!("/?limit=0&order={order}&{bound}={uuid}");
+        let rest = instance.text(&path).await;
+        let next = format!(r#","next":"{uuid}""#);
+        let next = if more { next.as_str() } else { "" };
+        assert_eq!(rest, format!("{{\"count\":0{next}}}\n"));
+    }
     assert_eq!(
         instance.get("/?limit=x").await.status(),
         StatusCode::BAD_REQUEST

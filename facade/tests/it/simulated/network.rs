@@ -172,7 +172,11 @@ impl Network {
         }
         let limit = usize::try_from(limit.unwrap_or(u64::MAX)).unwrap();
         let mut end = StreamEnd {
-            next: (entries.len() > limit).then(|| *entries[limit - 1].0),
+            next: match limit {
+                _ if entries.len() <= limit => None,
+                0 => bounds.near(),
+                _ => Some(*entries[limit - 1].0),
+            },
             ..StreamEnd::default()
         };
         entries.truncate(limit);

@@ -49,11 +49,13 @@ struct Source {
 impl RedisCursor {
     pub(super) fn new(cluster: Arc<Cluster>, timeout: Duration, bounds: Bounds) -> Self {
         let order = bounds.order;
-        let (near, far) = match order {
-            Order::Asc => (bounds.after, bounds.before),
-            Order::Desc => (bounds.before, bounds.after),
+        let far = match order {
+            Order::Asc => bounds.before,
+            Order::Desc => bounds.after,
         };
-        let from = near.map_or(FIRST_RANK, |near| rank(order, near).saturating_add(1));
+        let from = bounds
+            .near()
+            .map_or(FIRST_RANK, |near| rank(order, near).saturating_add(1));
         let end = far.map_or(u128::MAX, |far| rank(order, far));
         let sources = partition::all().map(|_| Source {
             members: VecDeque::new(),
