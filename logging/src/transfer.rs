@@ -169,13 +169,17 @@ impl Partial {
         let (mut count, mut last, mut whole) = (0, None, 0);
         while let Some(line) = lines.next()? {
             let Some(line) = line.strip_suffix(b"\n") else {
-                ensure!(line.starts_with(b"{"), "this is not an export");
+                ensure!(may_be_cut(line), "this is not an export");
                 break;
             };
             let Some(entry) = EntryLine::parse(line) else {
-                let end = serde_json::from_slice::<StreamEnd>(line);
-                ensure!(end.is_err(), "this export is finished; choose another file");
-                bail!("line {} is not an entry; this is not an export", count + 1);
+                match serde_json::from_slice(line) {
+                    Ok(StreamEnd {
+                        go_on_elsewhere: None,
+                        ..
+                    }) => bail!("this export is finished; choose another file"),
+                    _ => bail!("line {} is not an entry; this is not an export", count + 1),
+                }
             };
             ensure!(
                 last < Some(entry.uuid()),
@@ -194,6 +198,13 @@ impl Partial {
         }
         Ok(Self { file, count, last })
     }
+}
+
+/// Whether this can be the beginning of a line of an export: it is overwritten then.
+fn may_be_cut(line: &[u8]) -> bool {
+    let heads = [&b"{\"uuid\":\""[..], b"{\"count\":"];
+    let is_like = |head: &[u8]| line.starts_with(head) || head.starts_with(line);
+    line.len() < MAX_LINE && heads.into_iter().any(is_like)
 }
 
 /// Puts the entries of a file or standard input into the map, which must have the settle window
@@ -332,10 +343,12 @@ struct Source {
     is_finished: bool,
 }
 
-/// The last line of an export or of a GET's body; its other fields are ignored.
+/// The last line of an export, of an instance's stream or of a GET's body; the messages service's reply
+/// is ignored.
 #[derive(Deserialize)]
 struct Tail {
     count: u64,
+    go_on_elsewhere: Option<String>,
 }
 
 impl Source {
@@ -358,25 +371,23 @@ impl Source {
             if line == br#"{"logging_service":["# {
                 continue;
             }
-            let tail = match line.strip_prefix(b"],") {
-                Some(members) => serde_json::from_slice(&[b"{", members].concat()),
-                None => serde_json::from_slice(line),
+            let entry: Entry = match serde_json::from_slice(line) {
+                Ok(entry) => entry,
+                Err(error) => {
+                    let tail = match line.strip_prefix(b"],") {
+                        Some(members) => serde_json::from_slice(&[b"{", members].concat()),
+                        None => serde_json::from_slice(line),
+                    };
+                    let tail = tail.map_err(|_| error).with_context(|| {
+                        format!(
+                            "line {number} is not an entry; import takes an export, or a GET's body \
+                             as JSON or NDJSON"
+                        )
+                    })?;
+                    self.finish(&tail)?;
+                    break;
+                }
             };
-            if let Ok(Tail { count }) = tail {
-                ensure!(
-                    count == self.count,
-                    "the file has {} entries, but its last line says {count}",
-                    self.count
-                );
-                self.is_finished = true;
-                break;
-            }
-            let entry: Entry = serde_json::from_slice(line).with_context(|| {
-                format!(
-                    "line {number} is not an entry; import takes an export, or a GET's body as JSON \
-                     or NDJSON"
-                )
-            })?;
             let uuid = entry::require_entry_uuid(entry.uuid);
             uuid.map_err(|reason| anyhow!("line {number}: {reason}"))?;
             ensure!(!entry.msg.is_empty(), "line {number}: the message is empty");
@@ -384,6 +395,25 @@ impl Source {
             batch.push(entry);
         }
         Ok(batch)
+    }
+
+    /// Checks that the file is complete and ends with its last line.
+    fn finish(&mut self, tail: &Tail) -> anyhow::Result<()> {
+        ensure!(
+            tail.count == self.count,
+            "the file has {} entries, but its last line says {}",
+            self.count,
+            tail.count
+        );
+        if let Some(reason) = &tail.go_on_elsewhere {
+            bail!("the file is incomplete: the instance stopped sending, as {reason}");
+        }
+        ensure!(
+            self.lines.next().context("cannot read")?.is_none(),
+            "lines follow the one with the count; import each file by itself"
+        );
+        self.is_finished = true;
+        Ok(())
     }
 }
 

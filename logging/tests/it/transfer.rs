@@ -117,7 +117,15 @@ fn export_goes_on_behind_the_last_whole_line() {
         assert!(fs::read(&file).unwrap() == whole, "{length}");
     }
     let second_first = [lines(1..2), lines(0..1)].concat();
-    for other in [b"notes", &b"notes\n"[..], b"{}\n", &second_first] {
+    for other in [
+        &b"notes"[..],
+        b"notes
+",
+        b"{}
+",
+        b"{\"a\":1}",
+        &second_first,
+    ] {
         fs::write(&file, other).unwrap();
         assert!(fail(&run("export", &file, &map)).contains("this is not an export"));
         assert_eq!(fs::read(&file).unwrap(), other);
@@ -228,6 +236,18 @@ fn what_cannot_be_imported_is_named() {
         (
             format!("{v7} hello\n1 messages\n").into(),
             "as JSON or NDJSON",
+        ),
+        (
+            [exported(3), exported(3)].concat(),
+            "lines follow the one with the count",
+        ),
+        (
+            [
+                lines(0..3),
+                b"{\"count\":3,\"go_on_elsewhere\":\"stopping\"}\n".to_vec(),
+            ]
+            .concat(),
+            "the file is incomplete",
         ),
         (line(v4, "a"), "is not a version 7 UUID"),
         (line(v7, ""), "line 1: the message is empty"),
