@@ -25,7 +25,7 @@ pub const MARK: &str = "x-message-log";
 pub const WIRE_VERSION: u32 = 2;
 
 /// Says that an answer was written by a logging instance that speaks [`WIRE_VERSION`], and which
-/// map it serves: `1 0193b3f2-…`, or `1 -` while the instance does not know the map's id yet.
+/// map it serves: `2 0193b3f2-…`, or `2 -` while the instance does not know the map's id yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark {
     /// The id of the map, which was made together with it.

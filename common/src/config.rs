@@ -43,7 +43,7 @@ pub fn parse<C: Parser>() -> C {
 }
 
 /// Gives each option its matching environment variable: `--map` of `logging` is `LOGGING_MAP`.
-pub fn with_environment(command: Command) -> Command {
+fn with_environment(command: Command) -> Command {
     let service = command.get_name().to_owned();
     command.mut_args(|arg| {
         let variable = variable_of(&service, arg.get_id().as_str());

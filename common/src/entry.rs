@@ -3,9 +3,6 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-/// How many bytes one byte of a message can become in JSON: a control character is `\u001b`.
-pub const MAX_JSON_EXPANSION: usize = 6;
-
 /// One message of the log under its identifier. Entries never change once they are stored.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(deny_unknown_fields)]

@@ -89,7 +89,7 @@ pub enum Task {
 ///
 /// # Errors
 /// Why it is not ready, in one line.
-pub async fn healthcheck(listen: SocketAddr) -> Result<(), String> {
+pub(crate) async fn healthcheck(listen: SocketAddr) -> Result<(), String> {
     let url = format!("http://{}/readyz?verbose", reachable(listen));
     let answer = ask(&url).await.map_err(|error| {
         let cause = error.source().map_or(String::new(), |c| format!(": {c}"));

@@ -202,13 +202,15 @@ impl Queue {
 
 async fn send_batches(client: Arc<dyn LoggingApi>, health: Arc<Health>, shared: Arc<Shared>) {
     while let Some(batch) = shared.next_batch().await {
-        let mut body = Batch::default();
+        // Each entry has a separator, the last one the end.
+        let bytes: usize = batch.iter().map(|queued| queued.entry.len() + 1).sum();
+        let mut body = Batch::with_capacity(bytes + 1);
         let mut replies = Vec::with_capacity(batch.len());
         for queued in batch {
             body.push(&queued.entry);
             replies.push(queued.reply);
         }
-        let (bytes, began) = (body.len(), Instant::now());
+        let began = Instant::now();
         match require_all(client.put(body).await, replies.len()) {
             Ok(results) => {
                 health.note_success();

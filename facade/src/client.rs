@@ -47,36 +47,39 @@ const MAX_REPLY_BYTES: usize = 64 * 1024;
 /// The most bytes of a stream that hyper buffers for one GET.
 const STREAM_BUFFER: usize = 64 * 1024;
 
-/// The HTTP client for all calls but streams. It uses no proxies from the environment, follows no
-/// redirects, and retries only requests that were never written because an idle connection had been
+/// The HTTP clients that all calls share. They use no proxies from the environment, follow no
+/// redirects, and retry only requests that were never written because an idle connection had been
 /// closed.
-///
-/// # Errors
-/// When the client cannot be built.
-pub fn http_client(connect_timeout: Duration) -> reqwest::Result<Client> {
-    Client::builder()
-        .no_proxy()
-        .redirect(reqwest::redirect::Policy::none())
-        .retry(reqwest::retry::never())
-        .tcp_nodelay(true)
-        .connect_timeout(connect_timeout)
-        .pool_idle_timeout(IDLE_CONNECTION)
-        .build()
+#[derive(Clone, Debug)]
+pub struct Clients {
+    requests: Client,
+    /// Hyper's, because reqwest cannot bound hyper's read buffer, which grows to 512 KiB for each
+    /// GET whose caller is slow.
+    streams: legacy::Client<HttpConnector, Body>,
 }
 
-/// The HTTP client for streams: hyper's, because reqwest cannot bound hyper's read buffer, which
-/// grows to 512 KiB for each GET whose caller is slow.
-type StreamClient = legacy::Client<HttpConnector, Body>;
-
-fn stream_client(connect_timeout: Duration) -> StreamClient {
-    let mut connector = HttpConnector::new();
-    connector.set_nodelay(true);
-    connector.set_connect_timeout(Some(connect_timeout));
-    legacy::Client::builder(TokioExecutor::new())
-        .pool_timer(TokioTimer::new())
-        .pool_idle_timeout(IDLE_CONNECTION)
-        .http1_max_buf_size(STREAM_BUFFER)
-        .build(connector)
+impl Clients {
+    /// # Errors
+    /// When the client for requests cannot be built.
+    pub fn new(connect_timeout: Duration) -> reqwest::Result<Self> {
+        let requests = Client::builder()
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+            .retry(reqwest::retry::never())
+            .tcp_nodelay(true)
+            .connect_timeout(connect_timeout)
+            .pool_idle_timeout(IDLE_CONNECTION)
+            .build()?;
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(connect_timeout));
+        let streams = legacy::Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(IDLE_CONNECTION)
+            .http1_max_buf_size(STREAM_BUFFER)
+            .build(connector);
+        Ok(Self { requests, streams })
+    }
 }
 
 pub struct ReadAnswer {
@@ -119,8 +122,7 @@ pub trait LoggingApi: fmt::Debug + Send + Sync {
 /// A logging instance behind HTTP.
 #[derive(Clone, Debug)]
 pub struct LoggingClient {
-    http: Client,
-    streams: StreamClient,
+    clients: Clients,
     name: String,
     base: Url,
     timeout: Duration,
@@ -129,15 +131,14 @@ pub struct LoggingClient {
 
 impl LoggingClient {
     pub fn new(
-        http: Client,
+        clients: Clients,
         address: SocketAddr,
         timeout: Duration,
         served: Arc<ServedMap>,
     ) -> Self {
         let base = Url::parse(&format!("http://{address}")).expect("an address makes a URL");
         Self {
-            http,
-            streams: stream_client(timeout / 2),
+            clients,
             name: address.to_string(),
             base,
             timeout,
@@ -167,7 +168,8 @@ impl LoggingClient {
 impl LoggingApi for LoggingClient {
     async fn put(&self, batch: Batch) -> Result<Vec<PutResult>, UpstreamError> {
         let request = self
-            .http
+            .clients
+            .requests
             .post(self.base.clone())
             .header(header::CONTENT_TYPE, "application/json")
             .body(batch.into_body());
@@ -181,13 +183,13 @@ impl LoggingApi for LoggingClient {
         query: ReadQuery,
         request_id: Option<&str>,
     ) -> Result<ReadAnswer, UpstreamError> {
-        let mut request = self.http.get(self.base.clone()).query(&query);
+        let mut request = self.clients.requests.get(self.base.clone()).query(&query);
         if let Some(id) = request_id {
             request = request.header(REQUEST_ID, id);
         }
         let request = request.build()?.try_into()?;
         let asked = async {
-            let response = self.streams.request(request).await?;
+            let response = self.clients.streams.request(request).await?;
             let response = Response::from(response.map(Body::wrap));
             require_success(self.check(response)?).await
         };
@@ -212,7 +214,7 @@ impl LoggingApi for LoggingClient {
     async fn get(&self, uuid: Uuid) -> Result<Option<Entry>, UpstreamError> {
         let mut url = self.base.clone();
         url.set_path(&uuid.to_string());
-        let response = self.send(self.http.get(url)).await?;
+        let response = self.send(self.clients.requests.get(url)).await?;
         if response.status() == StatusCode::NOT_FOUND {
             return Ok(None);
         }
@@ -223,7 +225,7 @@ impl LoggingApi for LoggingClient {
     async fn stats(&self) -> Result<InstanceStats, UpstreamError> {
         let mut url = self.base.clone();
         url.set_path("stats");
-        let response = require_success(self.send(self.http.get(url)).await?).await?;
+        let response = require_success(self.send(self.clients.requests.get(url)).await?).await?;
         let body = read_body(response, MAX_STATS_BODY).await?;
         serde_json::from_slice(&body).map_err(garbled)
     }
@@ -231,7 +233,7 @@ impl LoggingApi for LoggingClient {
     async fn ready(&self) -> Result<(), UpstreamError> {
         let mut url = self.base.clone();
         url.set_path("readyz");
-        require_success(self.send(self.http.get(url)).await?).await?;
+        require_success(self.send(self.clients.requests.get(url)).await?).await?;
         Ok(())
     }
 }
@@ -239,22 +241,26 @@ impl LoggingApi for LoggingClient {
 /// The messages service.
 #[derive(Clone, Debug)]
 pub struct MessagesClient {
-    http: Client,
+    clients: Clients,
     base: Url,
     timeout: Duration,
 }
 
 impl MessagesClient {
-    pub fn new(http: Client, base: Url, timeout: Duration) -> Self {
+    pub fn new(clients: Clients, base: Url, timeout: Duration) -> Self {
         Self {
-            http,
+            clients,
             base,
             timeout,
         }
     }
 
     pub async fn reply(&self, request_id: Option<&str>) -> Result<String, UpstreamError> {
-        let mut request = self.http.get(self.base.clone()).timeout(self.timeout);
+        let mut request = self
+            .clients
+            .requests
+            .get(self.base.clone())
+            .timeout(self.timeout);
         if let Some(id) = request_id {
             request = request.header(REQUEST_ID, id);
         }

@@ -43,13 +43,17 @@ impl Default for Counters {
 }
 
 impl Counters {
-    /// Counts a request for messages and the status of its answer.
-    pub(crate) fn count(&self, method: &Method, status: StatusCode) {
+    /// Counts a request for messages.
+    pub(crate) fn count_request(&self, method: &Method) {
         match *method {
             Method::POST => self.posts.fetch_add(1, Ordering::Relaxed),
             Method::GET => self.gets.fetch_add(1, Ordering::Relaxed),
             _ => 0,
         };
+    }
+
+    /// Counts an answer if it is an error.
+    pub(crate) fn count_answer(&self, status: StatusCode) {
         if status.is_client_error() || status.is_server_error() {
             let mut errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
             *errors.entry(status.as_u16()).or_default() += 1;

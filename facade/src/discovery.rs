@@ -7,11 +7,11 @@ use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::Duration;
 
-use reqwest::{Client, Url};
+use reqwest::Url;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use crate::client::{LoggingApi, LoggingClient};
+use crate::client::{Clients, LoggingApi, LoggingClient};
 use crate::pool::Pool;
 
 /// Pause between two look-ups of a host name.
@@ -27,13 +27,13 @@ const LONG_LOOK_UP: Duration = Duration::from_secs(6);
 /// When a look-up thread cannot be started.
 pub(crate) fn start(
     pool: &Arc<Pool>,
-    http: &Client,
+    clients: &Clients,
     urls: &[Url],
     try_timeout: Duration,
 ) -> io::Result<()> {
     for url in urls {
         let origin = Origin {
-            http: http.clone(),
+            clients: clients.clone(),
             host: url.host_str().unwrap_or_default().to_owned(),
             port: url.port_or_known_default().unwrap_or_default(),
             try_timeout,
@@ -51,7 +51,7 @@ pub(crate) fn start(
 
 /// One configured address.
 struct Origin {
-    http: Client,
+    clients: Clients,
     host: String,
     port: u16,
     try_timeout: Duration,
@@ -60,8 +60,8 @@ struct Origin {
 impl Origin {
     fn publish(&self, pool: &Pool, addresses: Vec<SocketAddr>) {
         let found = addresses.into_iter().map(|address| {
-            let (http, served) = (self.http.clone(), pool.served_map.clone());
-            let client = LoggingClient::new(http, address, self.try_timeout, served);
+            let (clients, served) = (self.clients.clone(), pool.served_map.clone());
+            let client = LoggingClient::new(clients, address, self.try_timeout, served);
             (address.to_string(), Arc::new(client) as Arc<dyn LoggingApi>)
         });
         let origin = format!("{}:{}", self.host, self.port);

@@ -7,7 +7,6 @@ use std::convert::Infallible;
 use axum::http::{HeaderMap, header};
 use bytes::Bytes;
 use common::api::MAX_BATCH_BYTES;
-use common::entry::MAX_JSON_EXPANSION;
 use common::problem::Problem;
 use futures_util::stream;
 use mediatype::{MediaType, ReadParams, names};
@@ -28,6 +27,9 @@ const _: () = assert!(
 
 /// The most bytes of an entry's JSON besides its message: UUID, request id, and field names.
 const ENTRY_OVERHEAD: usize = 1024;
+
+/// How many bytes one byte of a message can become in JSON: a control character is `\u001b`.
+const MAX_JSON_EXPANSION: usize = 6;
 
 /// The most bytes of a body around its message: `{"msg":"…"}` and white space.
 const BODY_OVERHEAD: usize = 1024;

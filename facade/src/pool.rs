@@ -291,7 +291,7 @@ mod tests {
     use rand::SeedableRng;
 
     use super::*;
-    use crate::client::{LoggingClient, http_client};
+    use crate::client::{Clients, LoggingClient};
 
     fn names(pool: &Pool) -> Vec<String> {
         let instances = pool.instances();
@@ -302,11 +302,11 @@ mod tests {
     async fn pool_is_the_union_of_what_each_name_has() {
         let identifiers = Identifiers::new(SystemTime::now);
         let pool = Pool::new(StdRng::seed_from_u64(1), identifiers);
-        let http = http_client(Duration::from_secs(1)).expect("a client");
+        let clients = Clients::new(Duration::from_secs(1)).expect("a client");
         let found = |name: &str| {
             let address = "127.0.0.1:9".parse().expect("an address");
             let served = pool.served_map.clone();
-            let client = LoggingClient::new(http.clone(), address, Duration::ZERO, served);
+            let client = LoggingClient::new(clients.clone(), address, Duration::ZERO, served);
             (name.to_owned(), Arc::new(client) as Arc<dyn LoggingApi>)
         };
         pool.set_instances("first", vec![found("shared"), found("own")]);

@@ -9,6 +9,7 @@ use axum::routing::get;
 use common::health::{Check, ReadinessQuery, check_running, livez, readiness};
 use common::middleware::{RequestLog, with_middleware};
 use common::problem::Problem;
+use uuid::Uuid;
 
 use crate::readiness::check_all;
 use crate::state::App;
@@ -18,12 +19,11 @@ pub fn router(app: App) -> Router {
     let routes = Router::new()
         .route("/", get(get::list).post(post::create))
         .route("/{uuid}", get(get::show).fallback(get::refuse_method))
-        .layer(from_fn_with_state(app.clone(), count))
         .route("/stats", get(stats::show))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
-        .with_state(app);
-    with_middleware(routes, RequestLog::On)
+        .with_state(app.clone());
+    with_middleware(routes, RequestLog::On).layer(from_fn_with_state(app, count))
 }
 
 /// Ready while any logging instance can read and store. With `?verbose` it lists every instance and
@@ -48,10 +48,16 @@ async fn readyz(
     Ok(readiness(ready, &checks))
 }
 
-/// Counts requests for messages, and not those for health or statistics.
+/// Counts all requests but those for health and statistics.
 async fn count(State(app): State<App>, request: Request, next: Next) -> Response {
-    let method = request.method().clone();
+    let path = request.uri().path();
+    if matches!(path, "/stats" | "/livez" | "/readyz") {
+        return next.run(request).await;
+    }
+    if path == "/" || Uuid::try_parse(&path[1..]).is_ok() {
+        app.counters.count_request(request.method());
+    }
     let response = next.run(request).await;
-    app.counters.count(&method, response.status());
+    app.counters.count_answer(response.status());
     response
 }

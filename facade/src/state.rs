@@ -9,7 +9,7 @@ use rand::rngs::StdRng;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::client::{MessagesClient, http_client};
+use crate::client::{Clients, MessagesClient};
 use crate::config::Config;
 use crate::counters::Counters;
 use crate::discovery;
@@ -26,6 +26,9 @@ const MAX_UPLOADS: usize = 16;
 
 /// Budget for GETs of one message, in bytes of their answers; excess ones get a 503.
 const MAX_LOOKUP_BYTES: usize = 64 * 1024 * 1024;
+
+/// Requests for statistics at once: each asks every instance. More get a 503.
+const MAX_STATISTICS: usize = 4;
 
 #[derive(Clone, Debug)]
 pub struct App {
@@ -44,6 +47,7 @@ pub struct App {
     /// Budget for GETs of one message, in bytes.
     pub(crate) lookups: Arc<Semaphore>,
     pub(crate) readiness: Arc<Readiness>,
+    pub(crate) statistics: Arc<Semaphore>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) stop: CancellationToken,
 }
@@ -74,8 +78,8 @@ impl App {
         pool: Arc<Pool>,
         stop: CancellationToken,
     ) -> io::Result<Self> {
-        let http = http_client(config.try_timeout / 2).map_err(io::Error::other)?;
-        discovery::start(&pool, &http, &config.logging, config.try_timeout)?;
+        let clients = Clients::new(config.try_timeout / 2).map_err(io::Error::other)?;
+        discovery::start(&pool, &clients, &config.logging, config.try_timeout)?;
         Self::with_pool(config, timeouts, pool, stop).map_err(io::Error::other)
     }
 
@@ -89,10 +93,14 @@ impl App {
         pool: Arc<Pool>,
         stop: CancellationToken,
     ) -> reqwest::Result<Self> {
-        let http = http_client(config.try_timeout / 2)?;
+        let clients = Clients::new(config.try_timeout / 2)?;
         Ok(Self {
             pool,
-            messages: MessagesClient::new(http, config.messages.clone(), config.messages_timeout),
+            messages: MessagesClient::new(
+                clients,
+                config.messages.clone(),
+                config.messages_timeout,
+            ),
             body_timeout: timeouts.body,
             deadline: config.deadline,
             read_deadline: config.read_deadline,
@@ -102,6 +110,7 @@ impl App {
             reads: Arc::new(Semaphore::new(config.max_reads.into())),
             lookups: Arc::new(Semaphore::new(MAX_LOOKUP_BYTES)),
             readiness: Arc::default(),
+            statistics: Arc::new(Semaphore::new(MAX_STATISTICS)),
             counters: Arc::default(),
             stop,
         })

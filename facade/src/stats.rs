@@ -8,11 +8,13 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use common::api::{InstanceStats, MapStats, MemberStats, OutcomeCounts, timestamp};
 use common::json::JsonLine;
+use common::problem::Problem;
 use futures_util::future::join_all;
 use serde::Serialize;
 use tokio::time::timeout;
 
 use crate::counters::FacadeStats;
+use crate::error::too_many;
 use crate::pool::Instance;
 use crate::state::App;
 use crate::upstream::UpstreamError;
@@ -57,6 +59,8 @@ struct InstanceRow {
     up: bool,
     /// Since when it is up or down, as this facade sees it.
     since: String,
+    /// The start of its process, from which its numbers count.
+    counts_since: Option<String>,
     version: Option<String>,
     engine: Option<String>,
     received: Option<u64>,
@@ -69,7 +73,9 @@ struct InstanceRow {
 }
 
 /// Asks all instances at once; one that does not answer in time is a row without numbers.
-pub(crate) async fn show(State(app): State<App>) -> Response {
+pub(crate) async fn show(State(app): State<App>) -> Result<Response, Problem> {
+    let permit = app.statistics.try_acquire();
+    let _permit = permit.map_err(|_| too_many("requests for statistics"))?;
     let instances = app.pool.instances();
     let asked = instances.iter().map(async |instance| {
         let answer = timeout(INSTANCE_TIMEOUT, instance.client.stats()).await;
@@ -103,7 +109,7 @@ pub(crate) async fn show(State(app): State<App>) -> Response {
         facade: app.counters.stats(),
         problems,
     };
-    JsonLine(stats).into_response()
+    Ok(JsonLine(stats).into_response())
 }
 
 fn map_rows(answered: &[&InstanceStats], problems: &mut Vec<String>) -> Option<MapRows> {
@@ -147,8 +153,9 @@ impl InstanceRow {
     fn new(instance: &Arc<Instance>, stats: Option<&InstanceStats>, received: u64) -> Self {
         Self {
             instance: instance.name.clone(),
-            up: instance.health.is_up() && stats.is_some(),
+            up: instance.health.is_up(),
             since: timestamp(instance.health.since()),
+            counts_since: stats.map(|stats| stats.since.clone()),
             version: stats.map(|stats| stats.version.clone()),
             engine: stats.map(|stats| stats.map.engine.clone()),
             received: stats.map(|stats| stats.received),

@@ -8,6 +8,9 @@ use common::api::{InstanceStats, MapStats, OutcomeCounts, timestamp};
 use common::entry::Outcome;
 use hdrhistogram::Histogram;
 
+/// A longer time counts as this one, in microseconds: a minute.
+const LONGEST_PUT: u64 = 60_000_000;
+
 /// Counts of this process.
 #[derive(Debug)]
 pub(crate) struct Counters {
@@ -32,7 +35,7 @@ impl Default for Counters {
             puts: Mutex::new(Puts {
                 received: 0,
                 outcomes: OutcomeCounts::default(),
-                times: Histogram::new(2).expect("two digits are allowed"),
+                times: Histogram::new_with_max(LONGEST_PUT, 2).expect("two digits are allowed"),
             }),
         }
     }
@@ -94,5 +97,34 @@ pub(crate) struct InFlight<'a>(&'a AtomicU64);
 impl Drop for InFlight<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_of_puts_are_told_in_milliseconds() {
+        let counters = Counters::default();
+        let map = || MapStats {
+            engine: String::new(),
+            layout: 1,
+            members: Vec::new(),
+            problem: None,
+        };
+        assert_eq!(counters.stats(map()).put_p50_ms, None);
+        for (millis, times) in [(5, 98), (800, 1), (100_000, 1)] {
+            for _ in 0..times {
+                counters.count_put(&[Outcome::Stored], Duration::from_millis(millis));
+            }
+        }
+        let stats = counters.stats(map());
+        assert_eq!(stats.outcomes.stored, 100);
+        let is_about = |told: Option<f64>, millis: f64| {
+            told.is_some_and(|told| (told / millis - 1.0).abs() < 0.01)
+        };
+        assert!(is_about(stats.put_p50_ms, 5.0), "{stats:?}");
+        assert!(is_about(stats.put_p99_ms, 800.0), "{stats:?}");
     }
 }

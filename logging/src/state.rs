@@ -17,12 +17,16 @@ const MAX_POSTED_BYTES: usize = 64 * 1024 * 1024;
 pub(crate) const MAX_READS: usize = 512;
 
 /// The state that the handlers share.
+/// Requests for statistics at once: on Redis each connects to every member. More get a 429.
+const MAX_STATISTICS: usize = 8;
+
 #[derive(Clone, Debug)]
 pub struct App {
     pub(crate) map: Arc<dyn DistributedMap>,
     /// One permit is one byte of a batch's body.
     pub(crate) posts: Arc<Semaphore>,
     pub(crate) reads: Arc<Semaphore>,
+    pub(crate) statistics: Arc<Semaphore>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) body_timeout: Duration,
     pub(crate) stop: CancellationToken,
@@ -35,6 +39,7 @@ impl App {
             map,
             posts: Arc::new(Semaphore::new(MAX_POSTED_BYTES)),
             reads: Arc::new(Semaphore::new(MAX_READS)),
+            statistics: Arc::new(Semaphore::new(MAX_STATISTICS)),
             counters: Arc::default(),
             body_timeout: timeouts.body,
             stop,

@@ -3,10 +3,13 @@
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use common::json::JsonLine;
+use common::problem::Problem;
 
+use crate::error::busy;
 use crate::state::App;
 
-pub(crate) async fn show(State(app): State<App>) -> Response {
+pub(crate) async fn show(State(app): State<App>) -> Result<Response, Problem> {
+    let _permit = app.statistics.try_acquire().map_err(|_| busy())?;
     let map = app.map.stats().await;
-    JsonLine(app.counters.stats(map)).into_response()
+    Ok(JsonLine(app.counters.stats(map)).into_response())
 }

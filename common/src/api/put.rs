@@ -50,6 +50,14 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// A batch that is to have so many bytes.
+    pub fn with_capacity(bytes: usize) -> Self {
+        Self {
+            array: Vec::with_capacity(bytes),
+            count: 0,
+        }
+    }
+
     /// Adds an entry behind the others.
     pub fn push(&mut self, entry: &EncodedEntry) {
         self.array.push(if self.count == 0 { b'[' } else { b',' });

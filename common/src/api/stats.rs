@@ -67,7 +67,8 @@ pub struct MemberStats {
     pub partitions: Option<u64>,
     /// Entries that it owns.
     pub entries: Option<u64>,
-    /// Entries read from the partitions that it owns, by this process since its start.
+    /// Entries looked up in or read from the partitions that it owns, by this process since its start; the
+    /// one that tells whether more follow a limited read counts too.
     pub gets: Option<u64>,
     /// New entries put into it. Nothing is ever deleted, so they are as many as it owns.
     pub puts: Option<u64>,

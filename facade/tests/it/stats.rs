@@ -117,6 +117,7 @@ async fn instances_have_their_shares_and_outcomes() {
     assert_eq!(outcomes("stored"), 98);
     assert_eq!((outcomes("duplicate"), outcomes("conflict")), (1, 1));
     assert_eq!(before["facade"]["errors"], json!({"422": 1}));
+    assert_eq!(before["facade"]["posts"], 100);
     for (row, process) in instances.as_array().unwrap().iter().zip(&system.logging) {
         assert_eq!(row["instance"], process.address.to_string());
         assert_eq!(row["up"], true);
@@ -130,6 +131,10 @@ async fn instances_have_their_shares_and_outcomes() {
     system.logging[1].kill();
     assert_eq!(system.read_all().await.len(), 98);
     let name = system.logging[1].address.to_string();
+    // What finds out that an instance is down is work.
+    for n in 0..30 {
+        assert_eq!(system.post(&n.to_string()).await.status(), 200);
+    }
     let is_down = |stats: &Value| stats["instances"][1]["up"] == false;
     let down = wait_for(&system, is_down).await;
     assert_eq!(down["instances"][1]["received"], Value::Null);
@@ -137,7 +142,7 @@ async fn instances_have_their_shares_and_outcomes() {
         down["problems"][0].as_str().unwrap().contains(&name),
         "{down:#}"
     );
-    assert_eq!(down["map"]["total"]["entries"], 98);
+    assert_eq!(down["map"]["total"]["entries"], 128);
 }
 
 /// A replica and a primary that are paused are rows that say so; the rest is counted.

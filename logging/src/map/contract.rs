@@ -19,6 +19,9 @@ pub const MAX_AHEAD: Duration = Duration::from_secs(2);
 /// that was answered as never to be stored.
 pub const MAX_SKEW: Duration = Duration::from_secs(1);
 
+/// How long a member of the map may take for its statistics.
+pub(super) const STATS_TIMEOUT: Duration = Duration::from_millis(400);
+
 /// A map of immutable entries that several logging instances share.
 ///
 /// Entries are ordered by UUID, the same on every instance and engine.

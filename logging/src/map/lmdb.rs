@@ -23,7 +23,9 @@ use uuid::Uuid;
 
 use self::store::{LAYOUT, Store};
 use self::writer::Writer;
-use super::contract::{Cursor, DistributedMap, Health, MapError, Options, Piece, PieceLimit};
+use super::contract::{
+    Cursor, DistributedMap, Health, MapError, Options, Piece, PieceLimit, STATS_TIMEOUT,
+};
 use super::queue::{Job, WriteBudget};
 
 /// An LMDB environment with its writer thread.
@@ -163,7 +165,11 @@ impl DistributedMap for LmdbMap {
     }
 
     async fn stats(&self) -> MapStats {
-        let folder = self.reader().read(Store::stats).await;
+        let reader = Reader {
+            timeout: STATS_TIMEOUT,
+            ..self.reader()
+        };
+        let folder = reader.read(Store::stats).await;
         let member = self.store.folder().display().to_string();
         MapStats {
             engine: "lmdb".to_owned(),

@@ -50,6 +50,8 @@ pub(super) struct Topology {
     pub(super) owners: Vec<Option<usize>>,
     /// The connections for reads to all members, also to members without partitions.
     pub(super) connections: HashMap<Address, Arc<ServerConnection>>,
+    /// The primary of each replica.
+    pub(super) primaries: HashMap<Address, Address>,
 }
 
 /// A primary: one connection for reads, one for writes.
@@ -202,13 +204,11 @@ impl ClusterState {
         let ServerInfo {
             max_memory,
             max_memory_policy,
-            evicted_keys,
             ..
         } = info;
         Some(format!(
             "redis {address} evicts entries when its memory is used up (maxmemory {max_memory}, \
-             maxmemory-policy {max_memory_policy}, {evicted_keys} keys evicted so far): set \
-             maxmemory-policy noeviction"
+             maxmemory-policy {max_memory_policy}): set maxmemory-policy noeviction"
         ))
     }
 
@@ -260,12 +260,9 @@ impl ClusterState {
                 warnings.push((address, warning.to_owned()));
             }
             if info.evicted_keys > 0 {
-                let warning = format!(
-                    "has evicted {} keys since it started: entries can be lost; restore the map \
-                     from a copy",
-                    info.evicted_keys
-                );
-                warnings.push((address, warning));
+                let warning = "has evicted keys since it started: entries can be lost; restore the \
+                               map from a copy";
+                warnings.push((address, warning.to_owned()));
             }
             let (replicas, backups) = (info.replicas, self.backups);
             if replicas > usize::from(backups) && self.topology.has_primary(address) {

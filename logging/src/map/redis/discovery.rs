@@ -56,6 +56,8 @@ struct Discovery {
     /// The primary that owns each partition.
     owners: Vec<Option<Owner>>,
     shards: HashMap<Address, Arc<Shard>>,
+    /// The primary of each replica.
+    primaries: HashMap<Address, Address>,
     /// The lines logged already: each is logged once, also when its fault recurs.
     logged: HashSet<String>,
 }
@@ -77,6 +79,7 @@ impl Discovery {
             connections: HashMap::new(),
             owners: vec![None; usize::from(PARTITIONS)],
             shards: HashMap::new(),
+            primaries: HashMap::new(),
             logged: HashSet::new(),
         };
         for seed in discovery.config.seeds.clone() {
@@ -205,6 +208,18 @@ impl Discovery {
         for node in &nodes {
             self.connection(&node.address);
         }
+        // What a member says of itself comes last, and counts.
+        let mut replicas: Vec<&&Node> = nodes.iter().collect();
+        replicas.sort_by_key(|node| node.is_myself);
+        self.primaries = replicas
+            .into_iter()
+            .filter_map(|replica| {
+                let primary = nodes
+                    .iter()
+                    .find(|node| Some(&node.id) == replica.primary_id.as_ref())?;
+                Some((replica.address.clone(), primary.address.clone()))
+            })
+            .collect();
         let seeds = &self.config.seeds;
         self.connections.retain(|address, _| {
             seeds.contains(address) || nodes.iter().any(|node| node.address == *address)
@@ -290,6 +305,7 @@ impl Discovery {
             shards: Vec::new(),
             owners: vec![None; owners.len()],
             connections: self.connections.clone(),
+            primaries: self.primaries.clone(),
         };
         for (index, (address, partitions)) in partitions.into_iter().enumerate() {
             for partition in &partitions {
@@ -429,7 +445,6 @@ impl Answer {
         };
         if let Some(myself) = nodes.iter().find(|node| node.is_myself) {
             info.id.clone_from(&myself.id);
-            info.primary_id.clone_from(&myself.primary_id);
             info.moving.clone_from(&myself.moving);
         }
         Ok(Self {

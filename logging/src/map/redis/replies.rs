@@ -24,8 +24,6 @@ pub(super) struct ServerInfo {
     pub(super) evicted_keys: u64,
     /// The server's id in the cluster, from `CLUSTER NODES`.
     pub(super) id: String,
-    /// The id of a replica's primary, from `CLUSTER NODES`.
-    pub(super) primary_id: Option<String>,
     /// Slots that the server reports as moving, from `CLUSTER NODES`.
     pub(super) moving: Vec<MovingSlot>,
 }

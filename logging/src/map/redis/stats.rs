@@ -1,32 +1,33 @@
 //! The statistics of the members: each is asked how many entries it has and what they take.
 
-use std::time::Duration;
-
 use common::api::{MapStats, MemberStats, Role};
 use futures_util::future::join_all;
 use redis::{ErrorKind, RedisError, RedisResult, Value, from_redis_value};
 use tokio::time::timeout;
 
-use super::cluster::{Cluster, ClusterState};
+use super::cluster::{Cluster, Topology};
 use super::config::{Address, RedisConfig};
 use super::connection;
 use super::partition::{self, LAYOUT, MARKS, entries_key};
 use super::replies::ServerInfo;
-
-/// How long a member may take; then its row says that it is down.
-const MEMBER_TIMEOUT: Duration = Duration::from_millis(400);
+use crate::map::contract::STATS_TIMEOUT;
 
 /// Asks all known members at once.
 pub(super) async fn stats(config: &RedisConfig, cluster: &Cluster) -> MapStats {
     let state = cluster.state();
-    let rows = state.infos.iter().map(async |(address, info)| {
-        let (role, partitions) = match &info.primary_id {
-            Some(primary) => (Role::Replica, owned(&state, |owner| owner.id == *primary)),
-            None => (Role::Primary, owned(&state, |owner| owner.id == info.id)),
+    let topology = &state.topology;
+    let mut addresses: Vec<&Address> = topology.connections.keys().collect();
+    addresses.sort();
+    let is_cluster = state.infos.values().any(|info| info.is_cluster_enabled);
+    let rows = addresses.iter().map(async |address| {
+        let own = owned(topology, address);
+        let primary = topology.primaries.get(address);
+        let (role, partitions) = match primary.filter(|_| own.is_empty()) {
+            Some(primary) => (Role::Replica, owned(topology, primary)),
+            None => (Role::Primary, own),
         };
-        let is_cluster = info.is_cluster_enabled;
         let asked = ask(config, address, is_cluster, &partitions);
-        let Ok(Ok(answer)) = timeout(MEMBER_TIMEOUT, asked).await else {
+        let Ok(Ok(answer)) = timeout(STATS_TIMEOUT, asked).await else {
             return MemberStats::down(address.to_string(), role);
         };
         let is_primary = role == Role::Primary;
@@ -51,7 +52,6 @@ pub(super) async fn stats(config: &RedisConfig, cluster: &Cluster) -> MapStats {
             used_memory_bytes: Some(answer.info.used_memory),
         }
     });
-    let is_cluster = state.infos.values().any(|info| info.is_cluster_enabled);
     let members = join_all(rows).await;
     MapStats {
         engine: if is_cluster { "redis-cluster" } else { "redis" }.to_owned(),
@@ -61,15 +61,11 @@ pub(super) async fn stats(config: &RedisConfig, cluster: &Cluster) -> MapStats {
     }
 }
 
-/// The partitions of the primary that is meant.
-fn owned(state: &ClusterState, is_meant: impl Fn(&ServerInfo) -> bool) -> Vec<u16> {
-    let owner = |partition| {
-        let shard = &state.topology.shards[state.topology.owner(partition)?];
-        state.infos.get(&shard.connection.address)
-    };
+fn owned(topology: &Topology, primary: &Address) -> Vec<u16> {
+    let is_owner = |shard: usize| topology.shards[shard].connection.address == *primary;
     let partitions = partition::all();
     partitions
-        .filter(|partition| owner(*partition).is_some_and(&is_meant))
+        .filter(|partition| topology.owner(*partition).is_some_and(is_owner))
         .collect()
 }
 
@@ -86,7 +82,7 @@ async fn ask(
     is_cluster: bool,
     partitions: &[u16],
 ) -> RedisResult<Answer> {
-    let mut connection = connection::connect(&config.client(address), MEMBER_TIMEOUT).await?;
+    let mut connection = connection::connect(&config.client(address), STATS_TIMEOUT).await?;
     let mut commands = redis::pipe();
     if is_cluster {
         commands.cmd("READONLY").ignore();
