@@ -20,6 +20,7 @@ Linux and these tools, which the script installs on Debian and Ubuntu when it is
   unshare, ip, curl, pgrep  try the scripts on a network of their own
   python3, requests         the client of the original exercise
   redis-server, redis-cli (7.0 or later), openssl
+  promtool                  checks the metrics (Debian's package prometheus)
   docker, docker-compose (1.29, or Compose v2)
 The script does not install Docker.
 
@@ -47,6 +48,8 @@ if missing openssl; then packages+=(openssl); fi
 if missing cc; then packages+=(gcc libc6-dev); fi
 if missing python3; then packages+=(python3); fi
 if lacks_requests; then packages+=(python3-requests); fi
+# Only one test needs it, and the package starts a server, so an ordinary user is not asked for it.
+if missing promtool && ((EUID == 0)); then packages+=(prometheus); fi
 if ((${#packages[@]})); then
     if missing apt-get || ((EUID != 0)); then
         echo "error: the tests need: ${packages[*]}; on Debian and Ubuntu:" >&2

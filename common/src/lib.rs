@@ -13,6 +13,7 @@ pub mod entry;
 pub mod escape;
 pub mod health;
 pub mod json;
+pub mod metrics;
 pub mod middleware;
 pub mod problem;
 pub mod serve;

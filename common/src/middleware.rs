@@ -7,6 +7,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::Request;
 use axum::http::{HeaderMap, StatusCode};
+use axum::middleware::from_fn;
 use axum::response::{IntoResponse, Response};
 use tower::ServiceBuilder;
 use tower::util::MapRequestLayer;
@@ -17,6 +18,7 @@ use tower_http::request_id::{
 use tower_http::trace::TraceLayer;
 use tracing::Span;
 
+use crate::metrics::measure;
 use crate::problem::Problem;
 
 /// The name of the header that carries a request's id through the services.
@@ -38,7 +40,7 @@ pub enum RequestLog {
 /// request ids and the request log.
 pub fn with_middleware(routes: Router, log: RequestLog) -> Router {
     // From the outside in: an id for each request, given back in the answer; the span and line of
-    // the log, which name it; panics become a 500 that both of them still see.
+    // the log, which name it; the metrics; panics become a 500 that all of them still see.
     let stack = ServiceBuilder::new()
         .layer(MapRequestLayer::new(drop_unusable_request_id))
         .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid))
@@ -58,6 +60,7 @@ pub fn with_middleware(routes: Router, log: RequestLog) -> Router {
                 .on_eos(())
                 .on_failure(()),
         )
+        .layer(from_fn(measure))
         .layer(CatchPanicLayer::custom(answer_panic));
     routes
         .fallback(answer_not_found)

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, ServiceConfig};
 use crate::health::{Task, healthcheck};
-use crate::telemetry;
+use crate::{metrics, telemetry};
 
 /// Response bytes that hyper may hold for one connection, which bounds the memory of a slow reader
 /// (hyper's own default is about 400 KiB). Request heads must fit too: a larger one gets 431.
@@ -46,6 +46,7 @@ async fn start(
     router: impl FnOnce(CancellationToken) -> anyhow::Result<Router>,
 ) -> anyhow::Result<()> {
     let _log = telemetry::init(config.log_format).unwrap_or_else(|line| config::fail(&line));
+    metrics::install();
     let stop = stop_on_signal()?;
     let router = router(stop.clone())?;
     let listener = config::bind(listen).map_err(anyhow::Error::msg)?;

@@ -10,11 +10,13 @@ use std::time::Duration;
 
 use common::api::{Batch, EncodedEntry, PutEntry, PutResult};
 use common::entry::Outcome;
+use metrics::histogram;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
 use crate::client::LoggingApi;
 use crate::health::Health;
+use crate::metrics::{BATCH_DURATION, BATCH_ENTRIES};
 use crate::upstream::{MaybeStored, UpstreamError};
 
 /// A batch takes no further entry once it has this many bytes, which an instance stores in one
@@ -126,6 +128,11 @@ impl Batcher {
         }
     }
 
+    /// The encoded length of all entries that wait for a batch.
+    pub(crate) fn queued_bytes(&self) -> usize {
+        self.shared.lock().bytes
+    }
+
     /// Whether the instance keeps up with its queue and may get new messages.
     pub fn has_room(&self) -> bool {
         let queue = self.shared.lock();
@@ -201,6 +208,8 @@ impl Queue {
 }
 
 async fn send_batches(client: Arc<dyn LoggingApi>, health: Arc<Health>, shared: Arc<Shared>) {
+    let batch_entries = histogram!(BATCH_ENTRIES, "upstream" => health.name().to_owned());
+    let batch_duration = histogram!(BATCH_DURATION, "upstream" => health.name().to_owned());
     while let Some(batch) = shared.next_batch().await {
         // Each entry has a separator, the last one the end.
         let bytes: usize = batch.iter().map(|queued| queued.entry.len() + 1).sum();
@@ -211,7 +220,10 @@ async fn send_batches(client: Arc<dyn LoggingApi>, health: Arc<Health>, shared: 
             replies.push(queued.reply);
         }
         let began = Instant::now();
-        match require_all(client.put(body).await, replies.len()) {
+        let answer = require_all(client.put(body).await, replies.len());
+        batch_entries.record(replies.len() as f64);
+        batch_duration.record(began.elapsed());
+        match answer {
             Ok(results) => {
                 health.note_success();
                 shared.lock().note_answered(bytes, began.elapsed());

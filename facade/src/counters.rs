@@ -15,6 +15,8 @@ pub(crate) struct Counters {
     since: SystemTime,
     posts: AtomicU64,
     gets: AtomicU64,
+    posted_bytes: AtomicU64,
+    read_bytes: AtomicU64,
     errors: Mutex<BTreeMap<u16, u64>>,
 }
 
@@ -27,6 +29,10 @@ pub(crate) struct FacadeStats {
     posts: u64,
     /// GETs of the log and of single messages.
     gets: u64,
+    /// Of the messages that were stored.
+    posted_bytes: u64,
+    /// Of the bodies of GETs of the log.
+    read_bytes: u64,
     /// Answers by status, of those that are errors.
     errors: BTreeMap<u16, u64>,
 }
@@ -37,6 +43,8 @@ impl Default for Counters {
             since: SystemTime::now(),
             posts: AtomicU64::new(0),
             gets: AtomicU64::new(0),
+            posted_bytes: AtomicU64::new(0),
+            read_bytes: AtomicU64::new(0),
             errors: Mutex::default(),
         }
     }
@@ -50,6 +58,24 @@ impl Counters {
             Method::GET => self.gets.fetch_add(1, Ordering::Relaxed),
             _ => 0,
         };
+    }
+
+    /// Counts a message that was stored, by its length.
+    pub(crate) fn count_posted(&self, msg: usize) {
+        self.posted_bytes.fetch_add(msg as u64, Ordering::Relaxed);
+    }
+
+    /// Counts a piece of the body of a GET of the log, by its length.
+    pub(crate) fn count_read(&self, piece: usize) {
+        self.read_bytes.fetch_add(piece as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn posted_bytes(&self) -> u64 {
+        self.posted_bytes.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn read_bytes(&self) -> u64 {
+        self.read_bytes.load(Ordering::Relaxed)
     }
 
     /// Counts an answer if it is an error.
@@ -67,6 +93,8 @@ impl Counters {
             version: env!("CARGO_PKG_VERSION"),
             posts: self.posts.load(Ordering::Relaxed),
             gets: self.gets.load(Ordering::Relaxed),
+            posted_bytes: self.posted_bytes(),
+            read_bytes: self.read_bytes(),
             errors: errors.clone(),
         }
     }

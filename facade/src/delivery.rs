@@ -8,6 +8,7 @@ use common::api::PutEntry;
 use common::entry::Outcome;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
+use metrics::counter;
 use tokio::time::{Instant, sleep, timeout_at};
 use tower::retry::budget::Budget;
 use uuid::Uuid;
@@ -15,6 +16,7 @@ use uuid::Uuid;
 use crate::backoff::Backoff;
 use crate::batcher::{BatchFailure, Held};
 use crate::judge::{Doubt, Key, NotStored, Trouble, Verdict, judge};
+use crate::metrics::{HEDGE, REPEATS};
 use crate::pool::{Instance, Pool};
 use crate::upstream::MaybeStored;
 
@@ -80,14 +82,14 @@ pub async fn deliver(
     message: Message,
     timeout: Duration,
 ) -> Result<Stored, NotStored> {
-    let deadline = Instant::now() + timeout;
-    let mut delivery = Delivery::new(pool, message, deadline);
-    let delivered = timeout_at(deadline, delivery.run()).await;
+    let mut delivery = Delivery::new(pool, message, timeout);
+    let delivered = timeout_at(delivery.deadline, delivery.run()).await;
     delivered.unwrap_or_else(|_| Err(delivery.give_up()))
 }
 
 struct Delivery<'pool> {
     pool: &'pool Pool,
+    began: Instant,
     deadline: Instant,
     entry: PutEntry,
     key: Key,
@@ -118,7 +120,8 @@ enum Pace {
 }
 
 impl<'pool> Delivery<'pool> {
-    fn new(pool: &'pool Pool, message: Message, deadline: Instant) -> Self {
+    fn new(pool: &'pool Pool, message: Message, timeout: Duration) -> Self {
+        let began = Instant::now();
         let entry = PutEntry {
             uuid: match message.key {
                 Key::Generated => pool.identifiers.next(),
@@ -129,7 +132,8 @@ impl<'pool> Delivery<'pool> {
         };
         Self {
             pool,
-            deadline,
+            began,
+            deadline: began + timeout,
             entry,
             key: message.key,
             held: message.held,
@@ -156,6 +160,7 @@ impl<'pool> Delivery<'pool> {
             };
             let Some((instance, answer)) = ended else {
                 if let Some(second) = self.hedge() {
+                    counter!(REPEATS, "reason" => HEDGE).increment(1);
                     tries.push(self.try_on(second));
                 }
                 continue;
@@ -171,6 +176,7 @@ impl<'pool> Delivery<'pool> {
             self.maybe_stored = judged.maybe_stored;
             let (trouble, detail) = match judged.verdict {
                 Verdict::Stored { is_duplicate } => {
+                    self.log_continued(&instance.name);
                     return Ok(Stored {
                         uuid: self.entry.uuid,
                         instance: instance.name.clone(),
@@ -182,6 +188,7 @@ impl<'pool> Delivery<'pool> {
             };
             self.note(&instance.name, detail);
             if let Some(next) = self.next_instance(trouble).await? {
+                counter!(REPEATS, "reason" => trouble.word()).increment(1);
                 tries.push(self.try_on(next));
             }
         }
@@ -299,24 +306,44 @@ impl<'pool> Delivery<'pool> {
     }
 
     fn give_up(&mut self) -> NotStored {
-        let pending = std::mem::take(&mut self.pending);
-        let maybe_stored = match pending.is_empty() {
+        let maybe_stored = match self.pending.is_empty() {
             true => self.maybe_stored,
             false => MaybeStored::Unknown,
         };
-        for instance in pending {
-            self.note(&instance.name, "did not answer before the deadline");
-        }
-        let reasons = self.reasons.iter();
-        let reasons = reasons.map(|(instance, reason)| format!("{instance} {reason}"));
-        let reasons: Vec<String> = reasons.collect();
         NotStored::GaveUp {
             uuid: self.entry.uuid,
             maybe_stored,
             detail: match self.pool.is_any_up() {
-                true => reasons.join("; "),
+                true => self.failures(),
                 false => self.pool.down_reasons(),
             },
+        }
+    }
+
+    /// The tries that failed or have no answer, each with its instance.
+    fn failures(&self) -> String {
+        let failed = self.reasons.iter();
+        let failed = failed.map(|(instance, reason)| format!("logging {instance} {reason}"));
+        let pending = self.pending.iter();
+        let pending = pending.map(|instance| format!("logging {} did not answer", instance.name));
+        failed.chain(pending).collect::<Vec<_>>().join("; ")
+    }
+
+    /// Logs a message that the first instance did not store. Lines of uploads are at level debug,
+    /// because thousands of them may wait for one instance.
+    fn log_continued(&self, instance: &str) {
+        if self.reasons.is_empty() && self.pending.is_empty() {
+            return;
+        }
+        let after_ms = self.began.elapsed().as_millis();
+        let why = self.failures();
+        match self.overload {
+            WhenOverloaded::GiveUp => {
+                tracing::info!(after_ms, why, "a POST was continued on logging {instance}");
+            }
+            WhenOverloaded::Wait => {
+                tracing::debug!(after_ms, why, "a line was continued on logging {instance}");
+            }
         }
     }
 }

@@ -7,6 +7,7 @@ use common::problem::Problem;
 use uuid::Uuid;
 
 use crate::judge::NotStored;
+use crate::pool::Pool;
 use crate::upstream::UpstreamError;
 
 /// The `Retry-After` of a 503.
@@ -52,8 +53,8 @@ pub(crate) fn stopping() -> Problem {
     Problem::unavailable(detail, RETRY_AFTER)
 }
 
-/// The answer to a GET that no logging instance served.
-pub(crate) fn unreadable(error: &UpstreamError) -> Problem {
+/// The answer to a GET that no logging instance of `pool` served, with the error most likely to go away.
+pub(crate) fn unreadable(pool: &Pool, error: &UpstreamError) -> Problem {
     tracing::warn!(%error, "a GET failed: no logging instance could serve it");
     match error {
         UpstreamError::Status(StatusCode::INTERNAL_SERVER_ERROR, detail) => {
@@ -72,7 +73,7 @@ pub(crate) fn unreadable(error: &UpstreamError) -> Problem {
         | UpstreamError::Lost(_)
         | UpstreamError::Unmarked(..)
         | UpstreamError::Garbled(_) => Problem::unavailable(
-            "no logging instance answers; retry in a moment, or see /readyz?verbose",
+            format!("retry in a moment: {}", pool.down_reasons()),
             RETRY_AFTER,
         ),
     }

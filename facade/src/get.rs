@@ -88,7 +88,7 @@ pub(crate) async fn show(
     let asked = app
         .pool
         .ask_until_deadline(app.read_deadline, is_worth_waiting, ask);
-    let entry = asked.await.map_err(|error| unreadable(&error))?;
+    let entry = asked.await.map_err(|error| unreadable(&app.pool, &error))?;
     let entry = entry.ok_or_else(|| no_message(uuid))?;
     let answer = JsonLine(entry).into_response();
     let bytes = answer.body().size_hint().lower() as usize;

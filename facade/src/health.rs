@@ -8,10 +8,12 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use common::api::Batch;
+use metrics::counter;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
 use crate::client::LoggingApi;
+use crate::metrics::INSTANCE_FAILURES;
 use crate::served_map::ServedMap;
 use crate::upstream::UpstreamError;
 
@@ -63,13 +65,21 @@ impl Health {
         health
     }
 
+    /// The instance's `HOST:PORT`.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Since when the instance is up or down.
     pub(crate) fn since(&self) -> SystemTime {
         *self.since.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn note_change(&self) {
-        *self.since.lock().unwrap_or_else(PoisonError::into_inner) = SystemTime::now();
+    /// Notes that it went down or up, and returns how long it had been the other.
+    fn note_change(&self) -> Duration {
+        let mut since = self.since.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::replace(&mut *since, SystemTime::now());
+        since.duration_since(before).unwrap_or_default()
     }
 
     pub fn is_up(&self) -> bool {
@@ -113,7 +123,8 @@ impl Health {
         *reason = error.to_string();
         drop(reason);
         self.note_change();
-        tracing::warn!(instance = self.name, %error, "a logging instance is down");
+        counter!(INSTANCE_FAILURES, "upstream" => self.name.clone()).increment(1);
+        tracing::warn!("logging {} is down: it {error}", self.name);
         let relapses = self.relapses.fetch_add(1, Ordering::Relaxed);
         let pause = TRIAL_PAUSE * 2_u32.pow(relapses.min(MAX_DOUBLINGS));
         tokio::spawn(try_until_up(Arc::downgrade(self), pause));
@@ -137,8 +148,8 @@ async fn try_until_up(health: Weak<Health>, pause: Duration) {
         match health.try_once().await {
             Ok(()) => {
                 health.is_up.store(true, Ordering::Release);
-                health.note_change();
-                tracing::info!(instance = health.name, "a logging instance is up again");
+                let away_s = health.note_change().as_secs_f64();
+                tracing::info!(away_s, "logging {} is up again", health.name);
                 health.readmitted.notify_waiters();
                 return;
             }

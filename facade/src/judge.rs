@@ -124,6 +124,27 @@ pub(crate) enum Trouble {
     NotTaken,
 }
 
+impl Trouble {
+    pub(crate) const ALL: [Self; 5] = [
+        Self::InstanceDown,
+        Self::PartitionDown,
+        Self::Refused,
+        Self::ClocksDiffer,
+        Self::NotTaken,
+    ];
+
+    /// The value of `reason` in metrics.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::InstanceDown => "instance_down",
+            Self::PartitionDown => "partition_down",
+            Self::Refused => "refused",
+            Self::ClocksDiffer => "clocks_differ",
+            Self::NotTaken => "not_taken",
+        }
+    }
+}
+
 pub(crate) fn judge(answer: Result<Outcome, BatchFailure>, doubt: Doubt) -> Judged {
     let before = doubt.maybe_stored;
     let outcome = match answer {

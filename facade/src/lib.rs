@@ -18,6 +18,7 @@ pub mod health;
 pub mod identifiers;
 mod judge;
 pub mod message;
+mod metrics;
 mod moment;
 pub mod pool;
 mod post;

@@ -173,17 +173,18 @@ impl Pool {
         }
     }
 
-    /// Why no instance is up, for a caller.
+    /// Why no instance serves, for a caller.
     pub fn down_reasons(&self) -> String {
         let instances = self.instances();
         let reasons = instances.iter().filter_map(|instance| {
             let reason = instance.health.down_reason()?;
-            Some(format!("{} {reason}", instance.name))
+            Some(format!("logging {} {reason}", instance.name))
         });
         let reasons: Vec<String> = reasons.collect();
-        match reasons.is_empty() {
-            true => "no logging instance is in DNS".to_owned(),
-            false => format!("no logging instance is up: {}", reasons.join("; ")),
+        match (instances.is_empty(), reasons.is_empty()) {
+            (true, _) => "no logging instance is in DNS".to_owned(),
+            (false, true) => "no logging instance could answer; see /readyz?verbose".to_owned(),
+            (false, false) => format!("no logging instance is up: {}", reasons.join("; ")),
         }
     }
 
@@ -196,18 +197,27 @@ impl Pool {
         F: Future<Output = Result<T, UpstreamError>>,
     {
         self.served_map.all_asked().await;
+        let began = time::Instant::now();
+        let mut failures = Vec::new();
         let mut tried = Vec::new();
         let mut failure = UpstreamError::Unreachable("no logging instance is in DNS".into());
         while let Some(instance) = self.choose(&tried) {
             match question(instance.clone()).await {
                 Ok(answer) => {
                     self.served_map.note_use();
+                    if !failures.is_empty() {
+                        let after_ms = began.elapsed().as_millis();
+                        let why = failures.join("; ");
+                        let name = &instance.name;
+                        tracing::info!(after_ms, why, "a GET was continued on logging {name}");
+                    }
                     return Ok(answer);
                 }
                 Err(error) => {
                     if is_failure_of_instance(&error) {
                         instance.health.note_failure(&error);
                     }
+                    failures.push(format!("logging {} {error}", instance.name));
                     if retry_rank(&error) >= retry_rank(&failure) {
                         failure = error;
                     }

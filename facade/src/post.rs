@@ -68,6 +68,7 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
     };
     let stored = deliver(&app.pool, message, app.deadline).await;
     let stored = stored.map_err(|error| not_stored(&error))?;
+    app.counters.count_posted(msg.len());
     Ok(holding(answer_stored(&stored, &msg), reserved))
 }
 

@@ -5,7 +5,7 @@
 //! connection is closed before the last chunk.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::http::header;
@@ -16,12 +16,15 @@ use common::body::holding;
 use common::bounds::{Bounds, Order};
 use common::problem::Problem;
 use futures_util::{StreamExt, stream};
+use metrics::counter;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::counters::Counters;
 use crate::entry_stream::{EntryStream, Part};
 use crate::error::unreadable;
 use crate::format::{Format, Tail};
+use crate::metrics::{READS_ABORTED, READS_RESUMED};
 use crate::pool::{Instance, Pool, is_worth_waiting};
 use crate::state::App;
 use crate::upstream::UpstreamError;
@@ -55,7 +58,7 @@ pub(crate) async fn answer(
     let reply = async move { messages.reply(read.request_id.as_deref()).await };
     let reply = AbortOnDropHandle::new(tokio::spawn(reply));
     let first = cursor.open(is_worth_waiting).await;
-    let first = first.map_err(|error| unreadable(&error))?;
+    let first = first.map_err(|error| unreadable(&cursor.pool, &error))?;
     let body = MergedBody {
         cursor,
         first: Some(first),
@@ -63,14 +66,19 @@ pub(crate) async fn answer(
         reply,
         count: 0,
         is_finished: false,
+        counters: app.counters.clone(),
     };
     let rest = stream::try_unfold(body, |mut body| async move {
         let chunk = body.next_chunk().await.inspect_err(|error| {
+            counter!(READS_ABORTED).increment(1);
             tracing::warn!(%error, entries = body.count, "a GET is aborted: no instance continues");
         })?;
+        body.counters
+            .count_read(chunk.as_ref().map_or(0, Bytes::len));
         Ok::<_, UpstreamError>(chunk.map(|chunk| (chunk, body)))
     });
     let head = Bytes::from_static(read.format.head());
+    app.counters.count_read(head.len());
     let content_type = [(header::CONTENT_TYPE, read.format.content_type())];
     let body = Body::from_stream(stream::iter([Ok(head)]).chain(rest));
     Ok(holding((content_type, body).into_response(), permit))
@@ -127,24 +135,32 @@ impl Cursor {
 
     /// The next part, from another instance when the current one fails.
     async fn next(&mut self) -> Result<Part, UpstreamError> {
-        if let Some(Source { instance, stream }) = &mut self.source {
-            match stream.next().await {
-                Ok(part) => {
-                    (self.bounds, self.left) = stream.rest();
-                    return Ok(part);
-                }
-                Err(error) => {
-                    // A lost connection may be due to a slow caller, so only a hang counts as a
-                    // failure of the instance.
-                    if matches!(error, UpstreamError::TimedOut) {
-                        instance.health.note_failure(&error);
-                    }
-                    tracing::info!(instance = instance.name, %error, "a GET fails over");
-                }
+        let Some(Source { instance, stream }) = &mut self.source else {
+            return self.open(|_| true).await;
+        };
+        let began = Instant::now();
+        let error = match stream.next().await {
+            Ok(part) => {
+                (self.bounds, self.left) = stream.rest();
+                return Ok(part);
             }
+            Err(error) => error,
+        };
+        // A lost connection may be due to a slow caller, so only a hang counts as a failure of the
+        // instance.
+        if matches!(error, UpstreamError::TimedOut) {
+            instance.health.note_failure(&error);
         }
+        let why = format!("logging {} {error}", instance.name);
         self.source = None;
-        self.open(|_| true).await
+        let part = self.open(|_| true).await?;
+        counter!(READS_RESUMED).increment(1);
+        if let Some(Source { instance, .. }) = &self.source {
+            let after_ms = began.elapsed().as_millis();
+            let name = &instance.name;
+            tracing::info!(after_ms, why, "a GET was continued on logging {name}");
+        }
+        Ok(part)
     }
 }
 
@@ -156,6 +172,7 @@ struct MergedBody {
     reply: AbortOnDropHandle<Result<String, UpstreamError>>,
     count: u64,
     is_finished: bool,
+    counters: Arc<Counters>,
 }
 
 impl MergedBody {

@@ -13,13 +13,15 @@ use uuid::Uuid;
 
 use crate::readiness::check_all;
 use crate::state::App;
-use crate::{get, post, stats};
+use crate::{get, metrics, post, stats};
 
 pub fn router(app: App) -> Router {
+    metrics::describe();
     let routes = Router::new()
         .route("/", get(get::list).post(post::create))
         .route("/{uuid}", get(get::show).fallback(get::refuse_method))
         .route("/stats", get(stats::show))
+        .route("/metrics", get(metrics::show))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .with_state(app.clone());
@@ -48,10 +50,10 @@ async fn readyz(
     Ok(readiness(ready, &checks))
 }
 
-/// Counts all requests but those for health and statistics.
+/// Counts all requests but those of operators.
 async fn count(State(app): State<App>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    if matches!(path, "/stats" | "/livez" | "/readyz") {
+    if matches!(path, "/stats" | "/metrics" | "/livez" | "/readyz") {
         return next.run(request).await;
     }
     if path == "/" || Uuid::try_parse(&path[1..]).is_ok() {

@@ -218,6 +218,7 @@ async fn store_line(
             ));
         }
     };
+    let bytes = msg.len();
     let message = Message {
         msg,
         key,
@@ -226,13 +227,16 @@ async fn store_line(
         overload: WhenOverloaded::Wait,
     };
     let result = match deliver(&app.pool, message, app.deadline).await {
-        Ok(stored) => LineResult {
-            line: line.number,
-            uuid: Some(stored.uuid),
-            stored: "yes",
-            duplicate: stored.is_duplicate,
-            error: None,
-        },
+        Ok(stored) => {
+            app.counters.count_posted(bytes);
+            LineResult {
+                line: line.number,
+                uuid: Some(stored.uuid),
+                stored: "yes",
+                duplicate: stored.is_duplicate,
+                error: None,
+            }
+        }
         Err(error) => {
             let (uuid, maybe_stored) = match (&error, key) {
                 (

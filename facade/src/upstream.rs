@@ -1,6 +1,7 @@
 //! Errors of the services behind the facade, and whether the request may have been executed.
 
 use std::error::Error;
+use std::io;
 
 use hyper_util::client::legacy;
 use reqwest::StatusCode;
@@ -11,7 +12,7 @@ pub type Cause = Box<dyn Error + Send + Sync>;
 #[derive(Debug, thiserror::Error)]
 pub enum UpstreamError {
     /// No connection: the request was certainly not executed.
-    #[error("cannot be reached")]
+    #[error("{}", describe_unreachable(.0))]
     Unreachable(#[source] Cause),
     #[error("did not answer in time")]
     TimedOut,
@@ -75,6 +76,19 @@ impl UpstreamError {
     pub fn is_map_unavailable(&self) -> bool {
         matches!(self, Self::Status(status, _) if status.as_u16() == 503)
     }
+}
+
+/// What follows the name of a service that cannot be reached.
+fn describe_unreachable(cause: &Cause) -> &'static str {
+    let mut next: Option<&(dyn Error + 'static)> = Some(&**cause);
+    while let Some(cause) = next {
+        let kind = cause.downcast_ref::<io::Error>().map(io::Error::kind);
+        if kind == Some(io::ErrorKind::ConnectionRefused) {
+            return "refuses connections";
+        }
+        next = cause.source();
+    }
+    "cannot be reached"
 }
 
 impl From<reqwest::Error> for UpstreamError {

@@ -7,6 +7,9 @@ use std::time::{Duration, SystemTime};
 use common::api::{InstanceStats, MapStats, OutcomeCounts, timestamp};
 use common::entry::Outcome;
 use hdrhistogram::Histogram;
+use metrics::histogram;
+
+use crate::metrics::{PUT_DURATION, PUT_ENTRIES};
 
 /// A longer time counts as this one, in microseconds: a minute.
 const LONGEST_PUT: u64 = 60_000_000;
@@ -56,6 +59,8 @@ impl Counters {
         let mut puts = self.puts.lock().unwrap_or_else(PoisonError::into_inner);
         puts.received += outcomes.len() as u64;
         puts.times.saturating_record(took.as_micros() as u64);
+        histogram!(PUT_ENTRIES).record(outcomes.len() as f64);
+        histogram!(PUT_DURATION).record(took);
         for outcome in outcomes {
             let counts = &mut puts.outcomes;
             *match outcome {
@@ -67,6 +72,12 @@ impl Counters {
                 Outcome::Unknown { .. } => &mut counts.unknown,
             } += 1;
         }
+    }
+
+    /// What became of the entries received, and the batches in flight.
+    pub(crate) fn puts(&self) -> (OutcomeCounts, u64) {
+        let puts = self.puts.lock().unwrap_or_else(PoisonError::into_inner);
+        (puts.outcomes, self.in_flight.load(Ordering::Relaxed))
     }
 
     /// The counts, with the statistics of the map.

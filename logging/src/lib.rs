@@ -7,6 +7,7 @@ mod counters;
 mod error;
 mod get;
 pub mod map;
+mod metrics;
 mod put;
 mod readiness;
 mod router;

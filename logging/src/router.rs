@@ -11,14 +11,16 @@ use common::health::livez;
 use common::middleware::{RequestLog, with_middleware};
 
 use crate::state::App;
-use crate::{get, put, readiness, stats};
+use crate::{get, metrics, put, readiness, stats};
 
 /// All routes of the service.
 pub fn router(app: App) -> Router {
+    metrics::describe();
     let routes = Router::new()
         .route("/", routing::get(get::list).post(put::create))
         .route("/{uuid}", routing::get(get::show))
         .route("/stats", routing::get(stats::show))
+        .route("/metrics", routing::get(metrics::show))
         .route("/livez", routing::get(livez))
         .route("/readyz", routing::get(readiness::readyz))
         .with_state(app.clone());

@@ -16,10 +16,10 @@ const MAX_POSTED_BYTES: usize = 64 * 1024 * 1024;
 /// Concurrent reads; one more gets a 429. A facade sends at most one for each of its own reads.
 pub(crate) const MAX_READS: usize = 512;
 
-/// The state that the handlers share.
 /// Requests for statistics at once: on Redis each connects to every member. More get a 429.
 const MAX_STATISTICS: usize = 8;
 
+/// The state that the handlers share.
 #[derive(Clone, Debug)]
 pub struct App {
     pub(crate) map: Arc<dyn DistributedMap>,

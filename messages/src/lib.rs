@@ -5,11 +5,13 @@ use std::net::SocketAddr;
 
 use axum::Router;
 use axum::extract::State;
+use axum::http::HeaderMap;
 use axum::response::Response;
 use axum::routing::get;
 use clap::Parser;
 use common::config::{self, ServiceConfig};
 use common::health::{self, Task, check_running, livez};
+use common::metrics;
 use common::middleware::{RequestLog, with_middleware};
 use tokio_util::sync::CancellationToken;
 
@@ -37,6 +39,7 @@ pub fn router(stop: CancellationToken) -> Router {
     let routes = Router::new()
         .route("/", get(reply))
         .route("/{*path}", get(reply))
+        .route("/metrics", get(metrics))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .with_state(stop);
@@ -45,6 +48,10 @@ pub fn router(stop: CancellationToken) -> Router {
 
 async fn reply() -> &'static str {
     REPLY
+}
+
+async fn metrics(headers: HeaderMap) -> Response {
+    metrics::show(&headers)
 }
 
 async fn readyz(State(stop): State<CancellationToken>) -> Response {

@@ -33,6 +33,8 @@ mod get;
 mod http;
 /// A million entries, slow readers, memory.
 mod large;
+/// Metrics, and the dashboard and alerts that use them.
+mod metrics;
 /// More messages than the instances can store.
 mod overload;
 /// POST of one message: every accepted shape, every refusal, keys.

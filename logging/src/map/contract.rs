@@ -63,6 +63,9 @@ pub trait DistributedMap: fmt::Debug + Send + Sync {
     /// The members of the map and what each holds. Answers within half a second; a member that does
     /// not is a row that says so.
     async fn stats(&self) -> MapStats;
+
+    /// Sets the gauges of the map's metrics, without asking anybody.
+    fn measure(&self);
 }
 
 /// The map's health, for operators and load balancers.

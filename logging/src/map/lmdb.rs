@@ -178,4 +178,8 @@ impl DistributedMap for LmdbMap {
             members: vec![folder.unwrap_or_else(|_| MemberStats::down(member, Role::Folder))],
         }
     }
+
+    fn measure(&self) {
+        self.budget.measure();
+    }
 }

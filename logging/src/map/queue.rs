@@ -3,10 +3,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::entry::{Entry, Outcome};
+use metrics::{gauge, histogram};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+use crate::metrics::{COMMIT_DURATION, COMMIT_ENTRIES, FREE_QUEUE};
 
 /// Bytes counted for an entry besides its message, for its key and bookkeeping.
 pub(super) const ENTRY_OVERHEAD: usize = 64;
@@ -28,6 +31,11 @@ impl Default for WriteBudget {
 }
 
 impl WriteBudget {
+    /// Sets the gauge of what is left.
+    pub(super) fn measure(&self) {
+        gauge!(FREE_QUEUE).set(self.0.available_permits() as f64);
+    }
+
     /// Admits a batch: the job goes to the writer, and its outcomes come on the reply.
     ///
     /// # Errors
@@ -48,6 +56,15 @@ impl WriteBudget {
             _permit: permit,
         };
         Ok((job, PendingReply { claim, outcomes }))
+    }
+}
+
+/// Records a group commit that began at `began`.
+pub(super) fn measure_commit(group: &[Job], began: Instant) {
+    let entries: usize = group.iter().map(|job| job.entries.len()).sum();
+    if entries > 0 {
+        histogram!(COMMIT_ENTRIES).record(entries as f64);
+        histogram!(COMMIT_DURATION).record(began.elapsed());
     }
 }
 

@@ -131,4 +131,9 @@ impl DistributedMap for RedisMap {
     async fn stats(&self) -> MapStats {
         stats::stats(&self.config, &self.cluster).await
     }
+
+    fn measure(&self) {
+        self.budget.measure();
+        self.cluster.measure();
+    }
 }

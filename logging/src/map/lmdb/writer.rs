@@ -13,7 +13,7 @@ use super::store::{
     DISK_FULL, Entries, Opened, Store, decode, describe, encode, find_or_make_id, is_panic,
 };
 use crate::map::contract::MapError;
-use crate::map::queue::Job;
+use crate::map::queue::{Job, measure_commit};
 use crate::map::rules::staleness;
 
 /// The interval of sweeps. Readers keep LMDB from reusing pages; a sweep clears those of dead
@@ -48,7 +48,10 @@ impl Writer {
     }
 
     fn commit(&self, mut group: Vec<Job>) {
-        match self.write_group(&mut group) {
+        let began = Instant::now();
+        let written = self.write_group(&mut group);
+        measure_commit(&group, began);
+        match written {
             Ok(outcomes) => {
                 for (job, outcomes) in group.into_iter().zip(outcomes) {
                     job.answer(Ok(outcomes));

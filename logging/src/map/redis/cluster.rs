@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::health::Check;
+use metrics::gauge;
 use tokio::sync::{Notify, watch};
 use uuid::Uuid;
 
@@ -14,6 +15,7 @@ use super::partition;
 use super::primary_writer::PrimaryWriter;
 use super::replies::{Direction, MovingSlot, ServerInfo};
 use crate::map::contract::{Health, MapError};
+use crate::metrics::{PRIMARY_OPEN, SERVER_UP};
 
 /// The cluster as discovery sees it.
 #[derive(Debug)]
@@ -112,6 +114,24 @@ impl Cluster {
     /// Wakes discovery because a reply contradicted the topology.
     pub(super) fn start_discovery(&self) {
         self.wake_discovery.notify_one();
+    }
+
+    /// Sets the gauges of all servers.
+    pub(super) fn measure(&self) {
+        let as_number = |reason: Option<String>| if reason.is_none() { 1.0 } else { 0.0 };
+        let topology = self.topology();
+        for (address, connection) in &topology.connections {
+            let role = match topology.primaries.contains_key(address) {
+                true => "replica",
+                false => "primary",
+            };
+            gauge!(SERVER_UP, "server" => address.to_string(), "role" => role)
+                .set(as_number(connection.down_reason()));
+        }
+        for Shard { connection, writer } in topology.shards.iter().map(|shard| &**shard) {
+            gauge!(PRIMARY_OPEN, "server" => connection.address.to_string())
+                .set(as_number(writer.closed_reason()));
+        }
     }
 
     /// The health of the map, from discovery and the writers.

@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use redis::aio::{ConnectionLike, MultiplexedConnection};
 use redis::{AsyncConnectionConfig, Client, Pipeline, RedisError, RedisResult, Value};
@@ -45,9 +45,16 @@ pub(super) struct ServerConnection {
     client: Client,
     timeout: Duration,
     connection: Mutex<Option<MultiplexedConnection>>,
-    down: std::sync::Mutex<Option<String>>,
+    down: std::sync::Mutex<Option<Down>>,
     is_probed: AtomicBool,
     wake_discovery: Arc<Notify>,
+}
+
+/// The state of a server that is down.
+#[derive(Debug)]
+struct Down {
+    reason: String,
+    since: Instant,
 }
 
 impl ServerConnection {
@@ -71,7 +78,7 @@ impl ServerConnection {
     /// Why the server is down, if it is.
     pub(super) fn down_reason(&self) -> Option<String> {
         let down = self.down.lock().unwrap_or_else(PoisonError::into_inner);
-        down.clone()
+        down.as_ref().map(|down| down.reason.clone())
     }
 
     /// Sends a pipeline and returns all replies, errors of the server among them.
@@ -129,17 +136,21 @@ impl ServerConnection {
 
     fn set_down(&self, error: Option<&RedisError>) {
         let mut down = self.down.lock().unwrap_or_else(PoisonError::into_inner);
-        let reason = error.map(|error| self.describe(error));
-        match (&*down, error) {
+        let since = down.as_ref().map(|down| down.since);
+        match (since, error) {
             (None, Some(error)) => {
                 tracing::warn!(%error, "redis {} is down: probing until it answers", self.address);
             }
-            (Some(_), None) => {
-                tracing::info!("redis {} is up again", self.address);
+            (Some(since), None) => {
+                let away_s = since.elapsed().as_secs_f64();
+                tracing::info!(away_s, "redis {} is up again", self.address);
             }
-            _ => {}
+            (None, None) | (Some(_), Some(_)) => {}
         }
-        *down = reason;
+        *down = error.map(|error| Down {
+            reason: self.describe(error),
+            since: since.unwrap_or_else(Instant::now),
+        });
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::entry::{Entry, Outcome};
 use redis::Client;
@@ -15,7 +15,7 @@ use tokio::time::sleep;
 
 use super::connection::{PROBE_INTERVAL, ServerConnection};
 use super::primary::{Primary, Settings, Shared};
-use crate::map::queue::{Job, WriteBudget};
+use crate::map::queue::{Job, WriteBudget, measure_commit};
 
 /// A group commit takes no further batch beyond this, in bytes: the script blocks the primary.
 const MAX_GROUP_BYTES: usize = 512 * 1024;
@@ -158,7 +158,10 @@ impl Writer {
                 }
                 return Some(reason);
             }
-            match self.primary.commit(&group, &mut connection).await {
+            let began = Instant::now();
+            let committed = self.primary.commit(&group, &mut connection).await;
+            measure_commit(&group, began);
+            match committed {
                 Ok(outcomes) => {
                     let is_refused = |outcome: &Outcome| {
                         matches!(

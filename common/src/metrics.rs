@@ -1,0 +1,138 @@
+//! Metrics for Prometheus: the recorder of the process, what every service measures, `GET /metrics`.
+//!
+//! Each service describes its own metrics before it serves; `docs/observing.md` explains all of them.
+
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
+
+use axum::extract::{MatchedPath, Request};
+use axum::http::{HeaderMap, Method, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use metrics::{Unit, describe_histogram, histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use metrics_process::Collector;
+use metrics_util::MetricKindMask;
+
+/// The time until the head of an answer, by method, route and status.
+const REQUEST_DURATION: &str = "http_request_duration_seconds";
+
+/// Upper bounds of the buckets of times, in seconds.
+const SECONDS: [f64; 14] = [
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+];
+
+/// Upper bounds of the buckets of batches and groups, in entries.
+const ENTRIES: [f64; 11] = [
+    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 5000.0,
+];
+
+/// A gauge that no scrape has set for this long is dropped: what it measured is gone.
+const GONE: Duration = Duration::from_secs(300);
+
+/// How often recorded times are sorted into buckets; until then each takes some bytes.
+const UPKEEP: Duration = Duration::from_secs(1);
+
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+static RECORDER: LazyLock<PrometheusHandle> = LazyLock::new(|| {
+    let with_buckets = PrometheusBuilder::new()
+        .idle_timeout(MetricKindMask::GAUGE, Some(GONE))
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)
+        .and_then(|builder| {
+            builder.set_buckets_for_metric(Matcher::Suffix("_entries".to_owned()), &ENTRIES)
+        });
+    let installed = with_buckets.and_then(PrometheusBuilder::install_recorder);
+    installed.expect("the buckets are not empty and this is the only recorder")
+});
+
+/// Installs the recorder of this process. What is recorded before is lost, also through handles made
+/// before. Must be called within a runtime, which keeps the recorder's memory bounded.
+pub fn install() {
+    LazyLock::force(&RECORDER);
+    describe_histogram!(
+        REQUEST_DURATION,
+        Unit::Seconds,
+        "Time until the head of an answer, by method, route and status."
+    );
+    Collector::default().describe();
+    tokio::spawn(async {
+        let mut ticks = tokio::time::interval(UPKEEP);
+        loop {
+            ticks.tick().await;
+            RECORDER.run_upkeep();
+        }
+    });
+}
+
+/// The answer to `GET /metrics`: Prometheus's text format, or OpenMetrics if the request accepts it.
+pub fn show(request: &HeaderMap) -> Response {
+    Collector::default().collect();
+    let text = RECORDER.render();
+    let accepts = request.get_all(header::ACCEPT).iter();
+    let mut accepts = accepts.filter_map(|accept| accept.to_str().ok());
+    match accepts.any(|accept| accept.contains("application/openmetrics-text")) {
+        true => ([(header::CONTENT_TYPE, OPEN_METRICS)], open_metrics(&text)).into_response(),
+        false => ([(header::CONTENT_TYPE, PROMETHEUS)], text).into_response(),
+    }
+}
+
+/// Turns Prometheus's text into OpenMetrics: the family of a counter is named without `_total`, there
+/// are no empty lines, and the end is marked.
+fn open_metrics(prometheus: &str) -> String {
+    let counters: Vec<&str> = prometheus
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix("_total counter"))
+        .collect();
+    let mut text = String::with_capacity(prometheus.len() + 8);
+    for line in prometheus.lines().filter(|line| !line.is_empty()) {
+        let family = line.strip_prefix("# ").and_then(|comment| {
+            let (keyword, comment) = comment.split_once(' ')?;
+            let (name, rest) = comment.split_once(' ')?;
+            let name = name.strip_suffix("_total")?;
+            counters
+                .contains(&name)
+                .then(|| format!("# {keyword} {name} {rest}"))
+        });
+        text.push_str(family.as_deref().unwrap_or(line));
+        text.push('\n');
+    }
+    text.push_str("# EOF\n");
+    text
+}
+
+/// Measures a request. Its labels are bounded: the route's template, and of the methods and paths that
+/// no route has, one name for all.
+pub(crate) async fn measure(request: Request, next: Next) -> Response {
+    let route = request.extensions().get::<MatchedPath>();
+    let route = route.map_or("other", MatchedPath::as_str).to_owned();
+    let method = match *request.method() {
+        Method::GET => "GET",
+        Method::POST => "POST",
+        Method::HEAD => "HEAD",
+        _ => "other",
+    };
+    let begin = Instant::now();
+    let response = next.run(request).await;
+    let status = response.status().as_str().to_owned();
+    histogram!(REQUEST_DURATION, "method" => method, "route" => route, "status" => status)
+        .record(begin.elapsed());
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::open_metrics;
+
+    #[test]
+    fn open_metrics_names_the_family_of_a_counter_without_total() {
+        let prometheus = "# HELP a_total All a.\n# TYPE a_total counter\na_total{b=\"c\"} 1\n\n\
+                          # HELP d_total A gauge.\n# TYPE d_total gauge\nd_total 2\n\n";
+        assert_eq!(
+            open_metrics(prometheus),
+            "# HELP a All a.\n# TYPE a counter\na_total{b=\"c\"} 1\n\
+             # HELP d_total A gauge.\n# TYPE d_total gauge\nd_total 2\n# EOF\n"
+        );
+    }
+}

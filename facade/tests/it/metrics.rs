@@ -1,0 +1,247 @@
+//! Metrics, held to what was done, to Prometheus's rules, and to the dashboard and alerts that use them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use reqwest::header::{ACCEPT, CONTENT_TYPE};
+use serde_json::Value;
+use testing::process::Process;
+use testing::redis_servers::RedisCluster;
+use testing::requirements::{skip, trial_run};
+
+use crate::processes::Processes;
+
+async fn metrics(system: &Processes, of: &Process) -> String {
+    let url = format!("{}/metrics", of.url());
+    let response = system.http.get(url).send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    let content_type = response.headers()[CONTENT_TYPE].to_str().unwrap();
+    assert_eq!(content_type, "text/plain; version=0.0.4; charset=utf-8");
+    response.text().await.unwrap()
+}
+
+/// The sum of all samples of a name whose labels contain all of these.
+fn value(metrics: &str, name: &str, labels: &[&str]) -> f64 {
+    let samples = metrics.lines().filter_map(|line| {
+        let (series, value) = line.rsplit_once(' ')?;
+        let (found, found_labels) = series.split_once('{').unwrap_or((series, ""));
+        let matches = found == name && labels.iter().all(|label| found_labels.contains(label));
+        matches.then(|| value.parse::<f64>().unwrap())
+    });
+    samples.sum()
+}
+
+/// The kind of each metric, by its name.
+fn kinds(metrics: &str) -> BTreeMap<&str, &str> {
+    let types = metrics
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE "));
+    types.map(|line| line.split_once(' ').unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn numbers_are_what_was_done() {
+    let mut system = Processes::start();
+    for n in 0..30 {
+        assert_eq!(system.post(&n.to_string()).await.status(), 200);
+    }
+    let read = system.get().await.text().await.unwrap();
+    for path in [
+        "no-such-path",
+        "no/such/path",
+        "01a203b3-3bd3-7041-bd9b-405a081b6b3b",
+    ] {
+        let url = format!("{}/{path}", system.facade.url());
+        assert_eq!(system.http.get(url).send().await.unwrap().status(), 404);
+    }
+    let odd = system
+        .http
+        .request("BREW".parse().unwrap(), system.facade.url());
+    assert_eq!(odd.send().await.unwrap().status(), 405);
+
+    let facade = metrics(&system, &system.facade).await;
+    let answered = |labels: &[&str]| value(&facade, "http_request_duration_seconds_count", labels);
+    assert_eq!(
+        answered(&["method=\"POST\"", "route=\"/\"", "status=\"200\""]),
+        30.0
+    );
+    assert_eq!(
+        answered(&["method=\"GET\"", "route=\"/\"", "status=\"200\""]),
+        1.0
+    );
+    assert_eq!(answered(&["route=\"/{uuid}\"", "status=\"404\""]), 2.0);
+    assert_eq!(answered(&["route=\"other\"", "status=\"404\""]), 1.0);
+    assert_eq!(answered(&["method=\"other\"", "status=\"405\""]), 1.0);
+    assert!(
+        !facade.contains("such") && !facade.contains("BREW"),
+        "{facade}"
+    );
+    assert_eq!(value(&facade, "facade_batch_entries_sum", &[]), 30.0);
+    let posted: usize = (0..30).map(|n| n.to_string().len()).sum();
+    assert_eq!(
+        value(&facade, "facade_posted_bytes_total", &[]),
+        posted as f64
+    );
+    assert_eq!(
+        value(&facade, "facade_read_bytes_total", &[]),
+        read.len() as f64
+    );
+    assert_eq!(value(&facade, "facade_instance_up", &[]), 3.0);
+    assert_eq!(value(&facade, "facade_repeats_total", &[]), 0.0);
+    assert_eq!(
+        value(&facade, "facade_free_permits", &["kind=\"read\""]),
+        64.0
+    );
+
+    let mut stored = 0.0;
+    for instance in &system.logging {
+        let logging = metrics(&system, instance).await;
+        let put = value(&logging, "logging_put_entries_sum", &[]);
+        assert_eq!(
+            value(&logging, "logging_entries_total", &["outcome=\"stored\""]),
+            put
+        );
+        assert_eq!(value(&logging, "logging_commit_entries_sum", &[]), put);
+        assert_eq!(value(&logging, "logging_puts_in_flight", &[]), 0.0);
+        stored += put;
+    }
+    assert_eq!(stored, 30.0);
+
+    system.logging[0].kill();
+    for n in 0..30 {
+        assert_eq!(system.post(&n.to_string()).await.status(), 200);
+    }
+    let facade = metrics(&system, &system.facade).await;
+    let name = format!("upstream=\"{}\"", system.logging[0].address);
+    assert_eq!(value(&facade, "facade_instance_up", &[&name]), 0.0);
+    assert_eq!(value(&facade, "facade_instance_up", &[]), 2.0);
+    assert_eq!(
+        value(&facade, "facade_instance_failures_total", &[&name]),
+        1.0
+    );
+    assert_eq!(
+        value(&facade, "facade_repeats_total", &["instance_down"]),
+        1.0
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn promtool_finds_nothing() {
+    if let Err(why) = trial_run(Command::new("promtool").arg("--version")) {
+        return skip(&format!("no promtool: {why}"), "REQUIRE_ALL");
+    }
+    let system = Processes::start();
+    assert_eq!(system.post("hello").await.status(), 200);
+    assert_eq!(system.read_all().await.len(), 1);
+    for service in [&system.facade, &system.logging[0], &system.messages] {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), metrics(&system, service).await).unwrap();
+        let mut check = Command::new("promtool");
+        check
+            .args(["check", "metrics"])
+            .stdin(Stdio::from(file.reopen().unwrap()));
+        let output = check.output().unwrap();
+        let found =
+            String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && found.is_empty(), "{found}");
+    }
+    let mut check = Command::new("promtool");
+    check
+        .args(["check", "config"])
+        .arg(monitoring("prometheus.yml"));
+    let output = check.output().unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn open_metrics_when_asked_for() {
+    let system = Processes::start();
+    let url = format!("{}/metrics", system.facade.url());
+    let request = system.http.get(url).header(
+        ACCEPT,
+        "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.5",
+    );
+    let response = request.send().await.unwrap();
+    let content_type = response.headers()[CONTENT_TYPE].to_str().unwrap();
+    assert!(content_type.starts_with("application/openmetrics-text; version=1.0.0"));
+    let text = response.text().await.unwrap();
+    assert!(text.ends_with("# EOF\n"), "{text}");
+    assert!(text.lines().all(|line| !line.is_empty()), "{text}");
+    assert_eq!(kinds(&text)["facade_reads_resumed"], "counter");
+    assert!(text.contains("\nfacade_reads_resumed_total 0\n"), "{text}");
+}
+
+fn monitoring(file: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("../docs/monitoring")
+        .join(file)
+}
+
+/// What looks like a metric of ours in a text.
+fn named_metrics(text: &str) -> BTreeSet<&str> {
+    let is_part = |character: char| character.is_ascii_alphanumeric() || character == '_';
+    let words = text.split(|character| !is_part(character));
+    let is_metric = |word: &&str| {
+        let prefixes = ["facade_", "logging_", "http_", "process_"];
+        prefixes.iter().any(|prefix| word.starts_with(prefix))
+    };
+    words.filter(is_metric).collect()
+}
+
+fn without_suffix(name: &str) -> &str {
+    ["_bucket", "_sum", "_count"]
+        .iter()
+        .find_map(|suffix| name.strip_suffix(suffix))
+        .unwrap_or(name)
+}
+
+/// Each metric that the dashboard, an alert or the documentation names is exported, and each of ours is
+/// documented.
+#[tokio::test(flavor = "multi_thread")]
+async fn names_in_dashboard_alerts_and_documentation_are_exported() {
+    let cluster = RedisCluster::start();
+    let system = Processes::on_map(&["--map", &cluster.url()], &[]);
+    assert_eq!(system.post("hello").await.status(), 200);
+    let of_facade = metrics(&system, &system.facade).await;
+    let of_logging = metrics(&system, &system.logging[0]).await;
+    let mut exported = kinds(&of_facade);
+    exported.extend(kinds(&of_logging));
+
+    let dashboard: Value =
+        serde_json::from_str(&fs::read_to_string(monitoring("dashboard.json")).unwrap()).unwrap();
+    let panels = dashboard["panels"].as_array().unwrap();
+    let targets = panels
+        .iter()
+        .flat_map(|panel| panel["targets"].as_array().unwrap());
+    let queries: Vec<&str> = targets
+        .map(|target| target["expr"].as_str().unwrap())
+        .collect();
+    let alerts = fs::read_to_string(monitoring("alerts.yml")).unwrap();
+    let documentation = fs::read_to_string(monitoring("../observing.md")).unwrap();
+    for (place, text) in [
+        ("dashboard.json", &queries.join(" ")),
+        ("alerts.yml", &alerts),
+        ("observing.md", &documentation),
+    ] {
+        let named = named_metrics(text);
+        assert!(named.len() > 8, "{place}: {named:?}");
+        for name in named {
+            assert!(
+                exported.contains_key(without_suffix(name)),
+                "{place}: {name}"
+            );
+        }
+    }
+    for name in exported.keys().filter(|name| !name.starts_with("process_")) {
+        assert!(
+            documentation.contains(name),
+            "observing.md does not explain {name}"
+        );
+    }
+}
