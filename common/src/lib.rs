@@ -18,3 +18,4 @@ pub mod middleware;
 pub mod problem;
 pub mod serve;
 pub mod telemetry;
+pub mod traces;

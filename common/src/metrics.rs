@@ -13,6 +13,10 @@ use metrics::{Unit, describe_histogram, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use metrics_process::Collector;
 use metrics_util::MetricKindMask;
+use tracing::field::Empty;
+use tracing::{Instrument, Span, debug_span};
+
+use crate::traces::{TRACE_ID, TRACEPARENT, TRACES, continue_trace, trace_id};
 
 /// The time until the head of an answer, by method, route and status.
 const REQUEST_DURATION: &str = "http_request_duration_seconds";
@@ -102,8 +106,8 @@ fn open_metrics(prometheus: &str) -> String {
     text
 }
 
-/// Measures a request. Its labels are bounded: the route's template, and of the methods and paths that
-/// no route has, one name for all.
+/// Measures a request, and makes it a span of its trace. Labels are bounded: the route's template, and of
+/// the methods and paths that no route has, one name for all.
 pub(crate) async fn measure(request: Request, next: Next) -> Response {
     let route = request.extensions().get::<MatchedPath>();
     let route = route.map_or("other", MatchedPath::as_str).to_owned();
@@ -113,9 +117,24 @@ pub(crate) async fn measure(request: Request, next: Next) -> Response {
         Method::HEAD => "HEAD",
         _ => "other",
     };
+    let span = debug_span!(
+        target: TRACES,
+        "request",
+        "otel.kind" = "server",
+        "otel.name" = format!("{method} {route}"),
+        "http.request.method" = method,
+        "http.route" = route,
+        "http.response.status_code" = Empty,
+    );
+    let traceparent = request.headers().get(TRACEPARENT);
+    continue_trace(&span, traceparent.and_then(|parent| parent.to_str().ok()));
+    if let Some(id) = trace_id(&span) {
+        Span::current().record(TRACE_ID, id);
+    }
     let begin = Instant::now();
-    let response = next.run(request).await;
+    let response = next.run(request).instrument(span.clone()).await;
     let status = response.status().as_str().to_owned();
+    span.record("http.response.status_code", response.status().as_u16());
     histogram!(REQUEST_DURATION, "method" => method, "route" => route, "status" => status)
         .record(begin.elapsed());
     response

@@ -17,9 +17,11 @@ use tower_http::request_id::{
 };
 use tower_http::trace::TraceLayer;
 use tracing::Span;
+use tracing::field::Empty;
 
 use crate::metrics::measure;
 use crate::problem::Problem;
+use crate::traces::TRACE_ID;
 
 /// The name of the header that carries a request's id through the services.
 pub const REQUEST_ID: &str = "x-request-id";
@@ -94,6 +96,7 @@ fn request_span<B>(request: &Request<B>) -> Span {
         id,
         method = request.method().as_str(),
         path = request.uri().path(),
+        { TRACE_ID } = Empty,
     )
 }
 

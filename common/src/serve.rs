@@ -25,10 +25,11 @@ use crate::{metrics, telemetry};
 /// (hyper's own default is about 400 KiB). Request heads must fit too: a larger one gets 431.
 const CONNECTION_BUFFER: usize = 128 * 1024;
 
-/// What `main` of each service does: the task, if one was given; otherwise log, router, socket, serve.
+/// What `main` of `service` does: the task, if one was given; otherwise log, router, socket, serve.
 /// `router` gets a token that is cancelled when the process receives SIGINT or SIGTERM. What is wrong is
 /// one line on stderr.
 pub async fn run(
+    service: &'static str,
     config: &ServiceConfig,
     listen: SocketAddr,
     task: Option<Task>,
@@ -36,16 +37,18 @@ pub async fn run(
 ) -> ExitCode {
     config::exit_code(match task {
         Some(Task::Healthcheck) => healthcheck(listen).await.map_err(anyhow::Error::msg),
-        None => start(config, listen, router).await,
+        None => start(service, config, listen, router).await,
     })
 }
 
 async fn start(
+    service: &'static str,
     config: &ServiceConfig,
     listen: SocketAddr,
     router: impl FnOnce(CancellationToken) -> anyhow::Result<Router>,
 ) -> anyhow::Result<()> {
-    let _log = telemetry::init(config.log_format).unwrap_or_else(|line| config::fail(&line));
+    let _telemetry =
+        telemetry::init(service, config.log_format).unwrap_or_else(|line| config::fail(&line));
     metrics::install();
     let stop = stop_on_signal()?;
     let router = router(stop.clone())?;

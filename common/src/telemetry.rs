@@ -6,12 +6,16 @@
 use std::io::{self, BufWriter, IsTerminal, Write};
 
 use clap::ValueEnum;
-use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
+use tracing::Subscriber;
+use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::escape::needs_escape;
+use crate::traces::{Exporter, TRACES};
 
 /// Lines that may wait for standard output. A line can hold a message, so the bound in bytes is
 /// this times the largest message.
@@ -26,31 +30,62 @@ pub enum LogFormat {
     Json,
 }
 
-/// Sets up the process's log. Keep the guard until the end of `main`: dropping it writes what is
-/// still queued.
+/// What writes the log and sends the traces. Keep it until the end of `main`: dropping it writes and
+/// sends what is still queued.
+#[derive(Debug)]
+pub struct Telemetry {
+    _log: WorkerGuard,
+    _traces: Option<Exporter>,
+}
+
+/// Sets up the process's log, and its traces under the name `service`.
 ///
 /// # Errors
-/// A line for the person who started the service, when `RUST_LOG` cannot be read.
-pub fn init(format: LogFormat) -> Result<WorkerGuard, String> {
+/// A line for the person who started the service, when `RUST_LOG` or the collector's address cannot be
+/// used.
+pub fn init(service: &'static str, format: LogFormat) -> Result<Telemetry, String> {
     let filter = match std::env::var("RUST_LOG") {
         Ok(text) if !text.is_empty() => text
             .parse()
             .map_err(|error| format!("RUST_LOG cannot be read: {error}; write for example info"))?,
         Ok(_) | Err(_) => Targets::new().with_default(LevelFilter::INFO),
     };
+    let filter = filter.with_target(TRACES, LevelFilter::OFF);
+    let traces = Exporter::start(service)?;
     let (writer, guard) = NonBlockingBuilder::default()
         .lossy(false)
         .buffered_lines_limit(QUEUED_LINES)
         .finish(Escaped(BufWriter::new(io::stdout())));
+    let registry = tracing_subscriber::registry();
+    match &traces {
+        // One filter for everything costs less than one for each layer.
+        None => registry.with(filter).with(lines(format, writer)).init(),
+        Some(traces) => {
+            let spans = tracing_opentelemetry::layer().with_tracer(traces.tracer());
+            let only_traces = Targets::new().with_target(TRACES, LevelFilter::DEBUG);
+            registry
+                .with(lines(format, writer).with_filter(filter))
+                .with(spans.with_filter(only_traces))
+                .init();
+        }
+    }
+    Ok(Telemetry {
+        _log: guard,
+        _traces: traces,
+    })
+}
+
+fn lines<S>(format: LogFormat, writer: NonBlocking) -> Box<dyn Layer<S> + Send + Sync>
+where
+    S: Subscriber + for<'span> LookupSpan<'span>,
+{
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(writer)
         .with_ansi(io::stdout().is_terminal());
-    let filtered = tracing_subscriber::registry().with(filter);
     match format {
-        LogFormat::Text => filtered.with(lines).init(),
-        LogFormat::Json => filtered.with(lines.json().flatten_event(true)).init(),
+        LogFormat::Text => lines.boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).boxed(),
     }
-    Ok(guard)
 }
 
 /// Writes the control characters that JSON lets pass, such as U+009B, as JSON escapes; they stand in

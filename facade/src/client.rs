@@ -16,12 +16,14 @@ use common::api::{
 };
 use common::entry::Entry;
 use common::middleware::REQUEST_ID;
+use common::traces::{TRACEPARENT, traceparent};
 use futures_util::{StreamExt, stream};
 use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use reqwest::{Body, Client, RequestBuilder, Response, StatusCode, Url, header};
 use tokio::time::timeout;
+use tracing::Span;
 use uuid::Uuid;
 
 use crate::entry_stream::Chunks;
@@ -183,11 +185,8 @@ impl LoggingApi for LoggingClient {
         query: ReadQuery,
         request_id: Option<&str>,
     ) -> Result<ReadAnswer, UpstreamError> {
-        let mut request = self.clients.requests.get(self.base.clone()).query(&query);
-        if let Some(id) = request_id {
-            request = request.header(REQUEST_ID, id);
-        }
-        let request = request.build()?.try_into()?;
+        let request = self.clients.requests.get(self.base.clone()).query(&query);
+        let request = identified(request, request_id).build()?.try_into()?;
         let asked = async {
             let response = self.clients.streams.request(request).await?;
             let response = Response::from(response.map(Body::wrap));
@@ -214,7 +213,8 @@ impl LoggingApi for LoggingClient {
     async fn get(&self, uuid: Uuid) -> Result<Option<Entry>, UpstreamError> {
         let mut url = self.base.clone();
         url.set_path(&uuid.to_string());
-        let response = self.send(self.clients.requests.get(url)).await?;
+        let request = identified(self.clients.requests.get(url), None);
+        let response = self.send(request).await?;
         if response.status() == StatusCode::NOT_FOUND {
             return Ok(None);
         }
@@ -256,19 +256,24 @@ impl MessagesClient {
     }
 
     pub async fn reply(&self, request_id: Option<&str>) -> Result<String, UpstreamError> {
-        let mut request = self
-            .clients
-            .requests
-            .get(self.base.clone())
-            .timeout(self.timeout);
-        if let Some(id) = request_id {
-            request = request.header(REQUEST_ID, id);
-        }
+        let request = self.clients.requests.get(self.base.clone());
+        let request = identified(request, request_id).timeout(self.timeout);
         let response = require_success(request.send().await?).await?;
         let body = read_body(response, MAX_REPLY_BYTES).await?;
         String::from_utf8(body.into())
             .map_err(|_| UpstreamError::Garbled("the reply is not UTF-8".to_owned()))
     }
+}
+
+/// Adds the request's id, and its trace: that of the current span.
+fn identified(mut request: RequestBuilder, request_id: Option<&str>) -> RequestBuilder {
+    if let Some(id) = request_id {
+        request = request.header(REQUEST_ID, id);
+    }
+    if let Some(trace) = traceparent(&Span::current()) {
+        request = request.header(TRACEPARENT, trace);
+    }
+    request
 }
 
 async fn require_success(response: Response) -> Result<Response, UpstreamError> {

@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use common::api::PutEntry;
 use common::entry::Outcome;
+use common::traces::{TRACES, traceparent};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use metrics::counter;
 use tokio::time::{Instant, sleep, timeout_at};
 use tower::retry::budget::Budget;
+use tracing::{Instrument, debug_span};
 use uuid::Uuid;
 
 use crate::backoff::Backoff;
@@ -129,6 +131,7 @@ impl<'pool> Delivery<'pool> {
             },
             msg: message.msg,
             request_id: message.request_id,
+            traceparent: None,
         };
         Self {
             pool,
@@ -296,8 +299,15 @@ impl<'pool> Delivery<'pool> {
         }
         self.pending.push(instance.clone());
         self.tried.push(instance.clone());
+        let span = debug_span!(
+            target: TRACES,
+            "put on an instance",
+            "otel.kind" = "client",
+            "server.address" = instance.name,
+        );
+        self.entry.traceparent = traceparent(&span);
         let answer = instance.batcher.put(&self.entry, self.held.clone());
-        async { (instance, answer.await) }
+        async { (instance, answer.await) }.instrument(span)
     }
 
     fn note(&mut self, instance: &str, reason: impl Into<String>) {

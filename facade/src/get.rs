@@ -13,7 +13,9 @@ use common::bounds::{Bounds, Order};
 use common::json::JsonLine;
 use common::middleware::{answer_method_not_allowed, answer_not_found, request_id};
 use common::problem::Problem;
+use common::traces::TRACES;
 use serde::Deserialize;
+use tracing::{Instrument, debug_span};
 use uuid::Uuid;
 
 use crate::error::{no_message, too_many, unreadable};
@@ -84,7 +86,15 @@ pub(crate) async fn show(
     let largest = body_limit(app.max_message);
     let reserved = Reservation::new(&app.lookups, largest);
     let mut reserved = reserved.map_err(|NoMemory| too_many("reads"))?;
-    let ask = move |instance: Arc<Instance>| async move { instance.client.get(uuid).await };
+    let ask = move |instance: Arc<Instance>| async move {
+        let span = debug_span!(
+            target: TRACES,
+            "read from an instance",
+            "otel.kind" = "client",
+            "server.address" = instance.name,
+        );
+        instance.client.get(uuid).instrument(span).await
+    };
     let asked = app
         .pool
         .ask_until_deadline(app.read_deadline, is_worth_waiting, ask);

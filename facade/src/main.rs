@@ -13,5 +13,12 @@ async fn main() -> ExitCode {
         let app = App::new(&config, Timeouts::default(), rand::make_rng(), stop)?;
         Ok(router(app))
     };
-    serve::run(&config.service, config.listen, config.task, service).await
+    serve::run(
+        env!("CARGO_PKG_NAME"),
+        &config.service,
+        config.listen,
+        config.task,
+        service,
+    )
+    .await
 }

@@ -15,10 +15,12 @@ use common::api::ReadQuery;
 use common::body::holding;
 use common::bounds::{Bounds, Order};
 use common::problem::Problem;
+use common::traces::TRACES;
 use futures_util::{StreamExt, stream};
 use metrics::counter;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::task::AbortOnDropHandle;
+use tracing::{Instrument, Span, debug_span};
 
 use crate::counters::Counters;
 use crate::entry_stream::{EntryStream, Part};
@@ -53,10 +55,11 @@ pub(crate) async fn answer(
         timeout: app.read_deadline,
         pool: app.pool,
         source: None,
+        span: Span::current(),
     };
     let messages = app.messages;
     let reply = async move { messages.reply(read.request_id.as_deref()).await };
-    let reply = AbortOnDropHandle::new(tokio::spawn(reply));
+    let reply = AbortOnDropHandle::new(tokio::spawn(reply.in_current_span()));
     let first = cursor.open(is_worth_waiting).await;
     let first = first.map_err(|error| unreadable(&cursor.pool, &error))?;
     let body = MergedBody {
@@ -93,6 +96,8 @@ struct Cursor {
     request_id: Option<String>,
     timeout: Duration,
     source: Option<Source>,
+    /// The span of the request, which also covers its body.
+    span: Span,
 }
 
 struct Source {
@@ -115,8 +120,14 @@ impl Cursor {
                 limit: left,
             };
             async move {
+                let span = debug_span!(
+                    target: TRACES,
+                    "read from an instance",
+                    "otel.kind" = "client",
+                    "server.address" = instance.name,
+                );
                 let answer = instance.client.read(query, request_id.as_deref());
-                let answer = answer.await?;
+                let answer = answer.instrument(span).await?;
                 let bounds = match (bounds.order, answer.end) {
                     (Order::Asc, Some(end)) => bounds.ending_before(end),
                     _ => bounds,
@@ -127,7 +138,7 @@ impl Cursor {
             }
         };
         let asked = self.pool.ask_until_deadline(self.timeout, may_wait, begin);
-        let (source, first) = asked.await?;
+        let (source, first) = asked.instrument(self.span.clone()).await?;
         (self.bounds, self.left) = source.stream.rest();
         self.source = Some(source);
         Ok(first)

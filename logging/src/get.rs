@@ -16,9 +16,11 @@ use common::entry::Entry;
 use common::json::{self, JsonLine};
 use common::middleware::answer_not_found;
 use common::problem::Problem;
+use common::traces::TRACES;
 use futures_util::{StreamExt, stream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span, debug_span};
 use uuid::Uuid;
 
 use crate::error::{busy, no_entry, unreadable};
@@ -46,7 +48,8 @@ pub(crate) async fn show(
     };
     let permit = app.reads.clone().try_acquire_owned();
     let permit = permit.map_err(|_| busy())?;
-    match app.map.get(uuid).await.map_err(unreadable)? {
+    let found = app.map.get(uuid).instrument(map_span()).await;
+    match found.map_err(unreadable)? {
         Some(msg) => Ok(holding(
             JsonLine(Entry { uuid, msg }).into_response(),
             permit,
@@ -80,12 +83,14 @@ pub(crate) async fn list(
         reads: app.reads,
         stop: app.stop,
     };
-    let first = stream.next_lines().await.map_err(unreadable)?;
+    let span = map_span();
+    let first = stream.next_lines().instrument(span.clone()).await;
+    let first = first.map_err(unreadable)?;
     let body = match stream.is_finished {
         true => Body::from(first),
         false => {
             let (pieces, received) = mpsc::channel(1);
-            tokio::spawn(stream.read_ahead(pieces));
+            tokio::spawn(stream.read_ahead(pieces).instrument(span));
             let rest = stream::unfold(received, async |mut received| {
                 Some((received.recv().await?, received))
             });
@@ -100,6 +105,11 @@ pub(crate) async fn list(
         response.headers_mut().insert(READ_END, end);
     }
     Ok(holding(response, permit))
+}
+
+/// The span of the map's work on a read.
+fn map_span() -> Span {
+    debug_span!(target: TRACES, "read the map")
 }
 
 struct EntryStream {

@@ -24,5 +24,12 @@ async fn main() -> ExitCode {
         tracing::info!(map = ?config.map, "opened the map");
         Ok(router(App::new(map, Timeouts::default(), stop)))
     };
-    serve::run(&config.service, config.listen, task, service).await
+    serve::run(
+        env!("CARGO_PKG_NAME"),
+        &config.service,
+        config.listen,
+        task,
+        service,
+    )
+    .await
 }

@@ -10,6 +10,8 @@ use common::body::{BodyError, NoMemory, Reservation, holding, read_body};
 use common::entry::{Entry, Outcome};
 use common::json::JsonLine;
 use common::problem::Problem;
+use common::traces::{TRACE_ID, TRACES, continue_trace, trace_id};
+use tracing::{Span, debug_span};
 
 use crate::error::busy;
 use crate::state::App;
@@ -27,23 +29,26 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
     let is_single = !body.trim_ascii_start().starts_with(b"[");
     drop(body);
     let mut entries = Vec::with_capacity(posted.len());
-    let mut request_ids = Vec::with_capacity(posted.len());
+    let mut origins = Vec::with_capacity(posted.len());
     for PutEntry {
         uuid,
         msg,
         request_id,
+        traceparent,
     } in posted
     {
         entries.push(Entry { uuid, msg });
-        request_ids.push(request_id);
+        origins.push(Origin::new(request_id, traceparent.as_deref()));
     }
     let entries: Arc<[Entry]> = entries.into();
     let begin = Instant::now();
     let in_flight = app.counters.in_flight();
+    let map_spans: Vec<Span> = origins.iter().map(Origin::map_span).collect();
     let outcomes = app.map.put(entries.clone()).await;
+    drop(map_spans);
     drop(in_flight);
     app.counters.count_put(&outcomes, begin.elapsed());
-    log_acknowledged(&entries, &request_ids, &outcomes);
+    log_acknowledged(&entries, &origins, &outcomes);
     let results = entries.iter().zip(outcomes).map(|(entry, outcome)| {
         let uuid = entry.uuid;
         PutResult { uuid, outcome }
@@ -56,10 +61,36 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
     Ok(holding(answer, reserved))
 }
 
+/// The request that an entry came with.
+struct Origin {
+    request_id: Option<String>,
+    /// The entry's part of the request's trace.
+    span: Span,
+}
+
+impl Origin {
+    fn new(request_id: Option<String>, traceparent: Option<&str>) -> Self {
+        let span = match traceparent {
+            None => Span::none(),
+            Some(_) => debug_span!(target: TRACES, parent: None, "put", "otel.kind" = "server"),
+        };
+        continue_trace(&span, traceparent);
+        Self { request_id, span }
+    }
+
+    /// The span of the map's work on the entry.
+    fn map_span(&self) -> Span {
+        match self.span.is_disabled() {
+            true => Span::none(),
+            false => debug_span!(target: TRACES, parent: &self.span, "put into the map"),
+        }
+    }
+}
+
 /// Logs one line for each acknowledged entry: the exercise's proof of which instance stored it.
 /// String fields are quoted and escaped, so no message can forge a line.
-fn log_acknowledged(entries: &[Entry], request_ids: &[Option<String>], outcomes: &[Outcome]) {
-    for ((entry, request_id), outcome) in entries.iter().zip(request_ids).zip(outcomes) {
+fn log_acknowledged(entries: &[Entry], origins: &[Origin], outcomes: &[Outcome]) {
+    for ((entry, origin), outcome) in entries.iter().zip(origins).zip(outcomes) {
         let outcome = match outcome {
             Outcome::Stored => "stored",
             Outcome::Duplicate => "duplicate",
@@ -75,7 +106,8 @@ fn log_acknowledged(entries: &[Entry], request_ids: &[Option<String>], outcomes:
             msg = entry.msg.as_str(),
             uuid = %entry.uuid,
             outcome,
-            request_id,
+            request_id = origin.request_id,
+            { TRACE_ID } = trace_id(&origin.span),
             "entry acknowledged"
         );
     }

@@ -9,5 +9,12 @@ use messages::{Config, router};
 async fn main() -> ExitCode {
     let config: Config = config::parse();
     let service = |stop| Ok(router(stop));
-    serve::run(&config.service, config.listen, config.task, service).await
+    serve::run(
+        env!("CARGO_PKG_NAME"),
+        &config.service,
+        config.listen,
+        config.task,
+        service,
+    )
+    .await
 }

@@ -21,6 +21,9 @@ pub struct PutEntry {
     /// The `x-request-id` of the POST that brought it, for the logs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_id: Option<String>,
+    /// The span of the try, if its request is traced: see [`crate::traces`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
 }
 
 /// An entry in the form that a batch has it.
@@ -283,6 +286,7 @@ mod tests {
             uuid: Uuid::now_v7(),
             msg: msg.to_owned(),
             request_id: None,
+            traceparent: None,
         });
         for entry in &entries {
             batch.push(&entry.encode());

@@ -244,6 +244,50 @@ async fn hanging_instance_is_skipped_and_comes_back() {
     assert_eq!(system.read_all().await.len(), count);
 }
 
+/// Each failure is a line of the log with names, reasons and times, and so is each error.
+#[tokio::test(flavor = "multi_thread")]
+async fn failures_can_be_seen_in_the_log() {
+    let mut system = Processes::start();
+    let name =
+        |system: &Processes, index: usize| format!("logging {}", system.logging[index].address);
+    let (first, second) = (name(&system, 0), name(&system, 1));
+    system.logging[0].kill();
+    for n in 0..40 {
+        assert_eq!(system.post(&n.to_string()).await.status(), 200);
+    }
+    system.facade.wait_for_line(|line| {
+        line.contains("a POST was continued on logging")
+            && line.contains(&format!("why=\"{first} "))
+    });
+    let down = format!("{first} is down: it ");
+    system.facade.wait_for_line(|line| line.contains(&down));
+    system.restart_logging(0);
+    let up = format!("{first} is up again");
+    system
+        .facade
+        .wait_for_line(|line| line.contains(&up) && line.contains("away_s="));
+
+    system.logging[1].kill();
+    for _ in 0..40 {
+        assert_eq!(system.read_all().await.len(), 40);
+    }
+    system.facade.wait_for_line(|line| {
+        line.contains("a GET was continued on logging")
+            && line.contains(&format!("why=\"{second} "))
+    });
+
+    for index in [0, 2] {
+        system.logging[index].kill();
+    }
+    let refused = system.get().await;
+    assert_eq!(refused.status(), 503);
+    let refused = refused.text().await.unwrap();
+    for index in 0..3 {
+        let reason = format!("{} refuses connections", name(&system, index));
+        assert!(refused.contains(&reason), "{refused}");
+    }
+}
+
 fn is_from(response: &reqwest::Response, instance: &Process) -> bool {
     response.headers()["x-logging-instance"] == instance.address.to_string()
 }

@@ -47,3 +47,5 @@ mod sick;
 mod simulated;
 /// Statistics.
 mod stats;
+/// Traces of requests.
+mod traces;
