@@ -1,9 +1,9 @@
-//! The wire between facade and logging: HTTP whose answers bear a mark. `put` has the batches and their
-//! results, `stream` what a read is answered with, `stats` the statistics.
+//! The wire between facade and logging: HTTP whose responses bear a mark. `put` has batches and their
+//! results, `stream` the query and the lines of a read, `stats` the statistics.
 //!
-//! A logging instance answers 429 when it is busy and did nothing, and 503 when its map cannot serve now.
-//! With the mark, both prove that nothing was executed; without it nothing does, as the answer may come from
-//! a proxy or from another server at the address.
+//! A logging instance answers 429 when it is overloaded and 503 when its map is unavailable. With the
+//! mark, both prove that the request was not executed. Without the mark no status proves it: the
+//! response may come from a proxy or from another server at the address.
 
 mod put;
 mod stats;
@@ -18,17 +18,17 @@ pub use put::{Batch, EncodedEntry, MAX_BATCH_BYTES, PutEntry, PutResult};
 pub use stats::{InstanceStats, MapStats, MemberStats, OutcomeCounts, Role, timestamp};
 pub use stream::{EntryLine, READ_END, ReadQuery, StreamEnd, write_entry};
 
-/// The header of every answer of a logging instance. Its value is a [`Mark`].
+/// The header of every response of a logging instance. Its value is a [`Mark`].
 pub const MARK: &str = "x-message-log";
 
-/// The version of what facade and logging say to each other.
+/// The version of the wire.
 pub const WIRE_VERSION: u32 = 2;
 
-/// Says that an answer was written by a logging instance that speaks [`WIRE_VERSION`], and which
-/// map it serves: `2 0193b3f2-…`, or `2 -` while the instance does not know the map's id yet.
+/// Proves that a logging instance that speaks [`WIRE_VERSION`] wrote the response, and names the map
+/// that it serves: `2 0193b3f2-…`, or `2 -` while the instance does not know the map's id yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark {
-    /// The id of the map, which was made together with it.
+    /// The map's id, which was generated when the map was created.
     pub map: Option<Uuid>,
 }
 
@@ -45,7 +45,7 @@ impl FromStr for Mark {
     type Err = String;
 
     /// # Errors
-    /// Why the text is not the mark of an instance that speaks this version.
+    /// When the text is not a mark of this version: the reason.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (version, map) = text
             .split_once(' ')

@@ -1,5 +1,5 @@
-//! Bodies that are bounded in memory: requests are read into a reservation that grows with them, and
-//! answers hold what they reserved until they are written.
+//! Bodies with bounded memory: a request reserves memory as its body arrives, and a response holds its
+//! reservation until it is written.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,18 +16,18 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::problem::Problem;
 
-/// An answer is given to its connection in pieces of this many bytes, so that its reservation ends
-/// when nearly all of it was taken, and not when the connection has put it into a buffer.
+/// A response goes to its connection in pieces of this many bytes. The reservation then lasts until the
+/// client has taken nearly all of it, not only until the connection has buffered it.
 const PIECE: usize = 64 * 1024;
 
-/// Memory that is reserved from a budget in bytes. It is given back when this is dropped.
+/// Memory reserved from a budget in bytes; dropping it returns the memory.
 #[derive(Debug)]
 pub struct Reservation {
     budget: Arc<Semaphore>,
     held: OwnedSemaphorePermit,
 }
 
-/// The budget has not so much left.
+/// The budget does not have that many bytes left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoMemory;
 
@@ -35,7 +35,7 @@ impl Reservation {
     /// Reserves memory from a budget whose permits are bytes.
     ///
     /// # Errors
-    /// When the budget has not so much left.
+    /// When the budget does not have that many bytes left.
     pub fn new(budget: &Arc<Semaphore>, bytes: usize) -> Result<Self, NoMemory> {
         Ok(Self {
             held: acquire(budget, bytes)?,
@@ -43,10 +43,10 @@ impl Reservation {
         })
     }
 
-    /// Grows or shrinks to so many bytes.
+    /// Grows or shrinks to `bytes`.
     ///
     /// # Errors
-    /// When the budget has not so much left; then the reservation stays as it is.
+    /// When the budget does not have that many bytes left; the reservation then stays as it is.
     pub fn resize(&mut self, bytes: usize) -> Result<(), NoMemory> {
         let held = self.held.num_permits();
         if bytes > held {
@@ -67,17 +67,17 @@ fn acquire(budget: &Arc<Semaphore>, bytes: usize) -> Result<OwnedSemaphorePermit
 /// Why a request body could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum BodyError {
-    /// It has more bytes than the limit.
+    /// The body is larger than the limit.
     #[error("the body is larger than {0} bytes")]
     TooLarge(usize),
-    /// It, or its next piece, did not come in time.
+    /// The body, or its next piece, did not arrive in time.
     #[error("the body stalled; send it without long pauses")]
     TooSlow,
     /// The connection broke, or the body is not valid HTTP.
-    #[error("the body ended too early or cannot be read")]
+    #[error("the body ended early or is not valid HTTP")]
     Broken,
     /// All memory for bodies is in use.
-    #[error("too many bodies at once, nothing was done; retry in a moment")]
+    #[error("too many request bodies at once, nothing was done; retry in a moment")]
     NoMemory,
 }
 
@@ -93,11 +93,11 @@ impl From<BodyError> for Problem {
     }
 }
 
-/// Reads a whole request body of at most `limit` bytes within `timeout`. Memory is reserved as it
-/// comes, so a body that was announced and not sent costs nothing.
+/// Reads a whole request body of at most `limit` bytes within `timeout`. Memory is reserved as the body
+/// arrives, so a body that was announced and not sent reserves nothing.
 ///
 /// # Errors
-/// When it is larger or slower, breaks off, or there is no memory for it.
+/// When the body is larger or slower, breaks off, or exceeds the memory budget.
 pub async fn read_body(
     mut body: Body,
     limit: usize,
@@ -124,7 +124,7 @@ pub async fn read_body(
     read.map_err(|_| BodyError::TooSlow)?
 }
 
-/// Has an answer hold a permit until its body is written, or its connection is gone.
+/// Makes a response hold a permit until its body is written or its connection is closed.
 pub fn holding<P: Send + 'static>(response: Response, permit: P) -> Response {
     response.map(|body| {
         Body::new(HoldingBody {
@@ -135,15 +135,15 @@ pub fn holding<P: Send + 'static>(response: Response, permit: P) -> Response {
     })
 }
 
-/// A body that holds a permit for as long as anything of it is left.
+/// A body that holds a permit until its last piece is taken.
 struct HoldingBody<P> {
     body: Body,
-    /// What has come from `body` and was not passed on.
+    /// Data of `body` that was not passed on yet.
     piece: Bytes,
     _permit: P,
 }
 
-// Nothing in it is pinned: the inner body is boxed.
+// No field needs pinning: the inner body is boxed.
 impl<P> Unpin for HoldingBody<P> {}
 
 impl<P> HttpBody for HoldingBody<P> {

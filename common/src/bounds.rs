@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::entry;
 
-/// Which part of the log is read, and from which end. Read from a query string.
+/// The part of the log to read, and the end to begin at; parsed from a query string.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 pub struct Bounds {
     /// Only entries with a greater UUID.
@@ -16,13 +16,13 @@ pub struct Bounds {
     /// Only entries with a smaller UUID.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub before: Option<Uuid>,
-    /// The order of the answer.
+    /// The order of the entries.
     #[serde(default)]
     pub order: Order,
 }
 
 impl Bounds {
-    /// The same bounds for a reader that has had everything up to `last`, in this order.
+    /// The bounds of what is left to read after `last`, in this order.
     #[must_use]
     pub fn resumed_from(self, last: Uuid) -> Self {
         match self.order {
@@ -37,7 +37,7 @@ impl Bounds {
         }
     }
 
-    /// The bound at which a read in this order begins.
+    /// The bound that a read in this order begins at.
     pub fn near(&self) -> Option<Uuid> {
         match self.order {
             Order::Asc => self.after,
@@ -45,7 +45,7 @@ impl Bounds {
         }
     }
 
-    /// The same bounds for a reader that wants only what has a smaller UUID than `end` as well.
+    /// The part of the bounds with UUIDs smaller than `end`.
     #[must_use]
     pub fn ending_before(self, end: Uuid) -> Self {
         let before = self.before.map_or(end, |before| before.min(end));
@@ -55,8 +55,8 @@ impl Bounds {
         }
     }
 
-    /// Whether new entries could be added within the bounds for as long as they are read: an
-    /// ascending read then needs an end. A bound whose time has passed is one.
+    /// Whether a read within the bounds might never end, because entries are added as fast as they are
+    /// read. A descending read always ends; an ascending one ends at a `before` in the past.
     pub fn needs_end(&self, now: SystemTime) -> bool {
         let time = |uuid| SystemTime::UNIX_EPOCH + Duration::from_millis(entry::unix_millis(uuid));
         self.order == Order::Asc && self.before.is_none_or(|before| time(before) >= now)
@@ -78,7 +78,7 @@ impl Bounds {
     }
 }
 
-/// The order of entries in an answer: by UUID, hence by time.
+/// The order of entries: by UUID, hence by time.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Order {
@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bounds_are_exclusive_and_may_leave_nothing() {
+    fn bounds_are_exclusive_and_may_be_empty() {
         let (one, two, three) = (Uuid::from_u128(1), Uuid::from_u128(2), Uuid::from_u128(3));
         let bounds = |after, before| Bounds {
             after,

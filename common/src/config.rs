@@ -1,4 +1,4 @@
-//! Configuration that all services share, and how wrong configuration is reported.
+//! Configuration that all services share, and the report of wrong configuration: one line on stderr.
 
 use std::error::Error as _;
 use std::fmt::Display;
@@ -12,26 +12,26 @@ use clap::{Args, Command, Parser};
 
 use crate::telemetry::LogFormat;
 
-/// The exit code for wrong configuration, as `clap` itself uses it.
+/// The exit code for wrong configuration, the same as that of `clap`.
 const EXIT_CONFIGURATION: i32 = 2;
 
-/// No span of time may be longer, so that none added to a point in time overflows.
+/// Longer durations are rejected: added to a point in time they could overflow.
 const LONGEST_DURATION: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 /// Options of every service.
 #[derive(Args, Clone, Debug)]
 pub struct ServiceConfig {
-    /// How long bodies in flight may take to finish after SIGINT or SIGTERM; what is left is cut
+    /// Time for requests in flight to finish after SIGINT or SIGTERM; then their connections are cut
     #[arg(long, default_value = "10s", value_parser = duration)]
     pub grace: Duration,
 
-    /// Format of the log on standard output; RUST_LOG sets what is logged (default: info)
+    /// Format of the log on standard output; RUST_LOG filters it (default: info)
     #[arg(long, value_enum, default_value = "text")]
     pub log_format: LogFormat,
 }
 
-/// Parses the command line and environment, or ends the process: `--help` and `--version` with
-/// code 0, anything wrong with one line on stderr and code 2.
+/// Parses the command line and the environment. Ends the process with code 0 after `--help` and
+/// `--version`, and with one line on stderr and code 2 when the configuration is wrong.
 pub fn parse<C: Parser>() -> C {
     let parsed = with_environment(C::command())
         .try_get_matches()
@@ -51,32 +51,32 @@ fn with_environment(command: Command) -> Command {
     })
 }
 
-/// The variable that an option of a service may be set by.
+/// The name of an option's environment variable.
 fn variable_of(service: &str, option: &str) -> String {
     format!("{service}_{option}")
         .replace('-', "_")
         .to_uppercase()
 }
 
-/// Ends the process because its configuration is wrong: one line on stderr, code 2.
+/// Ends the process because of wrong configuration: one line on stderr, code 2.
 pub fn fail(message: &str) -> ! {
     eprintln!("error: {message} (see --help)");
     std::process::exit(EXIT_CONFIGURATION)
 }
 
-/// Reads an address to listen on.
+/// Parses an address to listen on.
 ///
 /// # Errors
-/// What to write instead.
+/// A sentence that says what to write instead.
 pub fn address(text: &str) -> Result<SocketAddr, String> {
     let error = "write an address and a port, for example 127.0.0.1:8080";
     text.parse().map_err(|_| error.to_owned())
 }
 
-/// Reads a span of time.
+/// Parses a duration.
 ///
 /// # Errors
-/// What to write instead.
+/// A sentence that says what to write instead.
 pub fn duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(duration) if duration <= LONGEST_DURATION => Ok(duration),
@@ -85,10 +85,10 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Reads a span of time in which something must be possible.
+/// Parses a duration above zero.
 ///
 /// # Errors
-/// What to write instead.
+/// A sentence that says what to write instead.
 pub fn timeout(text: &str) -> Result<Duration, String> {
     match duration(text)? {
         Duration::ZERO => Err("write a time above zero, for example 800ms or 10s".to_owned()),
@@ -96,10 +96,10 @@ pub fn timeout(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Binds a listening socket, with an error that names the address and what to do.
+/// Binds a listening socket.
 ///
 /// # Errors
-/// A line for the person who started the service.
+/// A line for the operator that names the address and the next step.
 pub fn bind(listen: SocketAddr) -> Result<TcpListener, String> {
     TcpListener::bind(listen)
         .map_err(|error| format!("cannot listen on {listen}: {}", explain_unbound(&error)))
@@ -122,7 +122,7 @@ fn explain_unbound(error: &io::Error) -> String {
     }
 }
 
-/// Turns what a service's `main` did into its exit code: an error is one line on stderr, code 1.
+/// The exit code for the result of a `main`. An error is printed as one line on stderr, code 1.
 pub fn exit_code<E: Display>(result: Result<(), E>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -133,8 +133,8 @@ pub fn exit_code<E: Display>(result: Result<(), E>) -> ExitCode {
     }
 }
 
-/// What is wrong, and with which option or variable, without the login of a URL: error lines end up in
-/// logs.
+/// An error of `clap` as one line that names the option or variable. The login of a URL is left out,
+/// because error lines end up in logs.
 fn in_one_line(error: &clap::Error, service: &str) -> String {
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.as_str()),
@@ -161,13 +161,13 @@ fn in_one_line(error: &clap::Error, service: &str) -> String {
         (None, Some(ContextValue::Strings(values))) => {
             format!("write one of {}", values.join(", "))
         }
-        (None, _) => "it cannot be read".to_owned(),
+        (None, _) => "it is malformed".to_owned(),
     };
     let value = without_login(value);
     format!("invalid value {value:?} for {what}: {reason}")
 }
 
-/// Whether an option was given as an argument; otherwise its value came from the environment.
+/// Whether an option was given as an argument. If not, its value came from the environment.
 fn is_on_command_line(option: &str) -> bool {
     std::env::args_os().any(|argument| {
         let argument = argument.to_string_lossy();
@@ -176,7 +176,7 @@ fn is_on_command_line(option: &str) -> bool {
     })
 }
 
-/// A text that could not be read, without anything between its scheme and the last `@`.
+/// Replaces everything between the scheme of a malformed URL and its last `@`.
 fn without_login(text: &str) -> String {
     const SCHEMES: [&str; 5] = ["http:", "https:", "lmdb:", "redis:", "rediss:"];
     let Some((login, host)) = text.rsplit_once('@') else {
@@ -191,7 +191,7 @@ fn without_login(text: &str) -> String {
     format!("{scheme}{slashes}…@{host}")
 }
 
-/// A message of `clap` that quotes an argument as it was typed.
+/// Removes the login from the argument that a message of `clap` quotes.
 fn quoted_without_login(message: &str) -> String {
     let quoted = message.find('\'').zip(message.rfind('\''));
     let Some((begin, end)) = quoted.filter(|(begin, end)| begin < end) else {
@@ -199,7 +199,7 @@ fn quoted_without_login(message: &str) -> String {
     };
     let (before, after) = (&message[..=begin], &message[end..]);
     let argument = &message[begin + 1..end];
-    // `--map=redis:…` is an option that is misspelt, with its value.
+    // A misspelt option is quoted with its value: `--mpa=redis:…`.
     let (option, value) = match argument.split_once('=') {
         Some((option, value)) if option.starts_with("--") => (format!("{option}="), value),
         _ => (String::new(), argument),
@@ -212,7 +212,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_before_the_last_at_sign_is_shown_but_the_scheme() {
+    fn login_is_removed_from_malformed_urls() {
         for (text, shown) in [
             ("redis:user:secret@host", "redis:…@host"),
             ("redis://user:secret@host:port", "redis://…@host:port"),
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn ports_of_root_and_taken_ones_are_told_apart() {
+    fn each_reason_why_a_port_cannot_be_bound_has_its_own_advice() {
         let explain = |kind: io::ErrorKind| explain_unbound(&kind.into());
         assert!(explain(io::ErrorKind::PermissionDenied).contains("below 1024"));
         assert!(explain(io::ErrorKind::AddrInUse).contains("another process"));

@@ -1,9 +1,9 @@
-//! The entry of the log, and what becomes of one that is to be put into the map.
+//! The entry of the log, its UUID, and the outcome of putting it into the map.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-/// One message of the log under its identifier. Entries never change once they are stored.
+/// A message of the log and its UUID. A stored entry never changes.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Entry {
@@ -13,42 +13,42 @@ pub struct Entry {
     pub msg: String,
 }
 
-/// What became of one entry that was to be put into the map.
+/// The outcome of putting one entry into the map.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It is in the map now, durably.
+    /// The entry is now in the map, durably.
     Stored,
-    /// It was in the map already, with the same message.
+    /// The map already held the entry, with the same message.
     Duplicate,
     /// The map holds another message under this UUID; nothing was changed.
     Conflict,
-    /// It is not in the map and never will be: its UUID's time is in the past of the settle window.
+    /// The entry is not in the map and never will be: its UUID's time is older than the settle window.
     Stale,
-    /// It is not in the map, and its UUID's time has just left the settle window. A server whose clock
-    /// is behind this one's may still add it, so nothing is final.
+    /// The entry is not in the map, and its UUID's time has just left the settle window. This is not
+    /// final: a member of the map whose clock is behind may still add it.
     Leaving,
-    /// It is not in the map now, and its UUID's time is in the future: it may be added later.
+    /// The entry is not in the map, and its UUID's time is in the future: it may be added later.
     Early,
-    /// It was certainly not executed; the same or another instance may be asked again.
+    /// The put was certainly not executed: retry on this or another instance.
     Refused {
-        /// Why, for the caller.
+        /// The reason, for the caller.
         detail: String,
     },
-    /// It was certainly not executed because no primary takes its partition: another UUID may be in
-    /// a partition that has one. It says nothing about the load on this instance.
+    /// The put was certainly not executed, because its partition has no primary. Another UUID may be in a
+    /// partition that has one. This outcome says nothing about the load on the instance.
     PartitionDown {
-        /// Why, for the caller.
+        /// The reason, for the caller.
         detail: String,
     },
-    /// It may or may not be in the map; asking again with the same UUID is safe.
+    /// The entry may or may not be in the map: a retry with the same UUID is safe.
     Unknown {
-        /// Why, for the caller.
+        /// The reason, for the caller.
         detail: String,
     },
 }
 
 impl Outcome {
-    /// A [`Outcome::Refused`] for this reason.
+    /// An [`Outcome::Refused`] for this reason.
     pub fn refused(detail: impl Into<String>) -> Self {
         Self::Refused {
             detail: detail.into(),
@@ -62,7 +62,7 @@ impl Outcome {
         }
     }
 
-    /// A [`Outcome::Unknown`] for this reason.
+    /// An [`Outcome::Unknown`] for this reason.
     pub fn unknown(detail: impl Into<String>) -> Self {
         Self::Unknown {
             detail: detail.into(),
@@ -75,22 +75,22 @@ pub fn unix_millis(uuid: Uuid) -> u64 {
     (uuid.as_u128() >> 80) as u64
 }
 
-/// Reads a UUID that is to become an entry's.
+/// Parses the UUID of a new entry.
 ///
-/// Bounds of a read may be any UUID; an entry's must be version 7, because its time decides
-/// whether the entry may still be added.
+/// It must be version 7, because its time decides whether the entry may be added. Bounds of a read may
+/// be any UUID.
 ///
 /// # Errors
-/// A sentence for the caller when the text is not a UUID, or one of another version.
+/// A sentence for the caller, when the text is not a UUID or is one of another version.
 pub fn parse_entry_uuid(text: &str) -> Result<Uuid, String> {
     let uuid = Uuid::try_parse(text).map_err(|error| format!("this is not a UUID: {error}"))?;
     require_entry_uuid(uuid)
 }
 
-/// Checks that a UUID may become an entry's: see [`parse_entry_uuid`].
+/// Checks the version of a new entry's UUID: see [`parse_entry_uuid`].
 ///
 /// # Errors
-/// A sentence for the caller when it is not version 7.
+/// A sentence for the caller, when it is not version 7.
 pub fn require_entry_uuid(uuid: Uuid) -> Result<Uuid, String> {
     let is_rfc_variant = uuid.get_variant() == uuid::Variant::RFC4122;
     if uuid.get_version_num() != 7 || !is_rfc_variant {

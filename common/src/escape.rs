@@ -1,7 +1,7 @@
-//! What makes text safe to print on one line.
+//! Escaping, which makes text safe to print on one line.
 
-/// Whether a character could change how a line looks or where it ends: control characters,
-/// Unicode's line ends, and the marks that change the direction of text.
+/// Whether a character must be escaped: control characters, the line ends of Unicode, and the marks that
+/// change the direction of text.
 pub fn needs_escape(character: char) -> bool {
     character.is_control()
         || matches!(

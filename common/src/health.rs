@@ -1,4 +1,4 @@
-//! Whether a service can serve: `/livez`, `/readyz`, and the task `healthcheck`, which asks a running
+//! Liveness and readiness: `/livez`, `/readyz`, and the subcommand `healthcheck`, which asks a running
 //! service where there is no curl, as in the image.
 
 use std::error::Error;
@@ -13,19 +13,19 @@ use tokio_util::sync::CancellationToken;
 use crate::json::JsonLine;
 use crate::problem::Problem;
 
-/// Readiness as an answer: what is checked, whether it is so, and in words what is missing.
+/// One check of `/readyz?verbose`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Check {
-    /// What was looked at, for example `map` or `logging 127.0.0.1:8082`.
+    /// The thing checked, for example `map` or `logging 127.0.0.1:8082`.
     pub name: String,
-    /// Whether it is as it should be.
+    /// Whether the check passed.
     pub ok: bool,
-    /// What is so, or what is missing and what to do about it.
+    /// Its state, or the problem and the next step.
     pub detail: String,
 }
 
-/// The answer to `/readyz`: 200, or 503 with what is missing. Checks are listed in either case, and a
-/// service that is ready though one of them failed says that it is degraded.
+/// The response to `/readyz`: 200 when `ready`, otherwise 503 with the reason. Both list the checks. A
+/// service that is ready although a check failed says `degraded`.
 pub fn readiness(ready: Result<(), String>, checks: &[Check]) -> Response {
     #[derive(Serialize)]
     struct Ready<'a> {
@@ -52,16 +52,16 @@ pub struct ReadinessQuery {
 }
 
 impl ReadinessQuery {
-    /// Whether all checks are asked for: `?verbose`, with any value.
+    /// Whether the caller asks for all checks: `?verbose`, with any value.
     pub fn is_verbose(&self) -> bool {
         self.verbose.is_some()
     }
 }
 
-/// The first reason not to be ready: a service that was told to stop takes no new work.
+/// Checks that the service is not stopping; a stopping service is not ready.
 ///
 /// # Errors
-/// When `stop` is cancelled, in words.
+/// A sentence for the caller, when `stop` is cancelled.
 pub fn check_running(stop: &CancellationToken) -> Result<(), String> {
     if stop.is_cancelled() {
         return Err("this process is stopping; use another one".to_owned());
@@ -69,26 +69,26 @@ pub fn check_running(stop: &CancellationToken) -> Result<(), String> {
     Ok(())
 }
 
-/// The answer to `/livez`: the process runs and serves. It looks at nothing else.
+/// The response to `/livez`: the process serves. It depends on no other service and no map.
 pub async fn livez() -> &'static str {
     "alive\n"
 }
 
-/// How long the service may take to answer. Docker's own limit for a check has to be longer.
+/// The timeout of a health check. That of Docker must be longer.
 const TIMEOUT: Duration = Duration::from_secs(4);
 
-/// What a service's binary does instead of serving.
+/// What the binary does instead of serving.
 #[derive(Clone, Copy, Debug, Subcommand)]
 pub enum Task {
-    /// Ask the service that listens on --listen whether it is ready, print what it says, and end
-    /// with code 0 if it is, 1 if not
+    /// Ask the service on --listen whether it is ready, and print its answer; exit code 0 if it is
+    /// ready, 1 if not
     Healthcheck,
 }
 
-/// Prints what the service on `listen` says about its readiness.
+/// Prints the readiness of the service on `listen`.
 ///
 /// # Errors
-/// Why it is not ready, in one line.
+/// One line with the reason, when the service is not ready or not reachable.
 pub(crate) async fn healthcheck(listen: SocketAddr) -> Result<(), String> {
     let url = format!("http://{}/readyz?verbose", reachable(listen));
     let answer = ask(&url).await.map_err(|error| {
@@ -112,7 +112,7 @@ async fn ask(url: &str) -> reqwest::Result<(bool, String)> {
     Ok((response.status().is_success(), response.text().await?))
 }
 
-/// Where a service that listens on all addresses is reached from its own machine.
+/// The address of a service from its own machine: loopback, if it listens on all addresses.
 fn reachable(listen: SocketAddr) -> SocketAddr {
     let ip = match listen.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),

@@ -1,10 +1,10 @@
-//! JSON as lines: answers, and the entries of a stream.
+//! JSON as lines: responses, and lines of a stream.
 
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
-/// A JSON answer that ends with a newline, so that a terminal shows its prompt on the next line.
+/// A JSON response that ends with a newline, so that a terminal shows its prompt on the next line.
 #[derive(Debug)]
 pub struct JsonLine<T>(pub T);
 

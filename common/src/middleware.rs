@@ -1,5 +1,5 @@
-//! The middleware that every service shares: request ids, the request log, and problem+json for what no
-//! handler answers.
+//! The middleware that all services share: request ids, the request log, and problem+json for requests
+//! that no handler answers.
 
 use std::any::Any;
 use std::time::Duration;
@@ -26,23 +26,22 @@ use crate::traces::TRACE_ID;
 /// The name of the header that carries a request's id through the services.
 pub const REQUEST_ID: &str = "x-request-id";
 
-/// A longer request id is replaced by one of ours, so that callers cannot fill the logs.
+/// A longer request id is replaced by a generated one, so that callers cannot fill the logs.
 const MAX_REQUEST_ID: usize = 128;
 
 /// Whether a service logs one line for each request it answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestLog {
-    /// One line at level info: what facade and messages do.
+    /// One line at level info, for facade and messages.
     On,
-    /// Nothing: logging has its own line for each entry.
+    /// No line, for logging, which has a line for each entry.
     Off,
 }
 
-/// Adds what all services share to their routes: problem+json for everything that goes wrong,
-/// request ids and the request log.
+/// Adds the shared middleware to the routes of a service.
 pub fn with_middleware(routes: Router, log: RequestLog) -> Router {
-    // From the outside in: an id for each request, given back in the answer; the span and line of
-    // the log, which name it; the metrics; panics become a 500 that all of them still see.
+    // From the outside in: the request id, which the response repeats; the span and the log line, which
+    // name that id; the metrics; and the panic handler, inside all of them, so that its 500 is seen.
     let stack = ServiceBuilder::new()
         .layer(MapRequestLayer::new(drop_unusable_request_id))
         .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid))
@@ -70,7 +69,7 @@ pub fn with_middleware(routes: Router, log: RequestLog) -> Router {
         .layer(stack)
 }
 
-/// The request id that [`with_middleware`] gave this request, as text.
+/// The request id that [`with_middleware`] gave this request.
 pub fn request_id(headers: &HeaderMap) -> Option<&str> {
     headers.get(REQUEST_ID)?.to_str().ok()
 }
@@ -113,23 +112,23 @@ fn answer_panic(panic: Box<dyn Any + Send>) -> Response {
     tracing::error!(panic = message, "a request handler panicked");
     Problem::new(
         StatusCode::INTERNAL_SERVER_ERROR,
-        "this is a fault of the service; its log names it under this request's id",
+        "this is a fault of the service; its log has the cause under this x-request-id",
     )
     .into_response()
 }
 
-/// The answer at a path that is not served.
+/// The response to a path that is not served.
 pub async fn answer_not_found() -> Problem {
     Problem::new(
         StatusCode::NOT_FOUND,
-        "there is nothing at this path; messages are posted to / and read from / or, each, from /UUID",
+        "there is nothing at this path; post messages to /, read all of them from / or one from /UUID",
     )
 }
 
-/// The answer to a method that a path does not take.
+/// The response to a method that a path does not accept.
 pub async fn answer_method_not_allowed() -> Problem {
     Problem::new(
         StatusCode::METHOD_NOT_ALLOWED,
-        "this path does not take this method; the allow header names those it takes",
+        "this path does not accept this method; the allow header lists those it accepts",
     )
 }

@@ -1,5 +1,5 @@
-//! Errors at the edge: every one is `application/problem+json` (RFC 9457) with a `detail` that
-//! tells the caller what to do. Causes and addresses belong into the log, not into a problem.
+//! Error responses: `application/problem+json` (RFC 9457) with a `detail` that tells the caller what to
+//! do. Causes and addresses go to the log, not into a problem.
 
 use std::time::Duration;
 
@@ -12,10 +12,10 @@ use serde_json::{Map, Value};
 
 use crate::json;
 
-/// A detail that quotes what the caller sent is cut here, in bytes.
+/// The greatest length of a detail, in bytes; it may quote the request.
 const MAX_DETAIL: usize = 500;
 
-/// Cuts a text that may quote what a caller sent, so that errors stay small.
+/// Cuts a text that may quote the request, so that error responses stay small.
 pub fn truncate_detail(mut text: String) -> String {
     if text.len() > MAX_DETAIL {
         text.truncate(text.floor_char_boundary(MAX_DETAIL));
@@ -30,7 +30,7 @@ impl From<QueryRejection> for Problem {
     }
 }
 
-/// An error answer: a status, a detail, further members, and when to come back.
+/// An error response: a status, a detail, further members, and the time until a retry.
 #[derive(Debug)]
 pub struct Problem {
     details: Box<ProblemDetails<Map<String, Value>>>,
@@ -49,12 +49,12 @@ impl Problem {
         }
     }
 
-    /// A 400: the request itself is wrong.
+    /// A 400: the request is malformed.
     pub fn bad_request(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, detail)
     }
 
-    /// A 503 that asks the caller to come back after `retry_after` (whole seconds, at least one).
+    /// A 503 with a `Retry-After` of this time, in whole seconds, at least one.
     pub fn unavailable(detail: impl Into<String>, retry_after: Duration) -> Self {
         Self {
             retry_after: Some(retry_after),
@@ -70,7 +70,7 @@ impl Problem {
         self
     }
 
-    /// What the caller is told to do.
+    /// The detail.
     pub fn detail(&self) -> &str {
         self.details.detail.as_deref().unwrap_or_default()
     }

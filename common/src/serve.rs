@@ -1,7 +1,6 @@
-//! Running a service: the start that all of them share, connection timeouts, stop signals and a bounded
-//! shutdown.
+//! Running a service: start, connection timeouts, stop signals, and a shutdown within the grace period.
 //!
-//! Timeouts of whole requests are not set here: bodies may stream for as long as they make progress.
+//! This module sets no timeout for a whole request: a body may stream as long as it makes progress.
 
 use std::net::{SocketAddr, TcpListener};
 use std::pin::Pin;
@@ -21,13 +20,13 @@ use crate::config::{self, ServiceConfig};
 use crate::health::{Task, healthcheck};
 use crate::{metrics, telemetry};
 
-/// Response bytes that hyper may hold for one connection, which bounds the memory of a slow reader
-/// (hyper's own default is about 400 KiB). Request heads must fit too: a larger one gets 431.
+/// Response bytes that hyper may buffer for one connection, which bounds the memory of a slow reader
+/// (hyper's default is about 400 KiB). A request head that is larger gets a 431.
 const CONNECTION_BUFFER: usize = 128 * 1024;
 
-/// What `main` of `service` does: the task, if one was given; otherwise log, router, socket, serve.
-/// `router` gets a token that is cancelled when the process receives SIGINT or SIGTERM. What is wrong is
-/// one line on stderr.
+/// Runs the `main` of `service`: the task, if one is given; otherwise it sets up the log, the router and
+/// the socket, and serves. The token given to `router` is cancelled by SIGINT or SIGTERM. An error is one
+/// line on stderr.
 pub async fn run(
     service: &'static str,
     config: &ServiceConfig,
@@ -61,14 +60,13 @@ async fn start(
 /// How long a connection may stall before it is cut.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeouts {
-    /// From the first wait for a request's head until the head is complete; idle keep-alive
-    /// connections end after this time too.
+    /// From the first wait for a request's head until the head is complete; an idle keep-alive
+    /// connection is closed after this time too.
     pub head: Duration,
-    /// For a whole request body; for an upload of any length, between two pieces of it.
+    /// For a whole request body; for an upload, between two pieces of its body.
     pub body: Duration,
-    /// Between two moments in which the reader of an answer takes something. TCP tells the sender
-    /// about progress in steps of up to 64 KiB on loopback, so readers of 1 KiB/s need more than
-    /// a minute.
+    /// Between two reads of a response by the client. TCP reports progress to the sender in steps of up
+    /// to 64 KiB on loopback, so a client that reads 1 KiB/s needs more than a minute.
     pub write_idle: Duration,
 }
 
@@ -82,11 +80,11 @@ impl Default for Timeouts {
     }
 }
 
-/// Serves until `stop` is cancelled, then lets requests in flight finish for at most `grace`. Boxed so
-/// that the HTTP server is compiled here, and not again in each binary and test.
+/// Serves until `stop` is cancelled, then gives requests in flight `grace` to finish. The future is boxed
+/// so that the HTTP server is compiled once, and not in each binary and test.
 ///
 /// # Errors
-/// When the socket cannot be used.
+/// When the socket fails.
 pub fn serve(
     listener: TcpListener,
     router: Router,
@@ -116,19 +114,18 @@ async fn stop_gracefully(handle: Handle<SocketAddr>, stop: CancellationToken, gr
     stop.cancelled().await;
     tracing::info!(
         connections = handle.connection_count(),
-        "stopping, requests in flight may finish"
+        "stopping: requests in flight may finish"
     );
     handle.graceful_shutdown(None);
     tokio::time::sleep(grace).await;
     tracing::warn!(
         connections = handle.connection_count(),
-        "grace period is over, cutting the connections that are left"
+        "the grace period is over: cutting the remaining connections"
     );
     handle.shutdown();
 }
 
-/// Cancels the returned token on the first SIGINT or SIGTERM; a second one ends the process at
-/// once.
+/// Cancels the returned token on the first SIGINT or SIGTERM; a second one ends the process at once.
 ///
 /// # Errors
 /// When the signal handlers cannot be installed.
@@ -152,7 +149,7 @@ fn stop_on_signal() -> std::io::Result<CancellationToken> {
     Ok(stop)
 }
 
-/// Accepts connections that are cut when the peer takes nothing for this long.
+/// Accepts connections and cuts each one whose client reads nothing for this time.
 #[derive(Clone, Copy, Debug)]
 struct WriteIdleAcceptor(Duration);
 

@@ -1,7 +1,7 @@
 //! Logs: text or JSON lines on standard output, filtered by `RUST_LOG`.
 //!
-//! Lines are written by a thread of their own, so that a slow terminal does not stall a request at
-//! once; when its queue is full, logging waits: no line is dropped because there are too many.
+//! A thread writes the lines, so that a slow terminal does not stall requests at once. While its queue is
+//! full, requests that log wait: no line is dropped.
 
 use std::io::{self, BufWriter, IsTerminal, Write};
 
@@ -17,11 +17,11 @@ use tracing_subscriber::util::SubscriberInitExt;
 use crate::escape::needs_escape;
 use crate::traces::{Exporter, TRACES};
 
-/// Lines that may wait for standard output. A line can hold a message, so the bound in bytes is
-/// this times the largest message.
+/// Lines that may wait for standard output. A line may contain a message, so the bound in bytes is this
+/// number times the largest message.
 const QUEUED_LINES: usize = 256;
 
-/// How log lines look.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum LogFormat {
     /// For people: `time level request{…}: module: sentence field=value`.
@@ -47,7 +47,7 @@ pub fn init(service: &'static str, format: LogFormat) -> Result<Telemetry, Strin
     let filter = match std::env::var("RUST_LOG") {
         Ok(text) if !text.is_empty() => text
             .parse()
-            .map_err(|error| format!("RUST_LOG cannot be read: {error}; write for example info"))?,
+            .map_err(|error| format!("RUST_LOG is malformed: {error}; write for example info"))?,
         Ok(_) | Err(_) => Targets::new().with_default(LevelFilter::INFO),
     };
     let filter = filter.with_target(TRACES, LevelFilter::OFF);
@@ -88,14 +88,14 @@ where
     }
 }
 
-/// Writes the control characters that JSON lets pass, such as U+009B, as JSON escapes; they stand in
-/// strings only. Text lines have none left: their strings are escaped when they are formatted.
+/// Writes the control characters that JSON allows, such as U+009B, as JSON escapes; they occur only in
+/// strings. Text lines have none left: their strings are escaped when they are formatted.
 #[derive(Debug)]
 struct Escaped<W>(W);
 
 impl<W: Write> Write for Escaped<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        // ASCII's other control characters are the line's own newline and a terminal's colours.
+        // The other control characters of ASCII are the newline of the line and the colours.
         let is_escaped = |character: char| {
             character == '\u{7f}' || (!character.is_ascii() && needs_escape(character))
         };

@@ -1,4 +1,4 @@
-//! Putting: a batch of entries goes to an instance, a result for each comes back.
+//! A put: the facade sends a batch of entries, the instance returns a result for each.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -7,18 +7,18 @@ use crate::entry::{Outcome, require_entry_uuid};
 
 /// The largest body that a logging instance accepts for one batch, in bytes.
 ///
-/// The facade keeps its batches below it, and refuses a `--max-message` that could not fit.
+/// The facade keeps its batches below it and rejects a `--max-message` that might not fit.
 pub const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
 
 /// An entry on its way to a logging instance.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct PutEntry {
-    /// The identifier under which the message is to be stored.
+    /// The UUID to store the message under.
     pub uuid: Uuid,
     /// The message.
     pub msg: String,
-    /// The `x-request-id` of the POST that brought it, for the logs.
+    /// The `x-request-id` of the POST that carried the message, for the logs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_id: Option<String>,
     /// The span of the try, if its request is traced: see [`crate::traces`].
@@ -26,7 +26,7 @@ pub struct PutEntry {
     pub traceparent: Option<String>,
 }
 
-/// An entry in the form that a batch has it.
+/// An entry encoded for a [`Batch`].
 #[derive(Clone, Debug)]
 pub struct EncodedEntry(Vec<u8>);
 
@@ -38,7 +38,7 @@ impl PutEntry {
 }
 
 impl EncodedEntry {
-    /// How many bytes it adds to a batch, but for a separator.
+    /// The bytes that it adds to a batch, without the separator.
     #[allow(clippy::len_without_is_empty, reason = "an entry is never empty")]
     pub fn len(&self) -> usize {
         self.0.len()
@@ -53,7 +53,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// A batch that is to have so many bytes.
+    /// An empty batch with memory for `bytes`.
     pub fn with_capacity(bytes: usize) -> Self {
         Self {
             array: Vec::with_capacity(bytes),
@@ -61,14 +61,14 @@ impl Batch {
         }
     }
 
-    /// Adds an entry behind the others.
+    /// Appends an entry.
     pub fn push(&mut self, entry: &EncodedEntry) {
         self.array.push(if self.count == 0 { b'[' } else { b',' });
         self.array.extend_from_slice(&entry.0);
         self.count += 1;
     }
 
-    /// How many bytes it has so far.
+    /// The bytes of the batch so far.
     #[allow(
         clippy::len_without_is_empty,
         reason = "an empty batch is sent as a trial"
@@ -88,10 +88,11 @@ impl Batch {
         }
     }
 
-    /// Reads the body of a request: an array of entries, or a single one, as a person may send it.
+    /// Decodes the body of a request: an array of entries, or a single entry, as a person may send it.
     ///
     /// # Errors
-    /// What is wrong with it, for the one who sent it.
+    /// When the body is malformed, has a UUID of another version, or an empty message: a sentence for
+    /// the sender.
     pub fn decode(body: &[u8]) -> Result<Vec<PutEntry>, String> {
         let is_array = body.trim_ascii_start().starts_with(b"[");
         let decoded = if is_array {
@@ -116,13 +117,13 @@ impl Batch {
     }
 }
 
-/// The answer of a logging instance about one entry.
+/// The result of a logging instance for one entry.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(from = "WireResult", into = "WireResult")]
 pub struct PutResult {
-    /// The identifier that was asked for.
+    /// The entry's UUID.
     pub uuid: Uuid,
-    /// What became of it.
+    /// The outcome of the put.
     pub outcome: Outcome,
 }
 
@@ -151,7 +152,7 @@ impl From<WireResult> for PutResult {
     }
 }
 
-/// An [`Outcome`] as it is on the wire: one of six words.
+/// An [`Outcome`] on the wire: one of six words.
 #[derive(Deserialize, Serialize)]
 #[serde(tag = "outcome", rename_all = "lowercase")]
 enum WireOutcome {

@@ -1,8 +1,8 @@
-//! Reading: the query, and the stream of lines that answers it.
+//! A read: the query, and the stream of lines that answers it.
 //!
-//! A stream has one line for each entry, in exactly the form `{"uuid":"…","msg":"…"}`, and one last
-//! line, a [`StreamEnd`]. The facade passes entries on as they are, after it has checked that form
-//! with [`EntryLine::parse`].
+//! A stream has one line for each entry, in exactly the form `{"uuid":"…","msg":"…"}`, then a last
+//! line, a [`StreamEnd`]. The facade checks that form with [`EntryLine::parse`] and passes the line on
+//! unchanged.
 
 use memchr::memchr2;
 use serde::{Deserialize, Serialize};
@@ -14,30 +14,30 @@ use crate::bounds::Bounds;
 /// The query of a read.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 pub struct ReadQuery {
-    /// Which part of the log is read.
+    /// The part of the log to read.
     #[serde(flatten)]
     pub bounds: Bounds,
-    /// At most so many entries.
+    /// The greatest number of entries to return.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<u64>,
 }
 
-/// The header of a stream that tells where an ascending read ends: all that the map held when it began
-/// has smaller UUIDs. A reader that goes on elsewhere gives it as `before`, so that no read runs
-/// after the writers for ever.
+/// The header of a stream with the end of an ascending read: every entry that the map held when the read
+/// began has a smaller UUID. A reader that continues on another instance sends it as `before`, so that a
+/// read ends while entries are added.
 pub const READ_END: &str = "x-read-end";
 
 /// The last line of a stream.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct StreamEnd {
-    /// How many entries came before this line.
+    /// The number of entries before this line.
     pub count: u64,
-    /// The last entry's UUID, when the limit cut the stream and more entries lie within the bounds.
+    /// The cursor to continue from: the last entry's UUID, when the limit ended the stream and the bounds
+    /// hold more entries.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<Uuid>,
-    /// Why this instance does not go on, when the stream is not finished: read on behind the last
-    /// entry, on another instance.
+    /// Why this instance cannot finish the stream: continue behind the last entry on another instance.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub go_on_elsewhere: Option<String>,
 }
@@ -58,18 +58,17 @@ pub fn write_entry(out: &mut Vec<u8>, uuid: Uuid, msg: &str) {
     out.push(b'\n');
 }
 
-/// An entry's line, without its newline.
+/// A line of an entry, without its newline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EntryLine<'a> {
-    /// The entry's UUID as lowercase text with hyphens, whose order is that of UUIDs.
+    /// The entry's UUID as lowercase text with hyphens; such texts sort like the UUIDs.
     pub uuid: &'a [u8],
     /// The message as a JSON string, with its quotes.
     pub msg: &'a str,
 }
 
 impl<'a> EntryLine<'a> {
-    /// Reads a line, if it has exactly the form that [`write_entry`] gives it: nothing else would be
-    /// fit to be passed on.
+    /// Parses a line that has exactly the form of [`write_entry`]; the facade can pass no other line on.
     pub fn parse(line: &'a [u8]) -> Option<Self> {
         let rest = line.strip_prefix(LINE_HEAD)?;
         let (uuid, rest) = rest.split_at_checked(Hyphenated::LENGTH)?;
@@ -89,8 +88,8 @@ impl<'a> EntryLine<'a> {
     }
 }
 
-/// Whether this is a UUID in lowercase with hyphens. Parsing each one would take a third of the time of a
-/// read, and only the first and the last of many are needed.
+/// Whether `text` is a UUID in lowercase with hyphens. Parsing every UUID would take a third of the time
+/// of a read, and a reader needs only the first and the last.
 fn is_uuid(text: &[u8]) -> bool {
     text.iter().enumerate().fold(true, |is_uuid, (at, byte)| {
         is_uuid
@@ -101,12 +100,12 @@ fn is_uuid(text: &[u8]) -> bool {
     })
 }
 
-/// Whether all of it is one string of JSON (RFC 8259, section 7), UTF-8 apart.
+/// Whether `text` is exactly one JSON string (RFC 8259, section 7). UTF-8 is not checked.
 fn is_json_string(text: &[u8]) -> bool {
     let Some(mut rest) = text.strip_prefix(b"\"") else {
         return false;
     };
-    // Without an early end the compiler looks at many bytes at once.
+    // Without an early exit the compiler vectorizes the loop.
     if rest
         .iter()
         .fold(false, |found, byte| found | (*byte < b' '))
@@ -127,7 +126,7 @@ fn is_json_string(text: &[u8]) -> bool {
     false
 }
 
-/// Whether four digits are a character by themselves, and not half of a surrogate pair.
+/// Whether `digits` are four hexadecimal digits of a character, and not half of a surrogate pair.
 fn is_character(digits: Option<&[u8]>) -> bool {
     digits.is_some_and(|digits| {
         let is_surrogate = matches!(
@@ -174,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_no_entry_line() {
+    fn any_other_line_is_rejected() {
         let form = |uuid: &str, rest: &str| format!(r#"{{"uuid":"{uuid}","msg":{rest}"#);
         let uuid = UUID.to_string();
         for line in [
