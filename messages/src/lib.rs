@@ -15,14 +15,14 @@ use common::metrics;
 use common::middleware::{RequestLog, with_middleware};
 use tokio_util::sync::CancellationToken;
 
-/// What every GET is answered with.
+/// The reply to every GET.
 pub const REPLY: &str = "Messages Service not Implemented";
 
 /// The stub beside the log: answers every GET with "Messages Service not Implemented"
 #[derive(Clone, Debug, Parser)]
 #[command(name = "messages", version)]
 pub struct Config {
-    /// Address to serve on; loopback unless you say otherwise
+    /// Address to listen on
     #[arg(long, global = true, default_value = "127.0.0.1:8081", value_parser = config::address)]
     pub listen: SocketAddr,
 

@@ -10,7 +10,7 @@ use reqwest::{Client, Method};
 use tokio_util::sync::CancellationToken;
 
 #[tokio::test]
-async fn every_get_is_answered_with_the_sentence() {
+async fn every_get_gets_the_sentence_and_other_methods_a_405() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let stop = CancellationToken::new();

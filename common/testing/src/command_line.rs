@@ -1,9 +1,9 @@
-//! What every service's command line must do; the other services' tests use it too.
+//! Assertions on the command line of a service.
 
 use std::path::Path;
 use std::process::{Command, Output};
 
-/// Wrong configuration is one line on stderr with a hint, and exit code 2.
+/// Asserts that wrong configuration gets exit code 2 and one line on stderr with a hint.
 #[track_caller]
 pub fn assert_refused(binary: &Path, arguments: &[&str], hint: &str) {
     let output = Command::new(binary).args(arguments).output().unwrap();
@@ -12,7 +12,7 @@ pub fn assert_refused(binary: &Path, arguments: &[&str], hint: &str) {
     assert!(line.contains(hint), "{arguments:?}: {line}");
 }
 
-/// The help names each flag with its twin in the environment, and its default.
+/// Asserts that the help names each flag with its environment variable and its default.
 #[track_caller]
 pub fn assert_help(binary: &Path, flags: &[(&str, &str, &str)]) {
     let output = Command::new(binary).arg("--help").output().unwrap();
@@ -20,19 +20,19 @@ pub fn assert_help(binary: &Path, flags: &[(&str, &str, &str)]) {
     let help = String::from_utf8(output.stdout).unwrap();
     let words: Vec<&str> = help.split_whitespace().collect();
     let help = words.join(" ");
-    for (flag, twin, default) in flags {
+    for (flag, variable, default) in flags {
         assert!(help.contains(flag), "{flag} in {help}");
-        // The value of a variable that may hold a password is not shown, nor the = before it.
+        // For a variable that may hold a password, the help shows neither its value nor the `=` before it.
         let is_named = ["=]", "]"]
             .iter()
-            .any(|end| help.contains(&format!("[env: {twin}{end}")));
-        assert!(is_named, "{twin} in {help}");
+            .any(|end| help.contains(&format!("[env: {variable}{end}")));
+        assert!(is_named, "{variable} in {help}");
         let default = format!("[default: {default}]");
         assert!(help.contains(&default), "{flag}: {default} in {help}");
     }
 }
 
-/// What a process wrote on stderr, which must be one line.
+/// The output on stderr, which must be one line.
 #[track_caller]
 pub fn one_line(output: &Output) -> String {
     let text = String::from_utf8(output.stderr.clone()).unwrap();

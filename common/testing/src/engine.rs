@@ -1,4 +1,4 @@
-//! The engines of the map, each with an empty map of its own for a test.
+//! The engines of the map, each of which gives a test an empty map.
 
 use std::any::Any;
 use std::fmt;
@@ -17,9 +17,9 @@ pub enum Engine {
     RedisCluster,
 }
 
-/// An empty map, and what keeps it.
+/// An empty map; dropping it removes the map.
 pub struct EmptyMap {
-    /// As `--map` takes it.
+    /// Its location, for `--map`.
     pub location: String,
     _keeper: Box<dyn Any + Send + Sync>,
 }
@@ -30,7 +30,7 @@ impl fmt::Debug for EmptyMap {
     }
 }
 
-/// The cluster takes seconds to start, so all tests that do not harm it use this one, in turn.
+/// A cluster takes seconds to start, so all tests that do not kill its members use this one, in turn.
 static SHARED: Mutex<Shared> = Mutex::new(Shared::NotStarted);
 static RETURNED: Condvar = Condvar::new();
 
@@ -40,7 +40,7 @@ enum Shared {
     InUse,
 }
 
-/// The shared cluster while a test has it.
+/// The shared cluster while a test uses it.
 struct Borrowed(Option<RedisCluster>);
 
 impl Borrowed {
@@ -93,10 +93,10 @@ impl Engine {
     }
 }
 
-/// How long a test waits for a map that must get ready.
+/// Timeout for a map to become ready.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Waits until a map can serve.
+/// Waits until a map is ready.
 pub async fn wait_until_ready(map: &dyn DistributedMap) {
     let looking = async {
         while map.health().await.not_ready.is_some() {
@@ -104,6 +104,6 @@ pub async fn wait_until_ready(map: &dyn DistributedMap) {
         }
     };
     if tokio::time::timeout(PATIENCE, looking).await.is_err() {
-        panic!("the map does not get ready: {:?}", map.health().await);
+        panic!("the map does not become ready: {:?}", map.health().await);
     }
 }

@@ -1,8 +1,8 @@
-//! What the tests of several crates share.
+//! The fixtures that the tests of several crates share.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-/// What every command line must do.
+/// Assertions on the command line of a service.
 pub mod command_line;
 /// An empty map of each engine.
 pub mod engine;
@@ -10,5 +10,5 @@ pub mod engine;
 pub mod process;
 /// Starts real Redis servers and clusters.
 pub mod redis_servers;
-/// What not every machine gives.
+/// Requirements that not every machine meets.
 pub mod requirements;

@@ -1,4 +1,4 @@
-//! A service as a real process, on a free port, with its log at hand. Dropping it kills it.
+//! A service as a real process on a free port, and its log. Dropping the process kills it.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 
 use crate::requirements::unshare;
 
-/// Lines of a log that are kept: enough for every assertion, bounded for bulk loads.
+/// The number of log lines that are kept: enough for every assertion, bounded for bulk loads.
 const KEPT_LINES: usize = 100_000;
 
-/// How long a test waits for something that must come.
+/// Timeout for an event that must happen.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Pause between two looks at something that must come.
+/// Pause between two polls for an event that must happen.
 pub const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// A running service.
@@ -34,8 +34,7 @@ struct Log {
 }
 
 impl Process {
-    /// Starts the command, which must name a service's binary, on `address`, and waits until it
-    /// serves.
+    /// Starts the command, which must run a service's binary, on `address`, and waits until it serves.
     pub fn start(mut command: Command, address: SocketAddr) -> Self {
         let mut child = command
             .args(["--listen", &address.to_string()])
@@ -64,7 +63,7 @@ impl Process {
         process
     }
 
-    /// Waits until `/readyz` says that it is ready.
+    /// Waits until `/readyz` returns 200.
     pub fn wait_until_ready(&self) {
         let begin = Instant::now();
         while !self.readiness().starts_with("HTTP/1.1 200") {
@@ -73,7 +72,7 @@ impl Process {
         }
     }
 
-    /// The whole answer to `/readyz?verbose`.
+    /// The whole response to `/readyz?verbose`.
     pub fn readiness(&self) -> String {
         let mut connection = TcpStream::connect(self.address).unwrap();
         let request = "GET /readyz?verbose HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n";
@@ -110,18 +109,18 @@ impl Process {
         self.child.wait().unwrap()
     }
 
-    /// What it has logged so far.
+    /// The log so far.
     pub fn log(&self) -> Vec<String> {
         self.log.lines.lock().unwrap().clone()
     }
 
-    /// Waits until the log has a line like this.
+    /// Waits until the log has a wanted line.
     #[track_caller]
     pub fn wait_for_line(&self, is_wanted: impl Fn(&str) -> bool) {
         self.wait_for_log(|lines| lines.iter().any(|line| is_wanted(line)));
     }
 
-    /// Waits until the log is like this.
+    /// Waits until the log is complete.
     #[track_caller]
     pub fn wait_for_log(&self, is_complete: impl Fn(&[String]) -> bool) {
         let lines = self.log.lines.lock().unwrap();
@@ -133,13 +132,13 @@ impl Process {
         let last = lines.last();
         assert!(
             !timed_out.timed_out(),
-            "the log lacks something; its last line: {last:?}"
+            "the log does not become complete; its last line: {last:?}"
         );
     }
 }
 
-/// A logging instance whose map lies on a small disk of its own, a tmpfs on `folder`, in a mount
-/// namespace that ends with it.
+/// A logging instance whose map is on a small disk: a tmpfs in a mount namespace, which ends with the
+/// instance.
 #[derive(Debug)]
 pub struct OnSmallDisk {
     pub process: Process,
@@ -147,8 +146,8 @@ pub struct OnSmallDisk {
 }
 
 impl OnSmallDisk {
-    /// Starts it with half of the disk taken. `size` is in bytes. `None` where nobody may mount: the
-    /// test is skipped.
+    /// Starts an instance on a disk of `size` bytes at `folder`, half of it used. `None` where mounting is not
+    /// allowed: the test is skipped.
     pub fn start(logging: &Path, folder: &Path, size: usize) -> Option<Self> {
         let mount = ["mount", "-t", "tmpfs", "tmpfs"];
         let trial = [&mount[..], &[folder.to_str().unwrap()]].concat();
@@ -170,8 +169,8 @@ impl OnSmallDisk {
         Some(Self { process, filler })
     }
 
-    /// Makes room on the disk.
-    pub fn make_room(&self) {
+    /// Frees space on the disk.
+    pub fn free_space(&self) {
         std::fs::remove_file(&self.filler).unwrap();
     }
 }
@@ -183,8 +182,8 @@ impl Drop for Process {
     }
 }
 
-/// An address whose port is free and stays so while a service is restarted on it: it lies below
-/// the range from which the system takes ports for outgoing connections.
+/// An address whose port is free, and stays free while a service is restarted on it: the port is below the
+/// range from which the system takes ports for outgoing connections.
 pub fn free_address() -> SocketAddr {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let offset = std::process::id() as u16;

@@ -1,5 +1,5 @@
-//! Real Redis servers on free ports of the loopback interface: single ones, and a cluster of three
-//! primaries with a replica each, all with the profile that is shipped. They end with the test.
+//! Real Redis servers on free ports of the loopback interface: single servers, and a cluster of three
+//! primaries with a replica each, all with the shipped profile. They end with the test.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -11,13 +11,13 @@ use tempfile::TempDir;
 
 use crate::process::{LOOK_AGAIN, free_address};
 
-/// How long a test waits for servers to find to each other.
+/// Timeout for servers to form a cluster or to change their state.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The profile that is shipped.
+/// The shipped profile.
 const PROFILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/redis.conf");
 
-/// Starts a server and ends it when standard input does: also when the test was killed.
+/// Starts a server and kills it at the end of standard input, which comes also when the test is killed.
 const SUPERVISOR: &str =
     "redis-server \"$@\" & echo $!; read -r _; kill -KILL $!; { wait $!; } 2>/dev/null";
 
@@ -27,7 +27,7 @@ pub struct RedisServer {
     supervisor: Child,
     pid: String,
     pub port: u16,
-    /// Where the members of a cluster talk to each other.
+    /// The port of the cluster bus.
     bus_port: u16,
     folder: PathBuf,
     flags: Vec<String>,
@@ -35,12 +35,12 @@ pub struct RedisServer {
 }
 
 impl RedisServer {
-    /// Starts a server that keeps its files in `folder`; `flags` come after the profile.
+    /// Starts a server with its files in `folder`; `flags` override the profile.
     pub fn start(folder: &Path, flags: &[&str]) -> Self {
         Self::start_with(folder, flags, &[])
     }
 
-    /// The same with variables in its environment.
+    /// The same with environment variables.
     pub fn start_with(folder: &Path, flags: &[&str], environment: &[(&str, &str)]) -> Self {
         let (port, bus_port) = (free_address().port(), free_address().port());
         let ports = [
@@ -71,7 +71,7 @@ impl RedisServer {
         server
     }
 
-    /// A server of its own, not in a cluster and without replicas.
+    /// A single server, without cluster and replicas.
     pub fn single(folder: &Path) -> Self {
         let alone = ["--cluster-enabled", "no", "--min-replicas-to-write", "0"];
         Self::start(folder, &alone)
@@ -123,7 +123,7 @@ impl RedisServer {
         while !is_so(self) {
             assert!(
                 begin.elapsed() < PATIENCE,
-                "{}: not within {PATIENCE:?}: {what}",
+                "{}: not true within {PATIENCE:?}: {what}",
                 self.address()
             );
             std::thread::sleep(LOOK_AGAIN);
@@ -137,13 +137,13 @@ impl RedisServer {
         assert!(sent.unwrap().success());
     }
 
-    /// Ends the server with SIGKILL and waits until it is gone.
+    /// Kills the server with SIGKILL and waits for its end.
     pub fn kill(&mut self) {
         drop(self.supervisor.stdin.take());
         self.supervisor.wait().unwrap();
     }
 
-    /// Starts the server again where it was.
+    /// Starts the server again on its port and folder.
     pub fn restart(&mut self) {
         (self.supervisor, self.pid) = supervise(&self.folder, &self.flags, &self.environment);
         self.wait_until("it answers", |server| server.try_ask(&["PING"]).is_ok());
@@ -176,7 +176,7 @@ impl Drop for RedisServer {
 /// Three primaries with a replica each.
 #[derive(Debug)]
 pub struct RedisCluster {
-    /// The three that began as primaries, then their replicas in the same order.
+    /// The three nodes that began as primaries, then their replicas in the same order.
     pub nodes: Vec<RedisServer>,
     _folder: TempDir,
 }
@@ -219,9 +219,9 @@ impl RedisCluster {
         cluster
     }
 
-    /// Waits until every primary has its replica and takes entries, and all agree that the cluster
-    /// serves. A primary counts its replicas once a second; a script without flags counts as a
-    /// write, so it is refused until then, and this one changes nothing.
+    /// Waits until every primary has its replica and accepts writes, and every node reports that the cluster
+    /// serves. A primary counts its replicas once a second and refuses writes until then. The script here
+    /// counts as a write, because it has no flags, but changes nothing.
     #[track_caller]
     pub fn wait_until_whole(&self) {
         for node in &self.nodes {
@@ -235,13 +235,13 @@ impl RedisCluster {
         }
     }
 
-    /// Those that are primaries now.
+    /// The nodes that are primaries now.
     pub fn primaries(&self) -> Vec<&RedisServer> {
         let is_primary = |node: &&RedisServer| node.ask_role() == "master";
         self.nodes.iter().filter(is_primary).collect()
     }
 
-    /// All members, as `--map` takes them.
+    /// All nodes, for `--map`.
     pub fn url(&self) -> String {
         let addresses: Vec<String> = self.nodes.iter().map(RedisServer::address).collect();
         format!("redis://{}", addresses.join(","))

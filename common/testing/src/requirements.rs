@@ -1,12 +1,12 @@
-//! What some tests need and not every machine gives: namespaces, a tracer, a Docker engine. A test
-//! that lacks it says why, is counted as skipped by `scripts/test.sh`, and ends.
+//! Requirements of some tests that not every machine meets: namespaces, a tracer, a Docker engine. A test
+//! without them prints the reason, ends, and is counted as skipped by `scripts/test.sh`.
 
 use std::fs::File;
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-/// Says that the running test cannot run here, and why. Panics instead where the environment
-/// variable `required_by` is set.
+/// Reports that the running test is skipped, and the reason. Panics instead when the environment variable
+/// `required_by` is set.
 #[track_caller]
 pub fn skip(why: &str, required_by: &str) {
     let thread = std::thread::current();
@@ -24,9 +24,9 @@ pub fn skip(why: &str, required_by: &str) {
         .unwrap();
 }
 
-/// What runs the command that follows in namespaces of its own, which end with it: `unshare` with
-/// these flags. An ordinary user makes them inside a user namespace, where the kernel allows that.
-/// `trial` is a command that must succeed in there. `None` where nothing helps: the test is skipped.
+/// `unshare` with flags for these namespaces, to be followed by a command; the namespaces end with it. An
+/// ordinary user creates them inside a user namespace, where the kernel allows that. `trial` is a command
+/// that must succeed in them. `None` when it does not: the test is skipped.
 #[track_caller]
 pub fn unshare(namespaces: &[&str], trial: &[&str]) -> Option<Command> {
     let mut reason = String::new();
@@ -45,10 +45,10 @@ pub fn unshare(namespaces: &[&str], trial: &[&str]) -> Option<Command> {
     None
 }
 
-/// Runs a command that shows whether something is possible here.
+/// Runs a command that succeeds where a requirement is met.
 ///
 /// # Errors
-/// Why not, in the command's own words.
+/// The last line that the command wrote on stderr.
 pub fn trial_run(command: &mut Command) -> Result<(), String> {
     let output = command.stdin(Stdio::null()).output();
     let output = output.map_err(|error| format!("{:?}: {error}", command.get_program()))?;

@@ -1,5 +1,5 @@
-//! Tests of serving: timeouts of connections, bodies and answers, panics, and stopping. They talk to
-//! the server in bytes, because well-behaved clients do not do such things.
+//! Tests of serving: the timeouts of connections, requests and responses, panics, and shutdown. They send
+//! bytes, because an HTTP client would not misbehave in these ways.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -21,9 +21,9 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-/// Short enough to wait for.
+/// A timeout that a test waits for.
 const SHORT: Duration = Duration::from_millis(200);
-/// So long that a test which waited for it would hang visibly.
+/// A timeout that a test must not wait for: the test would hang.
 const NEVER: Duration = Duration::from_secs(3600);
 
 const PATIENT: Timeouts = Timeouts {
@@ -59,7 +59,7 @@ impl Server {
     }
 }
 
-/// Everything that still comes on a connection, until the server closes it.
+/// Everything that the server sends until it closes the connection.
 async fn rest(mut connection: TcpStream) -> String {
     let mut text = Vec::new();
     let _cut_or_closed = connection.read_to_end(&mut text).await;
@@ -67,7 +67,7 @@ async fn rest(mut connection: TcpStream) -> String {
 }
 
 #[tokio::test]
-async fn panic_is_a_problem_and_the_server_goes_on() {
+async fn panic_is_a_problem_and_the_server_keeps_serving() {
     async fn panics() -> &'static str {
         panic!("on purpose")
     }
@@ -97,14 +97,14 @@ async fn slow_head_and_idle_connection_are_cut() {
     let idle = server.send("GET / HTTP/1.1\r\nhost: h\r\n\r\n").await;
     assert!(
         rest(idle).await.ends_with("ok"),
-        "answered, then closed when idle"
+        "the connection must be answered, and then closed when idle"
     );
     rest(server.send("").await).await;
 }
 
-/// Also one that keeps coming, but in crumbs.
+/// Also a body that arrives steadily, but a byte at a time.
 #[tokio::test]
-async fn slow_body_is_cut_and_large_one_refused() {
+async fn slow_body_is_408_and_large_body_is_413() {
     async fn read(body: Body) -> Result<Bytes, Problem> {
         let budget = Arc::new(Semaphore::new(1000));
         let mut reserved = Reservation::new(&budget, 0).unwrap();
@@ -127,7 +127,7 @@ async fn slow_body_is_cut_and_large_one_refused() {
     assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
 }
 
-/// Says so when it is dropped, here with the body that holds it.
+/// Sends a message when it is dropped, together with the body that holds it.
 struct Tell(mpsc::UnboundedSender<()>);
 
 impl Drop for Tell {
@@ -137,7 +137,7 @@ impl Drop for Tell {
 }
 
 #[tokio::test]
-async fn reader_that_takes_nothing_is_cut() {
+async fn client_that_reads_nothing_is_cut() {
     let (ended, mut has_ended) = mpsc::unbounded_channel();
     let endless = async move || {
         let tell = Tell(ended.clone());
@@ -157,7 +157,7 @@ async fn reader_that_takes_nothing_is_cut() {
     drop(connection);
 }
 
-/// A body in two halves; the second comes when the test says so.
+/// A body in two halves, which the test sends.
 fn in_halves() -> (Router, mpsc::Sender<Bytes>) {
     let (halves, received) = mpsc::channel::<Bytes>(2);
     let received = std::sync::Arc::new(tokio::sync::Mutex::new(Some(received)));
@@ -206,6 +206,6 @@ async fn body_that_outlasts_the_grace_period_is_cut() {
     server.serving.await.unwrap().unwrap();
     assert!(
         !rest(connection).await.contains("0\r\n\r\n"),
-        "no polite end"
+        "the cut body ended properly"
     );
 }

@@ -1,5 +1,4 @@
-//! What requests and answers may keep in memory, and what becomes of an upload when the process is
-//! told to stop.
+//! The memory that requests and responses may use, and the end of an upload when the facade stops.
 
 use std::net::UdpSocket;
 use std::process::Command;
@@ -23,7 +22,7 @@ use tokio::task::JoinSet;
 use crate::processes::{Processes, binary};
 use crate::system::{Server, System, problem, serve_instance};
 
-/// A body without a length reserves what has come of it, and not the most that may come.
+/// A body without a length reserves the bytes that have arrived, not the largest possible size.
 #[tokio::test(flavor = "multi_thread")]
 async fn small_bodies_without_a_length_reserve_little() {
     const POSTS: usize = 256;
@@ -45,7 +44,7 @@ async fn small_bodies_without_a_length_reserve_little() {
     while sent.load(Ordering::Relaxed) < POSTS {
         tokio::time::sleep(LOOK_AGAIN).await;
         if let Some(early) = posts.try_join_next() {
-            panic!("answered before its end: {}", early.unwrap());
+            panic!("answered before the body ended: {}", early.unwrap());
         }
     }
     go.send(true).unwrap();
@@ -53,8 +52,8 @@ async fn small_bodies_without_a_length_reserve_little() {
     assert!(statuses.iter().all(|status| *status == 200), "{statuses:?}");
 }
 
-/// Short lines between long blank ones wait for an instance that hangs: each keeps its own bytes in
-/// memory, and not the buffer that it was read into.
+/// Short lines between long blank ones wait for an instance that hangs: each keeps only its own bytes in
+/// memory, not the buffer that it was read into.
 #[tokio::test(flavor = "multi_thread")]
 async fn waiting_lines_do_not_keep_their_buffers() {
     const LINES: usize = 500;
@@ -65,7 +64,7 @@ async fn waiting_lines_do_not_keep_their_buffers() {
     let (all_sent, mut wait) = watch::channel(false);
     let blank = " ".repeat(390_000);
     let lines = (0..LINES).map(move |_| Ok::<_, std::io::Error>(format!("\"a\"\n{blank}\n")));
-    // A piece is asked for when the one before was taken: the last one when all were read.
+    // The facade polls for a piece when it has read the one before, so `end` is polled when it has read all.
     let end = async move {
         all_sent.send(true).unwrap();
         std::future::pending::<Result<String, std::io::Error>>().await
@@ -78,10 +77,10 @@ async fn waiting_lines_do_not_keep_their_buffers() {
     upload.abort();
 }
 
-/// Callers that ask for a large message and do not read it: what they hold is bounded, and the rest
-/// is turned away.
+/// Callers request a large message and do not read it: their responses stay within the memory budget, and
+/// excess callers get a 503.
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_that_are_not_read_are_bounded() {
+async fn unread_responses_stay_within_the_memory_budget() {
     const CALLERS: usize = 300;
     const GROWTH_KIB: u64 = 256 * 1024;
     let system = Processes::start_with(&["--max-message", "1MiB"]);
@@ -109,10 +108,10 @@ async fn answers_that_are_not_read_are_bounded() {
     assert!(turned_away > 0);
 }
 
-/// A facade that is told to stop reads no further line, finishes those that it has read, and tells
-/// how many they are, also to a caller that goes on sending.
+/// A stopping facade reads no further line, finishes the lines that it has read, and returns their number,
+/// also to a caller that keeps sending.
 #[tokio::test(flavor = "multi_thread")]
-async fn upload_is_answered_when_the_facade_stops() {
+async fn stopping_facade_answers_an_upload_with_the_number_of_lines() {
     const LINES: usize = 100;
     for goes_on in [false, true] {
         let mut system = Processes::start();
@@ -148,9 +147,9 @@ async fn upload_is_answered_when_the_facade_stops() {
     }
 }
 
-/// The same where results are streamed: the last line tells, and the body breaks off.
+/// The same with streamed results: the last line has the number, and the body is aborted.
 #[tokio::test(flavor = "multi_thread")]
-async fn streamed_upload_ends_with_the_number_of_lines_when_the_facade_stops() {
+async fn stopping_facade_ends_streamed_results_with_the_number_of_lines() {
     let mut system = Processes::start();
     let lines = stream::iter([Ok::<_, std::io::Error>("\"a\"\n\"b\"\n")]);
     let body = Body::wrap_stream(lines.chain(stream::pending()));
@@ -175,14 +174,14 @@ async fn streamed_upload_ends_with_the_number_of_lines_when_the_facade_stops() {
     assert!(system.facade.wait().success());
 }
 
-/// A resolver that does not answer does not keep the process from ending in its grace time.
+/// A resolver that does not answer does not delay the end of the process beyond the grace period.
 #[tokio::test(flavor = "multi_thread")]
 async fn hanging_resolver_does_not_delay_the_end() {
     let trial = ["mount", "--bind", "/etc/resolv.conf", "/etc/resolv.conf"];
     let Some(mut command) = unshare(&["--mount"], &trial) else {
         return;
     };
-    // A nameserver that takes questions and does not answer.
+    // A nameserver that receives queries and does not answer.
     let silent = match UdpSocket::bind("127.0.53.53:53") {
         Ok(silent) => silent,
         Err(error) => return skip(&format!("no nameserver's port: {error}"), "REQUIRE_ALL"),
@@ -206,7 +205,7 @@ async fn hanging_resolver_does_not_delay_the_end() {
     assert!(told.elapsed() < Duration::from_secs(2) + PATIENCE / 3);
 }
 
-/// An instance that answers trials and hangs on messages.
+/// An instance that answers trials and hangs on batches with entries.
 fn hanging() -> Server {
     let answer = async |batch: String| {
         if batch != "[]" {
@@ -228,7 +227,7 @@ fn upload(url: &str, body: Body) -> RequestBuilder {
     request.header("content-type", "application/x-ndjson")
 }
 
-/// The most memory that the process ever had, in KiB.
+/// The peak memory of a process, in KiB.
 pub(crate) fn peak_memory_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM:"));

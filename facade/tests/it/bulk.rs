@@ -177,7 +177,7 @@ async fn cut_off_line_of_a_broken_upload_is_not_stored() {
     assert_eq!(system.messages().await, ["whole"]);
 }
 
-/// Also when the upload breaks in the same moment in which a line was stored.
+/// Also when the upload breaks at the moment in which a line is stored.
 #[tokio::test]
 async fn results_before_a_break_are_not_lost() {
     let system = System::start().await;
@@ -208,7 +208,7 @@ async fn upload_takes_no_idempotency_key_and_offers_two_replies() {
     assert_eq!(system.read("").await.count, 0);
 }
 
-/// More lines are refused than the retry budget has repeats: they wait for it instead of failing.
+/// More lines are refused than the retry budget has retries: the lines wait for it instead of failing.
 #[tokio::test]
 async fn refused_lines_wait_for_the_retry_budget() {
     const LINES: u64 = 150;
@@ -224,7 +224,7 @@ async fn refused_lines_wait_for_the_retry_budget() {
     assert_eq!(summary, json!({"stored": LINES, "failed": 0, "errors": []}));
 }
 
-/// A line fails only when its deadline is over, and then with its uuid.
+/// A line fails only at its deadline, and its result has the UUID.
 #[tokio::test]
 async fn line_that_no_instance_takes_fails_with_its_uuid() {
     let system = System::with_stubs(vec![nobody()], nobody(), &["--deadline", "200ms"]);

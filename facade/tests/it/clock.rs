@@ -1,4 +1,4 @@
-//! A facade whose clock is wrong, and is corrected.
+//! A facade whose clock is wrong and then corrected.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,12 +8,11 @@ use facade::identifiers::Identifiers;
 
 use crate::system::{System, problem};
 
-/// Seconds that are taken off a clock which is a minute ahead.
+/// Seconds by which the clock is set back; it is a minute ahead.
 const RIGHT: u64 = 60;
 
-/// The clock stands a minute ahead for one POST: it is refused, in words that name the clock, and
-/// nothing is stored. Once the clock is right the facade stores again at once, and says that UUIDs
-/// went back.
+/// While the clock is a minute ahead, a POST fails with a detail that names the clock, and nothing is
+/// stored. Once the clock is right, the facade stores again at once and reports that UUIDs went back.
 #[tokio::test]
 async fn facade_stores_again_as_soon_as_its_clock_is_right() {
     let behind = Arc::new(AtomicU64::new(RIGHT));

@@ -8,13 +8,13 @@ use testing::redis_servers::{RedisCluster, RedisServer};
 use crate::load::{Load, Record, post};
 use crate::processes::Processes;
 
-/// Posts that are answered between two events, so that every phase has its load.
+/// POSTs answered between two events, so that every phase is under load.
 const PHASE: u64 = 2000;
 
-/// A logging instance and a Redis primary are killed together, and another pair when the first node
-/// is back. POSTs go on elsewhere, GETs wait for the failover, nothing is lost.
+/// A logging instance and a Redis primary are killed together, and another pair when the first node has
+/// returned. POSTs go to other partitions, GETs wait for the failover, nothing is lost.
 #[tokio::test(flavor = "multi_thread")]
-async fn pairs_that_are_killed_together_lose_nothing() {
+async fn instance_and_primary_killed_together_lose_nothing() {
     let mut cluster = RedisCluster::start();
     let mut system = Processes::on_map(&["--map", &cluster.url()], &[]);
     let load = Load::start(&system.http, &system.facade.url());
@@ -26,7 +26,7 @@ async fn pairs_that_are_killed_together_lose_nothing() {
         cluster.nodes[pair].kill();
         system.read_all().await;
         let readable = Instant::now();
-        // The new primary has no backup, but takes nobody out.
+        // The new primary has no backup, but no instance is unready because of it.
         let health = system.logging[2].readiness();
         assert!(health.starts_with("HTTP/1.1 200 "), "{health}");
         assert!(health.contains("\"status\":\"degraded\""), "{health}");
@@ -53,11 +53,11 @@ async fn pairs_that_are_killed_together_lose_nothing() {
     record.assert_kept(&system.read_all().await);
 }
 
-/// A paused primary neither answers nor closes a connection. POSTs go on elsewhere, GETs wait for
-/// the failover, and what the primary acknowledged before is there when it goes on.
+/// A paused primary neither answers nor closes a connection. POSTs go to other partitions, GETs wait for
+/// the failover, and every entry that the primary acknowledged is still there when it resumes.
 #[tokio::test(flavor = "multi_thread")]
-async fn paused_primary_is_replaced_and_has_acknowledged_nothing_that_is_missing() {
-    /// Long enough for the primary to be replaced, and for its replica's patience to be over.
+async fn paused_primary_is_replaced_and_no_acknowledged_entry_is_lost() {
+    /// Longer than the failover and than the timeouts of the replica.
     const PAUSE: Duration = Duration::from_secs(30);
     let cluster = RedisCluster::start();
     let system = Processes::on_map(&["--map", &cluster.url()], &[]);
@@ -85,8 +85,8 @@ async fn paused_primary_is_replaced_and_has_acknowledged_nothing_that_is_missing
     assert_eq!(cluster.nodes[0].info("role").as_deref(), Some("slave"));
 }
 
-/// All members are killed at once and started again. What they had written is in the page cache
-/// then, so this does not show that it is fsynced.
+/// All members are killed at once and restarted. The page cache survives this, so the test does not prove
+/// that entries are fsynced.
 #[tokio::test(flavor = "multi_thread")]
 async fn all_members_killed_at_once_lose_nothing() {
     let mut cluster = RedisCluster::start();
@@ -106,16 +106,15 @@ async fn all_members_killed_at_once_lose_nothing() {
     record.assert_kept(&system.read_all().await);
 }
 
-/// Whether a message is kept when its primary dies after its replica was cut off: with `WAIT`, what
-/// the replica lacks was not acknowledged; the control run without it must lose something, or this
-/// test proves nothing.
+/// A primary dies after its replica was cut off. With `WAIT`, an entry that the replica lacks was not
+/// acknowledged. The control run without `WAIT` must lose an entry; otherwise the test proves nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn entry_that_the_backup_lacks_is_not_acknowledged() {
     for (backups, must_lose) in [("1", false), ("0", true)] {
         let mut cluster = RedisCluster::start();
         let flags = ["--map", &cluster.url(), "--backups", backups];
         let system = Processes::on_map(&flags, &["--deadline", "1s"]);
-        // Only WAIT is to keep it from acknowledging.
+        // Only `WAIT` may keep the primary from acknowledging.
         let _: () = cluster.nodes[0].ask(&["CONFIG", "SET", "min-replicas-to-write", "0"]);
         cut_replication(&cluster.nodes[0], &cluster.nodes[3]);
         let mut record = Record::default();
@@ -130,7 +129,7 @@ async fn entry_that_the_backup_lacks_is_not_acknowledged() {
         }
         assert!(
             record.acknowledged.len() > 100,
-            "too little was acknowledged"
+            "too few POSTs were acknowledged to prove anything"
         );
         cluster.nodes[0].kill();
         let stored = system.read_all().await;
@@ -146,8 +145,8 @@ async fn entry_that_the_backup_lacks_is_not_acknowledged() {
     }
 }
 
-/// Ends the replication and keeps it from being taken up again: the replica logs in as somebody whom
-/// the primary does not know. All else between them goes on.
+/// Ends the replication and prevents a new one: the replica logs in as a user that the primary does not
+/// have. The cluster bus between them stays open.
 fn cut_replication(primary: &RedisServer, replica: &RedisServer) {
     let _: () = replica.ask(&["CONFIG", "SET", "masteruser", "nobody"]);
     let _: () = replica.ask(&["CONFIG", "SET", "masterauth", "nothing"]);

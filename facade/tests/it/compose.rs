@@ -1,8 +1,8 @@
-//! The shipped `docker-compose.yml`, brought up for real: containers that are killed, cut off,
-//! restarted, added and removed while messages are posted and read, and data that outlives them.
+//! The shipped `docker-compose.yml` in a Docker engine: containers are killed, disconnected, restarted,
+//! added and removed while messages are posted and read, and the data outlives them.
 //!
-//! The images are made by `.ci/stand-ins.sh run`, see `scripts/test.sh`. Without a Docker engine
-//! these tests say so and do nothing, unless `REQUIRE_DOCKER` is set.
+//! `.ci/stand-ins.sh run` makes the images, see `scripts/test.sh`. Without a Docker engine these tests are
+//! skipped; with `REQUIRE_DOCKER` they fail.
 
 mod project;
 
@@ -17,22 +17,21 @@ use self::project::{Compose, docker, inspect, succeed};
 use crate::load::Load;
 use testing::process::LOOK_AGAIN;
 
-/// How long a test waits for containers to be as they must be.
+/// Timeout for containers to reach the expected state.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Posts that are answered between two events, so that every phase has its load.
+/// POSTs answered between two events, so that every phase is under load.
 const PHASE: u64 = 1000;
 
-/// The services that hold the map.
+/// The services of the map's members.
 const MEMBERS: [&str; 6] = [
     "redis-1", "redis-2", "redis-3", "redis-4", "redis-5", "redis-6",
 ];
 
-/// The story on containers, under load from its first kill to its last: a logging container and a
-/// primary's are killed together, twice; a primary and a logging container are cut off; instances are
-/// added and removed.
+/// Under load, a logging container and a primary's container are killed together, twice; a primary and a
+/// logging container are disconnected from their networks; instances are added and removed.
 #[tokio::test(flavor = "multi_thread")]
-async fn messages_survive_containers_that_die_or_are_cut_off() {
+async fn messages_survive_containers_that_die_or_are_disconnected() {
     let Some(compose) = Compose::new() else {
         return;
     };
@@ -77,7 +76,7 @@ async fn messages_survive_containers_that_die_or_are_cut_off() {
     let address = format!("{}.13", compose.subnet);
     docker(&["network", "connect", "--ip", &address, &map, &primary]);
     compose.wait_until_whole().await;
-    failovers.push(("primary cut off", cut, readable, Instant::now()));
+    failovers.push(("primary disconnected", cut, readable, Instant::now()));
 
     let begin = Instant::now();
     let logging = &compose.containers("logging")[2];
@@ -97,7 +96,7 @@ async fn messages_survive_containers_that_die_or_are_cut_off() {
     let is_up = scaled.elapsed();
     compose.wait_for_instances(5).await;
     let known = scaled.elapsed() - is_up;
-    println!("four and five are known {known:.1?} after compose said that they are up");
+    println!("four and five are found {known:.1?} after compose said that they are up");
     load.wait_for_more(PHASE).await;
     compose.up(&["--scale", "logging=2"]);
     compose.wait_for_instances(2).await;
@@ -125,9 +124,10 @@ async fn messages_survive_containers_that_die_or_are_cut_off() {
     record.assert_kept(under_load);
 }
 
-/// The data outlives everything but `down --volumes`: a first start that broke off half-way, `up` again
-/// while all runs, a restart of each container, `stop` and `start`, `down` and `up`, and Ctrl-C. What
-/// is stopped ends by itself in time. After `down --volumes` a backup of the volumes brings it back.
+/// The data outlives everything except `down --volumes`: a first start that was interrupted, `up` of a
+/// running project, a restart of each container, `stop` and `start`, `down` and `up`, and Ctrl-C. Stopped
+/// containers end within their grace period. After `down --volumes` a backup of the volumes restores the
+/// data.
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_outlive_containers_that_are_stopped_or_removed() {
     let Some(compose) = Compose::new() else {
@@ -150,7 +150,11 @@ async fn messages_outlive_containers_that_are_stopped_or_removed() {
 
     let before = compose.all_containers();
     compose.up(&[]);
-    assert_eq!(compose.all_containers(), before, "nothing is made anew");
+    assert_eq!(
+        compose.all_containers(),
+        before,
+        "up of a running project replaces no container"
+    );
     assert_eq!(compose.messages().await, expected);
 
     for (service, container) in before {
@@ -210,21 +214,21 @@ async fn messages_outlive_containers_that_are_stopped_or_removed() {
     assert_eq!(compose.messages().await, expected);
 }
 
-/// Ctrl-C, which a terminal sends to the whole process group, and its end.
+/// Sends Ctrl-C, as a terminal does to the whole process group, and waits for the end of the process.
 async fn interrupt(process: &mut Child) {
     let group = format!("-{}", process.id());
     succeed(Command::new("kill").args(["-INT", "--", &group]));
     let begin = Instant::now();
     while process.try_wait().unwrap().is_none() {
-        assert!(begin.elapsed() < PATIENCE, "Ctrl-C does not end it");
+        assert!(begin.elapsed() < PATIENCE, "compose does not end on Ctrl-C");
         tokio::time::sleep(LOOK_AGAIN).await;
     }
 }
 
-/// Nobody is root, may write outside the volumes, or gain a right; only the facade's port is
-/// published, on loopback.
+/// No container runs as root, may write outside the volumes, or may gain a privilege; only the facade's
+/// port is published, on loopback.
 #[tokio::test(flavor = "multi_thread")]
-async fn containers_have_no_right_that_they_do_not_need() {
+async fn containers_have_no_privilege_that_they_do_not_need() {
     let Some(compose) = Compose::new() else {
         return;
     };

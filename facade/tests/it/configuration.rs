@@ -1,4 +1,4 @@
-//! The command line and environment of the binaries.
+//! The command line and the environment of the binaries.
 
 use std::net::SocketAddr;
 use std::process::Command;
@@ -8,8 +8,8 @@ use testing::process::{Process, free_address};
 
 use crate::processes::{Processes, binary, facade};
 
-/// The task `healthcheck` says by its exit code whether the service is ready, on all addresses too, and
-/// otherwise why not, in one line.
+/// The subcommand `healthcheck` returns the readiness of the service as its exit code, also of a service
+/// that listens on all addresses, and prints the reason in one line when it is not ready.
 #[test]
 fn healthcheck_asks_the_running_service() {
     let healthcheck = |address: SocketAddr| {
@@ -81,9 +81,9 @@ fn wrong_configuration_is_one_line_and_exit_code_2() {
     assert_refused(&binary, &["--messages", "https://a:1"], "only http");
 }
 
-/// What was set is named: the variable if the value came from it, otherwise the flag.
+/// The error names the source of the value: the environment variable or the flag.
 #[test]
-fn wrong_value_is_blamed_on_what_was_set() {
+fn wrong_value_is_reported_with_its_flag_or_variable() {
     let mut by_variable = Command::new(binary("facade"));
     let output = by_variable.env("FACADE_DEADLINE", "soon").output().unwrap();
     assert_eq!(output.status.code(), Some(2));
@@ -101,7 +101,7 @@ fn wrong_value_is_blamed_on_what_was_set() {
 }
 
 #[test]
-fn help_names_each_flag_with_its_environment_twin() {
+fn help_names_each_flag_with_its_environment_variable() {
     let three = "http://127.0.0.1:8082,http://127.0.0.1:8083,http://127.0.0.1:8084";
     let flags = [
         ("--listen", "FACADE_LISTEN", "127.0.0.1:8086"),

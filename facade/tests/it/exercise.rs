@@ -1,5 +1,5 @@
-//! What the exercise asks for, on real processes: its client, who stored what, reads while instances are
-//! killed; and what its users do next.
+//! The requirements of the exercise, on real processes: its client, the instance that stored each message,
+//! reads while instances are killed; and the next steps of its users.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::process::Command;
@@ -13,8 +13,8 @@ use uuid::Uuid;
 use crate::processes::{Processes, binary};
 use crate::system::{System, problem};
 
-/// The client of the original exercise: Python requests, ten form POSTs, then a GET with a query
-/// that means nothing.
+/// The client of the original exercise: Python requests, ten form POSTs, then a GET with a query that has
+/// no meaning.
 #[test]
 fn client_of_the_exercise_works_unmodified() {
     const CLIENT: &str = r#"
@@ -37,7 +37,7 @@ print(response.status_code, response.text)
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    // Answers end with a newline, and so does what the client prints.
+    // Responses end with a newline, and `print` adds another one.
     let lines = printed.lines().filter(|line| !line.is_empty());
     let lines: Vec<&str> = lines.collect();
     for (n, line) in (1..=10).zip(&lines) {
@@ -51,8 +51,8 @@ print(response.status_code, response.text)
     assert!(lines[21].ends_with("Messages Service not Implemented\",\"count\":10}"));
 }
 
-/// Each of three instances gets its third: chi-square with two degrees of freedom stays below its
-/// 99.9 % quantile, 13.82, and headers and logs agree on who got what.
+/// Each of three instances gets a third of the messages: chi-square with two degrees of freedom stays
+/// below its 99.9 % quantile, 13.82. Headers and logs agree on the instance of each message.
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_are_spread_uniformly_and_headers_agree_with_logs() {
     const POSTS: usize = 30_000;
@@ -86,7 +86,7 @@ async fn messages_are_spread_uniformly_and_headers_agree_with_logs() {
     assert_eq!(shares.len(), 3);
     assert!(chi_square < 13.82, "{shares:?}: {chi_square}");
 
-    // An instance that was asked beside a silent one has a line too, so there may be two for a message.
+    // A hedged POST leaves a line on two instances.
     let mut logged = BTreeSet::new();
     for instance in &processes.logging {
         let name = instance.address.to_string();
@@ -102,12 +102,14 @@ async fn messages_are_spread_uniformly_and_headers_agree_with_logs() {
             }
         };
         let uuids = tokio::time::timeout(PATIENCE, waiting).await;
-        logged.extend(uuids.expect("an instance logs what it is named for"));
+        logged.extend(
+            uuids.expect("an instance has a log line for each message whose header names it"),
+        );
     }
     assert!(logged.iter().eq(by_header.keys()));
 }
 
-/// The UUIDs that an instance's log says are acknowledged.
+/// The UUIDs of the entries that an instance's log reports as acknowledged.
 fn acknowledged(log: &[String]) -> BTreeSet<String> {
     let entries = log
         .iter()
@@ -119,8 +121,8 @@ fn acknowledged(log: &[String]) -> BTreeSet<String> {
     uuids.collect()
 }
 
-/// A request id given to the facade is in the log of the instance that stored the message, and in
-/// those of facade and messages.
+/// The id of a request to the facade is in the log of the instance that stored the message, and in the
+/// logs of facade and messages.
 #[tokio::test]
 async fn request_id_is_passed_through_the_services() {
     let system = Processes::start();
@@ -159,8 +161,8 @@ async fn request_id_is_passed_through_the_services() {
     assert_eq!(stored(), 1);
 }
 
-/// Three, two, one logging instance alive: everything is there each time. With none, a clear 503;
-/// and everything again when one returns.
+/// With three, two and one logging instance alive, a GET returns all messages; with none, a 503; and all
+/// messages again when one instance returns.
 #[tokio::test]
 async fn messages_stay_readable_while_one_logging_instance_lives() {
     let mut system = Processes::start();
@@ -177,7 +179,7 @@ async fn messages_stay_readable_while_one_logging_instance_lives() {
     assert_eq!(system.messages_in_log().await, expected);
 }
 
-/// Told to stop in the middle of a long GET, the facade still delivers every byte.
+/// A facade that is told to stop in the middle of a long GET still delivers every byte.
 #[tokio::test(flavor = "multi_thread")]
 async fn stopping_facade_finishes_bodies_in_flight() {
     for signal in ["TERM", "INT"] {
@@ -207,7 +209,7 @@ async fn stopping_facade_finishes_bodies_in_flight() {
     }
 }
 
-/// What a GET gave can be put into another map, as JSON and as NDJSON.
+/// The body of a GET can be imported into another map, as JSON and as NDJSON.
 #[tokio::test]
 async fn body_of_a_get_can_be_imported() {
     let system = System::start().await;
@@ -245,10 +247,10 @@ async fn body_of_a_get_can_be_imported() {
     }
 }
 
-/// A key is used by four callers at once, through two facades, twice with each of two messages: one
-/// message is stored, its posters are told so, the others that it is another's.
+/// Four callers use a key at once, through two facades, two callers with each of two messages: one message
+/// is stored, its callers get a 200, the others a 422.
 #[tokio::test(flavor = "multi_thread")]
-async fn key_that_is_used_at_once_by_many_is_one_entry() {
+async fn key_used_by_many_callers_at_once_is_one_entry() {
     const KEYS: usize = 10_000;
     let system = Processes::start();
     let second = Process::start(system.another_facade(&[]), free_address());
@@ -285,6 +287,6 @@ async fn key_that_is_used_at_once_by_many_is_one_entry() {
     assert_eq!(stored.len(), KEYS);
     assert!(
         stored.into_iter().eq(winners),
-        "other entries than were accepted"
+        "the log differs from the entries that callers were told are stored"
     );
 }

@@ -20,8 +20,8 @@ use uuid::Uuid;
 use crate::processes::{Processes, binary, start_logging};
 use crate::system::{System, engine_under_test, logging_stub, nobody, problem};
 
-/// Ten rounds under load, each killing two of three instances and starting them again: no request
-/// fails, nothing is lost or doubled, order is kept.
+/// Ten rounds under load, each of which kills two of three instances and restarts them: no request fails,
+/// no entry is lost or doubled, and the order is kept.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_post_fails_while_one_instance_lives() {
     const ROUNDS: usize = 10;
@@ -53,10 +53,13 @@ async fn no_post_fails_while_one_instance_lives() {
     let stored = system.read_all().await;
     assert!(stored.is_sorted_by(|left, right| left.uuid < right.uuid));
     let stored: BTreeMap<Uuid, String> = stored.into_iter().map(|e| (e.uuid, e.msg)).collect();
-    assert!(stored == acknowledged, "lost, doubled or changed messages");
+    assert!(
+        stored == acknowledged,
+        "the log has lost, doubled or changed messages"
+    );
 }
 
-/// Posts one message after the other; panics when one is not answered with 200.
+/// Posts one message after the other; panics unless each gets a 200.
 async fn write_until_over(
     http: Client,
     url: String,
@@ -77,7 +80,7 @@ async fn write_until_over(
     acknowledged
 }
 
-/// Waits until so many more messages were sent; panics when a writer does.
+/// Waits until `more` messages were sent; panics when a writer does.
 async fn wait_for_more<T: 'static>(sent: &AtomicU64, more: u64, writers: &mut JoinSet<T>) {
     let target = sent.load(Ordering::Relaxed) + more;
     while sent.load(Ordering::Relaxed) < target {
@@ -88,11 +91,11 @@ async fn wait_for_more<T: 'static>(sent: &AtomicU64, more: u64, writers: &mut Jo
     }
 }
 
-/// Fifty GETs of a million entries (six on the engines that are not the default one), in both orders
-/// in turn, each losing two of the three instances at a random byte: every one is complete, in
-/// order, with the right count.
+/// Fifty GETs of a million entries (six on the engines that are not the default one), in both orders in
+/// turn, lose two of the three instances at a random byte each: every body is complete, in order, with the
+/// right count.
 #[tokio::test(flavor = "multi_thread")]
-async fn get_goes_on_when_instances_die_in_the_middle() {
+async fn get_continues_when_instances_die_in_the_middle() {
     const ENTRIES: usize = 1_000_000;
     let kills: usize = match engine_under_test() {
         Engine::Lmdb => 50,
@@ -161,8 +164,8 @@ async fn read_body(
     read_body_of(system.facade.address, &system.http, order, watch).await
 }
 
-/// Reads the whole log and returns its UUIDs and its size in bytes. `watch` is told with each piece
-/// how many bytes have come, and how long this one took.
+/// Reads the whole log and returns its UUIDs and its size in bytes. `watch` gets the bytes so far and the
+/// time of each piece.
 async fn read_body_of(
     facade: SocketAddr,
     http: &Client,
@@ -204,8 +207,8 @@ async fn read_body_of(
     (uuids, read)
 }
 
-/// A stopped process accepts connections and never answers: others take over within the try
-/// timeout, it is skipped from then on, and gets messages again when it goes on.
+/// A paused process accepts connections and never answers: another instance takes over within the try
+/// timeout, the pool skips the paused one, and sends it messages again when it resumes.
 #[tokio::test(flavor = "multi_thread")]
 async fn hanging_instance_is_skipped_and_comes_back() {
     let system = Processes::start();
@@ -213,7 +216,7 @@ async fn hanging_instance_is_skipped_and_comes_back() {
         assert_eq!(system.post(&n.to_string()).await.status(), 200);
     }
     let hanging = &system.logging[1];
-    // Its writer has nothing left to do then; stopped inside a transaction it would block all.
+    // Its writer is idle then; paused inside a transaction it would block the others.
     let ready = system.http.get(format!("{}/readyz", hanging.url())).send();
     assert_eq!(ready.await.unwrap().status(), 200);
     hanging.signal("STOP");
@@ -239,7 +242,7 @@ async fn hanging_instance_is_skipped_and_comes_back() {
         if is_from(&response, hanging) {
             break;
         }
-        assert!(count < 200, "the instance that is back gets nothing");
+        assert!(count < 200, "the instance that resumed gets no messages");
     }
     assert_eq!(system.read_all().await.len(), count);
 }
@@ -292,8 +295,8 @@ fn is_from(response: &reqwest::Response, instance: &Process) -> bool {
     response.headers()["x-logging-instance"] == instance.address.to_string()
 }
 
-/// An instance that is told to stop hands its readers over and ends within the grace time; the
-/// bodies that it was serving go on elsewhere.
+/// A stopping instance hands its readers over and ends within the grace period; another instance continues
+/// the bodies that it was serving.
 #[tokio::test(flavor = "multi_thread")]
 async fn stopping_instances_hand_their_readers_over() {
     let mut system = Processes::start();
@@ -315,10 +318,10 @@ async fn stopping_instances_hand_their_readers_over() {
     assert!(system.logging[0].wait().success() && system.logging[1].wait().success());
 }
 
-/// With nobody to go on, the body breaks off. With nobody at all, 503 in bounded time; everything
-/// works again, by itself, when an instance returns.
+/// When no instance can continue a body, it is aborted. A request without any instance gets a 503 in
+/// bounded time. Everything works again, without intervention, when an instance returns.
 #[tokio::test(flavor = "multi_thread")]
-async fn total_loss_is_visible_and_heals_alone() {
+async fn loss_of_all_instances_is_reported_and_recovered_from() {
     let mut system = Processes::start_with(&["--deadline", "2s", "--read-deadline", "500ms"]);
     load(&system, 200_000).await;
     let request = system.http.get(system.facade.url()).send();
@@ -339,9 +342,9 @@ async fn total_loss_is_visible_and_heals_alone() {
     assert_eq!(system.read_all().await.len(), 200_001);
 }
 
-/// A facade that starts alone serves as soon as an instance comes.
+/// A facade that starts without instances serves as soon as one is there.
 #[tokio::test(flavor = "multi_thread")]
-async fn facade_may_start_first() {
+async fn facade_may_start_before_its_instances() {
     let mut system = Processes::start();
     system.logging.iter_mut().for_each(Process::kill);
     system.restart_facade(&["--deadline", "30s"]);
@@ -353,11 +356,11 @@ async fn facade_may_start_first() {
     assert_eq!(system.read_all().await.len(), 1);
 }
 
-/// A host name with several addresses is several instances. It is looked up again and again: one
-/// that vanishes gets nothing any more, and a look-up that fails changes nothing. The facade sees a
-/// hosts file of the test's own, in a mount namespace that ends with it.
+/// A host name counts as one instance per resolved address, and is looked up repeatedly: an instance that
+/// is no longer in DNS gets no more messages, and a look-up that fails changes nothing. The facade sees a
+/// hosts file of the test, in a mount namespace that ends with it.
 #[tokio::test(flavor = "multi_thread")]
-async fn host_name_is_as_many_instances_as_it_has_addresses() {
+async fn host_name_counts_as_one_instance_per_address() {
     let trial = ["mount", "--bind", "/etc/hosts", "/etc/hosts"];
     let Some(mut command) = unshare(&["--mount"], &trial) else {
         return;
@@ -416,7 +419,7 @@ async fn host_name_is_as_many_instances_as_it_has_addresses() {
     assert!(is_from(&post().await, &second));
 }
 
-/// On a full disk a POST is a 503 with the reason, GETs go on, and with space all works again.
+/// On a full disk a POST gets a 503 with the reason, GETs succeed, and POSTs succeed again with space.
 #[tokio::test(flavor = "multi_thread")]
 async fn full_disk_is_a_503_with_the_reason() {
     let folder = tempfile::tempdir().unwrap();
@@ -441,7 +444,7 @@ async fn full_disk_is_a_503_with_the_reason() {
         stored += 1;
         assert!(
             stored < 32,
-            "more is said to be stored than the disk can hold"
+            "more messages are acknowledged than the disk can hold"
         );
     };
     let refused = problem(refused, 503).await;
@@ -461,14 +464,14 @@ async fn full_disk_is_a_503_with_the_reason() {
         .await
         .unwrap();
     assert_eq!(read["count"], stored);
-    disk.make_room();
+    disk.free_space();
     assert_eq!(post().await.status(), 200);
 }
 
-/// Under overload, when the instances refuse everything, the facade sends at most a tenth more than
-/// it is asked for, besides the few repeats that are always free, and answers at once.
+/// When overloaded instances refuse everything, the facade sends at most a tenth more messages than it
+/// gets, besides the few free retries, and answers at once.
 #[tokio::test]
-async fn overload_is_not_multiplied_by_repeats() {
+async fn retries_do_not_multiply_overload() {
     const POSTS: u64 = 5000;
     const FREE: u64 = 100;
     let tries = Arc::new(AtomicU64::new(0));

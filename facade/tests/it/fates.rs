@@ -1,5 +1,4 @@
-//! What becomes of a message that an instance does not store at the first try, and what its caller is
-//! told.
+//! Messages that an instance does not store at the first try: their outcome, and the answer to the caller.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -26,8 +25,8 @@ async fn refused_message_is_a_503_that_was_not_stored() {
     assert!(Uuid::try_parse(answer["uuid"].as_str().unwrap()).is_ok());
 }
 
-/// A third of the partitions has nobody who takes entries: messages go to the others. That is no
-/// overload, so it does not use up the budget of repeats.
+/// A third of the partitions has no primary: messages go to the others. This is not overload, so it does
+/// not use the retry budget.
 #[tokio::test]
 async fn message_goes_to_another_partition_when_its_own_is_down() {
     let is_down = |uuid: Uuid| uuid.as_u128().is_multiple_of(3);
@@ -46,7 +45,7 @@ async fn message_goes_to_another_partition_when_its_own_is_down() {
     }
 }
 
-/// A caller's key cannot go to another partition, nor can a message that may be stored already.
+/// A message under a caller's key, or one that may already be stored, cannot go to another partition.
 #[tokio::test]
 async fn message_stays_in_its_partition_when_it_must() {
     let system = system_of(vec![logging_stub(|_| {
@@ -80,7 +79,7 @@ async fn message_stays_in_its_partition_when_it_must() {
 }
 
 #[tokio::test]
-async fn message_of_unknown_fate_is_a_503_with_the_uuid_to_repeat() {
+async fn message_of_unknown_outcome_is_a_503_with_the_uuid_for_a_retry() {
     let system = system_of(vec![logging_stub(|_| Outcome::unknown("lost"))]);
     let response = system.post().body("a").send().await.unwrap();
     assert!(response.headers().contains_key("retry-after"));
@@ -112,11 +111,11 @@ async fn own_uuid_is_kept_after_an_unknown_try_and_never_shown_as_duplicate() {
     assert_eq!(response.status(), 200);
     let answer: Value = response.json().await.unwrap();
     let seen = seen.lock().unwrap().clone();
-    assert_ne!(seen[0], seen[1], "a new UUID after a certain refusal");
+    assert_ne!(seen[0], seen[1], "a refused message gets a new UUID");
     assert_eq!(
         [seen[1], seen[1]],
         [seen[2], seen[3]],
-        "the same one from then on"
+        "a message of unknown outcome keeps its UUID"
     );
     assert_eq!(answer, json!({"uuid": seen[3], "msg": "a"}));
 }

@@ -193,9 +193,9 @@ async fn since_is_inclusive_and_until_is_not() {
     }
 }
 
-/// Any bounds, any limit, both orders: following `next` gives what the whole log says.
+/// For any bounds, any limit and both orders, following `next` returns the same entries as one GET.
 #[test]
-fn following_next_gives_the_whole_within_any_bounds() {
+fn following_next_returns_all_entries_within_any_bounds() {
     const MESSAGES: usize = 40;
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let (system, all) = runtime.block_on(async {
@@ -260,7 +260,7 @@ async fn single_messages_are_found_by_uuid() {
     problem(system.get("/%FF").await, 404).await;
 }
 
-/// An upper bound stands before the first page, so a read ends though writers go on.
+/// A read gets its end before the first entry, so it ends while writers keep writing.
 #[tokio::test(flavor = "multi_thread")]
 async fn read_ends_while_messages_keep_coming() {
     let system = Arc::new(System::start().await);
@@ -290,7 +290,7 @@ fn logging_of(system_entries: usize) -> Server {
 }
 
 #[tokio::test]
-async fn entries_come_though_the_messages_service_is_away() {
+async fn entries_are_returned_when_the_messages_service_is_away() {
     let away = serve(Router::new().fallback(StatusCode::INTERNAL_SERVER_ERROR));
     let system = System::with_stubs(vec![logging_of(3)], away, &[]);
     let read = system.read("").await;
@@ -361,8 +361,8 @@ async fn no_logging_instance_is_a_503() {
     }
 }
 
-/// While a failover lasts, instances answer that the map cannot be read: GETs wait. One that is
-/// busy, or none at all, is not worth waiting for.
+/// During a failover the instances answer that the map cannot be read, and GETs wait. When the instances
+/// are overloaded or away, GETs do not wait.
 #[tokio::test]
 async fn get_waits_while_the_map_cannot_be_read() {
     let refusals = Arc::new(AtomicUsize::new(3));
@@ -398,7 +398,7 @@ async fn get_waits_while_the_map_cannot_be_read() {
     assert_eq!(reads.load(Relaxed), 1);
 }
 
-/// A logging service that gives these answers, one for each read, then errors.
+/// A logging service with one of these responses for each read, and errors after the last.
 fn logging_script(answers: &[&str]) -> Server {
     let answers: VecDeque<String> = answers.iter().map(|&answer| answer.to_owned()).collect();
     let answers = Arc::new(Mutex::new(answers));
@@ -412,7 +412,7 @@ fn logging_script(answers: &[&str]) -> Server {
 const FIRST_LINE: &str = r#"{"uuid":"01890000-0000-7000-8000-000000000001","msg":"a"}"#;
 const SECOND_LINE: &str = r#"{"uuid":"01890000-0000-7000-8000-000000000002","msg":"b"}"#;
 
-/// A stream that cannot be gone on with makes the body break off; it never ends it politely.
+/// When no instance can continue a stream, the body is aborted and never ended properly.
 #[tokio::test]
 async fn body_that_cannot_be_finished_is_aborted() {
     let handed_over = format!("{FIRST_LINE}\n{{\"count\":1,\"go_on_elsewhere\":\"I stop\"}}\n");

@@ -37,7 +37,7 @@ async fn wrong_paths_and_methods_are_problems() {
 }
 
 #[tokio::test]
-async fn request_id_is_kept_or_made() {
+async fn request_id_is_kept_or_generated() {
     let system = System::start().await;
     let send = async |id: Option<&str>| {
         let request = system.http.get(format!("{}/livez", system.url));
@@ -90,7 +90,7 @@ async fn facade_alone_is_alive_but_not_ready() {
     );
 }
 
-/// A terminal shows its prompt on a line of its own, whatever was asked.
+/// After any request a terminal shows its prompt on a new line.
 #[tokio::test]
 async fn every_answer_ends_with_a_newline() {
     let system = System::start().await;

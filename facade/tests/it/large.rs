@@ -1,6 +1,5 @@
-//! A log of a million entries, and one of the largest messages: reads are complete and in order in
-//! each format, and neither facade nor logging keeps the log, or what slow readers have not taken,
-//! in memory.
+//! A log of a million entries, and a log of the largest messages: reads are complete and in order in each
+//! format, and neither facade nor logging keeps the log, or the backlog of slow readers, in memory.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -17,16 +16,16 @@ use testing::process::Process;
 use crate::processes::Processes;
 use crate::system::engine_under_test;
 
-/// How much anonymous memory each process may gain while the log is loaded and read.
+/// The growth in anonymous memory that each process is allowed while the log is loaded and read.
 const MAX_GROWTH_KIB: u64 = 32 * 1024;
 
 const SLOW_READERS: usize = 10;
 const SLOW_BYTES_PER_SECOND: usize = 1024;
 
-/// How long they read on the default engine.
+/// The time for which slow readers read on the default engine.
 const SLOW_READING: Duration = Duration::from_secs(60);
 
-/// How long they read on the others, whose reads are made in the same way.
+/// The same on the other engines, where the facade reads in the same way.
 const SLOW_READING_ELSEWHERE: Duration = Duration::from_secs(15);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -85,9 +84,9 @@ async fn read_within_memory(
     }
 }
 
-/// Reads the log line by line and checks that it is the messages 0 to `count`, each once and in UUID
-/// order, or the other way round. On the embedded map that is the order in which they were posted;
-/// on a cluster a message gets a later UUID when its partition takes none.
+/// Reads the log line by line and checks that it holds the messages 0 to `count`, each once, in ascending
+/// or descending UUID order. On LMDB that is the order of the POSTs; on a cluster a message gets a later
+/// UUID when its partition has no primary.
 fn read_all(
     address: SocketAddr,
     format: &str,
@@ -131,7 +130,7 @@ fn read_all(
         assert_eq!(entry.msg, message(number));
         assert!(
             !std::mem::replace(&mut is_seen[number], true),
-            "{number} is there twice"
+            "message {number} occurs twice"
         );
         if engine_under_test() == Engine::Lmdb {
             assert_eq!(number, posted);
@@ -149,7 +148,7 @@ fn read_all(
     assert_eq!(tail, expected);
 }
 
-/// Takes 1 KiB a second, and must get it each time.
+/// Reads 1 KiB a second, and must get it each time.
 fn read_slowly(address: SocketAddr) {
     let mut connection = get(address, "/", "application/json");
     let slow_reading = match engine_under_test() {
@@ -177,7 +176,7 @@ fn get(address: SocketAddr, path: &str, accept: &str) -> TcpStream {
     connection
 }
 
-/// The lines of a chunked body; panics unless it ends with its last chunk.
+/// The lines of a chunked body; panics when the body was aborted.
 struct BodyLines {
     reader: BufReader<TcpStream>,
     buffer: Vec<u8>,

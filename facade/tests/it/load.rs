@@ -1,5 +1,4 @@
-//! Messages posted and read without a break while something fails, and what must hold of them
-//! afterwards.
+//! Continuous POSTs and GETs while something fails, and the assertions on their record.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -17,31 +16,32 @@ use crate::system::Merged;
 
 const WRITERS: usize = 64;
 
-/// How long a test waits for POSTs to be answered.
+/// Timeout for POSTs to be answered.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What posters and a reader saw.
+/// The record of the posters and the reader.
 #[derive(Default)]
 pub(crate) struct Record {
     pub(crate) acknowledged: BTreeMap<Uuid, String>,
     pub(crate) failed: Vec<Failed>,
-    /// The longest time in which no GET was answered, and how many were.
+    /// The longest time without an answered GET.
     pub(crate) silence: Duration,
+    /// The number of answered GETs.
     pub(crate) reads: usize,
 }
 
-/// A POST that was not answered with 200.
+/// A POST that did not get a 200.
 #[derive(Debug)]
 pub(crate) struct Failed {
     msg: String,
     began: Instant,
     ended: Instant,
-    /// The UUID under which it may be stored.
+    /// The UUID that the message may be stored under.
     unknown: Option<Uuid>,
     detail: String,
 }
 
-/// Posters, each one message after the other, and a reader, until it is finished.
+/// Posters, each of which sends one message after the other, and a reader.
 pub(crate) struct Load {
     answered: Arc<AtomicU64>,
     is_over: Arc<AtomicBool>,
@@ -50,7 +50,7 @@ pub(crate) struct Load {
 }
 
 impl Load {
-    /// Load on the facade at `url`.
+    /// Puts load on the facade at `url`.
     pub(crate) fn start(http: &Client, url: &str) -> Self {
         let answered = Arc::new(AtomicU64::new(0));
         let is_over = Arc::new(AtomicBool::new(false));
@@ -97,7 +97,7 @@ impl Load {
         }
     }
 
-    /// Waits until so many more POSTs are answered with 200.
+    /// Waits until `more` POSTs got a 200.
     pub(crate) async fn wait_for_more(&self, more: u64) {
         let target = self.answered.load(Ordering::Relaxed) + more;
         let waiting = async {
@@ -162,8 +162,8 @@ async fn read_last(http: &Client, url: &str) -> Option<Uuid> {
 }
 
 impl Record {
-    /// Nothing acknowledged is lost or changed; nothing is there twice, out of order, or that nobody
-    /// posted: what was not acknowledged is there under the UUID that its poster was told, if at all.
+    /// Asserts that no acknowledged message is lost or changed, that none occurs twice or out of order, and
+    /// that every other stored message was posted and has the UUID that its poster was given.
     #[track_caller]
     pub(crate) fn assert_kept(&self, stored: &[Entry]) {
         assert!(stored.is_sorted_by(|left, right| left.uuid < right.uuid));
@@ -176,8 +176,8 @@ impl Record {
         for Entry { uuid, msg } in stored {
             let acknowledged = self.acknowledged.get(uuid).map(String::as_str);
             let posted = acknowledged.or_else(|| unknown.get(uuid).copied());
-            assert_eq!(posted, Some(msg.as_str()), "{uuid} is a phantom");
-            assert!(messages.insert(msg), "{msg} is there twice");
+            assert_eq!(posted, Some(msg.as_str()), "{uuid} was never posted");
+            assert!(messages.insert(msg), "{msg} occurs twice");
         }
     }
 
@@ -200,7 +200,7 @@ impl Record {
         assert!(failed.is_empty(), "failed after the failover: {failed:?}");
     }
 
-    /// How many POSTs failed, the last one of them how long after `fault`.
+    /// The number of POSTs that failed, and the time of the last one after `fault`.
     pub(crate) fn failed_after(&self, fault: Instant, until: Instant) -> String {
         let failed = self.failed.iter();
         let failed: Vec<_> = failed

@@ -2,32 +2,32 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-/// Posters and a reader who record what they saw.
+/// Continuous POSTs and GETs, and their record.
 mod load;
 /// The services as real processes.
 mod processes;
 /// Starts the services in-process, each on a free port.
 mod system;
 
-/// What requests and answers may keep in memory, and uploads when the process stops.
+/// The memory of requests and responses, and uploads when the facade stops.
 mod bounds;
 /// Uploads of many messages.
 mod bulk;
-/// A clock that is wrong.
+/// A facade with a wrong clock.
 mod clock;
-/// Redis servers that die, hang and return while the system is used.
+/// Redis servers that die, hang and return under load.
 mod cluster;
 /// The shipped containers.
 mod compose;
-/// Flags, variables, and the task `healthcheck`.
+/// Flags, environment variables, and the subcommand `healthcheck`.
 mod configuration;
-/// What the exercise asks for, on real processes.
+/// The requirements of the exercise, on real processes.
 mod exercise;
 /// Instances that die, hang and return, as real processes.
 mod failover;
-/// What becomes of messages that are not stored at the first try.
+/// Messages that are not stored at the first try.
 mod fates;
-/// GET: formats, bounds, single entries, what happens when something is away.
+/// GET: formats, bounds, single entries, services that are away.
 mod get;
 /// Paths, methods, request ids, health.
 mod http;
@@ -41,7 +41,7 @@ mod overload;
 mod post;
 /// The scripts that a newcomer runs first.
 mod scripts;
-/// Instances that are sick but answer, proxies, strangers, bursts behind a paused one.
+/// Instances that answer wrongly, proxies, other servers, bursts behind a paused instance.
 mod sick;
 /// Promises 1 to 4 and 6 to 8 on a simulated network and clock, for many seeds.
 mod simulated;

@@ -1,5 +1,5 @@
-//! More messages than the instances can store, on tokio's paused clock: what the facade sends them
-//! stays close to what it accepts, and they stay busy with work that counts.
+//! More messages than the instances can store, on tokio's paused clock: the facade sends little more than
+//! it accepts, and the instances spend their time on messages that are acknowledged.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,19 +27,19 @@ use uuid::Uuid;
 
 const INSTANCES: u32 = 3;
 
-/// What one instance needs for an entry.
+/// The time that an instance needs for an entry.
 const COST: Duration = Duration::from_millis(4);
 
-/// As the facade's clients wait for an instance by default.
+/// The default `--try-timeout` of the facade.
 const TRY_TIMEOUT: Duration = Duration::from_secs(1);
 
 const OVERLOAD: u32 = 5;
 
 const LASTS: Duration = Duration::from_secs(30);
 
-/// Five times the capacity for thirty seconds: at most 1.1 entries are sent for each that is
-/// acknowledged, at least 0.8 of what the instances can store is acknowledged, and the rest is turned
-/// away as overload, with certainty.
+/// Five times the capacity for thirty seconds: the facade sends at most 1.1 entries for each acknowledged
+/// one, at least 0.8 of the capacity is acknowledged, and the excess load gets a 503 that says
+/// `"stored":"no"`.
 #[tokio::test(start_paused = true)]
 async fn overload_is_turned_away_and_not_multiplied() {
     let sent = Arc::new(AtomicU64::new(0));

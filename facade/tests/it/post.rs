@@ -77,7 +77,7 @@ async fn every_accepted_shape_is_stored_as_posted() {
 }
 
 #[tokio::test]
-async fn what_nobody_asked_for_is_refused_and_changes_nothing() {
+async fn malformed_posts_are_refused_and_change_nothing() {
     let system = System::start().await;
     let cases: [(&str, &[u8], u16); 34] = [
         (FORM, b"", 400),
@@ -132,7 +132,7 @@ async fn what_nobody_asked_for_is_refused_and_changes_nothing() {
     assert_eq!(system.read("").await.count, 0);
 }
 
-/// A part of a multipart body: its header lines, and its content.
+/// A part of a multipart body: header lines and content.
 fn multipart(parts: &[(&str, &[u8])]) -> Vec<u8> {
     let mut body = Vec::new();
     for (headers, content) in parts {
@@ -144,9 +144,9 @@ fn multipart(parts: &[(&str, &[u8])]) -> Vec<u8> {
     body
 }
 
-/// What `curl -F msg=…` sends: one field, no file.
+/// The form of `curl -F msg=…`: one field, no file.
 #[tokio::test]
-async fn multipart_form_with_the_one_field_is_taken_and_no_other() {
+async fn multipart_form_with_only_msg_is_stored_and_any_other_refused() {
     const MSG: &str = "content-disposition: form-data; name=\"msg\"";
     let system = System::start().await;
     let post = |body: Vec<u8>| {
@@ -196,7 +196,7 @@ async fn multipart_form_with_the_one_field_is_taken_and_no_other() {
     assert_eq!(system.messages().await.len(), 2 * messages.len());
 }
 
-/// The answer to a form or JSON that cannot be taken shows the commands that work.
+/// The answer to a malformed form or JSON shows the commands that work.
 #[tokio::test]
 async fn refused_form_is_answered_with_the_command_that_works() {
     let system = System::start().await;
@@ -244,7 +244,7 @@ async fn largest_message_is_stored_and_one_byte_more_is_413() {
 }
 
 #[tokio::test]
-async fn idempotency_key_becomes_the_uuid_and_repeats_are_duplicates() {
+async fn idempotency_key_becomes_the_uuid_and_retries_are_duplicates() {
     let system = System::start().await;
     let key = Uuid::now_v7();
     let post = |key: String, msg: &'static str| {
@@ -329,7 +329,7 @@ async fn acknowledged_message_is_in_every_get_that_begins_afterwards() {
 }
 
 #[tokio::test]
-async fn too_many_messages_at_once_are_turned_away_quickly() {
+async fn too_many_messages_at_once_get_a_503_quickly() {
     let hanging = serve(Router::new().route("/", axum::routing::post(std::future::pending::<()>)));
     let flags = [
         "--max-message",
@@ -372,12 +372,12 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn no_body_makes_the_rules_panic(body: Vec<u8>, format in any_format()) {
+    fn no_body_makes_the_parser_panic(body: Vec<u8>, format in any_format()) {
         let _ = message(format, body.into(), 1000);
     }
 
     #[test]
-    fn text_is_taken_as_it_is(msg in "(?s).{1,200}") {
+    fn text_is_stored_unchanged(msg in "(?s).{1,200}") {
         let taken = message(BodyFormat::Text, msg.clone().into(), 1000).unwrap();
         prop_assert_eq!(taken, msg);
     }
@@ -401,7 +401,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_accepted_was_in_the_body(body in "(?s)[a-z&=+%0-9{}\":\\\\]{0,30}") {
+    fn accepted_message_was_in_the_body(body in "(?s)[a-z&=+%0-9{}\":\\\\]{0,30}") {
         if let Ok(taken) = message(BodyFormat::Form, body.clone().into(), 1000) {
             let is_plain = !body.contains('=') && taken == body;
             prop_assert!(is_plain || !body.contains('&'), "{} became {}", body, taken);
@@ -427,7 +427,7 @@ fn url_encoded(msg: &str) -> String {
         .to_owned()
 }
 
-/// What GET returns is byte for byte what was posted, in every format that it was posted in.
+/// A GET returns each message byte for byte, for every format of the POST.
 #[test]
 fn posted_messages_come_back_byte_for_byte() {
     let runtime = tokio::runtime::Runtime::new().unwrap();

@@ -11,7 +11,7 @@ use testing::process::{Process, free_address};
 
 use crate::system::{Merged, engine_under_test};
 
-/// All services as processes on one map, of the engine under test unless said otherwise.
+/// All services as processes on one map, by default of the engine under test.
 pub(crate) struct Processes {
     pub(crate) messages: Process,
     pub(crate) logging: Vec<Process>,
@@ -26,7 +26,7 @@ impl Processes {
         Self::start_with(&[])
     }
 
-    /// With further flags for the facade.
+    /// The same with further flags for the facade.
     pub(crate) fn start_with(flags: &[&str]) -> Self {
         let map = engine_under_test().empty_map();
         let system = Self::on_map(&["--map", &map.location], flags);
@@ -36,7 +36,7 @@ impl Processes {
         }
     }
 
-    /// On a map that the test keeps, with flags for logging, which name it, and for the facade.
+    /// The same on a map of the test, with flags for logging, which name the map, and for the facade.
     pub(crate) fn on_map(logging_flags: &[&str], facade_flags: &[&str]) -> Self {
         let messages = Process::start(Command::new(binary("messages")), free_address());
         let start = |_| start_logging(logging_flags, free_address());
@@ -56,20 +56,20 @@ impl Processes {
         }
     }
 
-    /// Ends the facade and starts another one where it was.
+    /// Kills the facade and starts another one on its address.
     pub(crate) fn restart_facade(&mut self, flags: &[&str]) {
         self.facade.kill();
         let address = self.facade.address;
         self.facade = Process::start(self.another_facade(flags), address);
     }
 
-    /// What starts one more facade in front of the same instances.
+    /// A command that starts one more facade in front of the same instances.
     pub(crate) fn another_facade(&self, flags: &[&str]) -> Command {
         let urls: Vec<String> = self.logging.iter().map(Process::url).collect();
         facade(&urls.join(","), &self.messages.url(), flags)
     }
 
-    /// Starts a logging instance again where it was.
+    /// Starts a logging instance again on its address.
     pub(crate) fn restart_logging(&mut self, index: usize) {
         let address = self.logging[index].address;
         let flags: Vec<&str> = self.logging_flags.iter().map(String::as_str).collect();
@@ -98,7 +98,7 @@ impl Processes {
     }
 }
 
-/// A binary of the workspace, beside the facade's; testing the workspace builds them all.
+/// The path of a binary of the workspace; testing the whole workspace builds all of them.
 pub(crate) fn binary(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_facade")).with_file_name(name);
     assert!(

@@ -1,4 +1,4 @@
-//! `scripts/run.sh` as a newcomer uses it, on a network of its own, where its fixed ports are free.
+//! `scripts/run.sh` as a newcomer runs it, in a network namespace, where its fixed ports are free.
 
 use std::path::Path;
 
@@ -6,8 +6,8 @@ use testing::requirements::unshare;
 
 use crate::processes::binary;
 
-/// What the tests' scripts use; each step must succeed. With job control `run.sh` is a process group of
-/// its own, as in a terminal, and takes Ctrl-C.
+/// The functions of the scripts below, in which each step must succeed. With job control `run.sh` is a
+/// process group, as in a terminal, and receives Ctrl-C.
 const PROLOGUE: &str = r#"
 set -euo pipefail -o monitor
 ip link set lo up
@@ -23,8 +23,8 @@ quiet() { for port in 8081 8082 8083 8084 8086 7001 7006; do if listens "$port";
 cd "$folder"
 "#;
 
-/// Runs a script in a network namespace and shows all that was printed when it fails. It is the first
-/// process of a PID namespace, so nothing that it started outlives it.
+/// Runs a script in a network namespace, and shows its output when it fails. The script is the first
+/// process of a PID namespace, so no process that it started outlives it.
 #[track_caller]
 fn run_on_own_network(script: &str) {
     let namespaces = ["--net", "--pid", "--fork", "--kill-child", "--mount-proc"];
@@ -34,10 +34,10 @@ fn run_on_own_network(script: &str) {
     let folder = tempfile::tempdir().unwrap();
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let _they_are_built = ["logging", "messages"].map(binary);
-    // A file, so that the command lines of the services are in no other command line.
+    // A file and not an argument: `pgrep --full` must find the services, and not this shell.
     let file = folder.path().join("script");
     std::fs::write(&file, format!("{PROLOGUE}{script}")).unwrap();
-    // A shell that began with a signal ignored, as what is started with `&` does, cannot trap it.
+    // A shell cannot trap a signal that was ignored when it began, as after `&`.
     let output = bash
         .args(["env", "--default-signal=INT", "bash"])
         .arg(&file)
@@ -56,10 +56,10 @@ fn run_on_own_network(script: &str) {
     );
 }
 
-/// A service that is killed is named with the command that starts it again, which works; all the others
-/// go on. Ctrl-C ends all.
+/// When a service is killed, `run.sh` prints the command that restarts it, and the command works; the other
+/// services keep running. Ctrl-C ends all of them.
 #[test]
-fn run_script_goes_on_when_a_service_is_killed() {
+fn run_script_keeps_running_when_a_service_is_killed() {
     run_on_own_network(
         r#"
 run "map of mine"
@@ -81,7 +81,7 @@ wait_for quiet
     );
 }
 
-/// With a relative folder too, Ctrl-C stops the six servers, and a second start finds the messages.
+/// Ctrl-C stops the six servers, also of a relative folder, and a second start finds the messages.
 #[test]
 fn run_script_stops_the_cluster_that_it_started() {
     run_on_own_network(

@@ -1,5 +1,5 @@
-//! Logging instances that are sick but answer, proxies and strangers at their addresses, and bursts
-//! behind instances that hang.
+//! Logging instances that answer wrongly, proxies and other servers at their addresses, and bursts of
+//! messages behind instances that hang.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -25,8 +25,8 @@ use crate::system::{
     Server, System, at, instances, logging_stub, nobody, problem, serve, serve_instance,
 };
 
-/// One of three instances is paused while nothing is going on, so that nobody has noticed. What a
-/// burst gave it goes to the others.
+/// One of three instances is paused while there is no load, so the facade has not marked it down. The
+/// messages of a burst that it was given go to the others.
 #[tokio::test(flavor = "multi_thread")]
 async fn upload_behind_a_paused_instance_is_stored_whole() {
     const LINES: usize = 6000;
@@ -46,7 +46,7 @@ async fn upload_behind_a_paused_instance_is_stored_whole() {
 #[tokio::test(flavor = "multi_thread")]
 async fn posts_behind_a_paused_instance_are_all_stored() {
     const POSTS: usize = 1500;
-    /// With the facade's side of each, below the 1,024 files that an ordinary user may have open.
+    /// Together with the facade's side of each, fewer than the 1,024 files that an ordinary user may open.
     const CONNECTIONS: usize = 400;
     let system = with_a_paused_instance().await;
     let posts = (0..POSTS).map(|n| {
@@ -64,7 +64,7 @@ async fn posts_behind_a_paused_instance_are_all_stored() {
 
 async fn with_a_paused_instance() -> Processes {
     let system = Processes::start();
-    // Its writer has nothing to do; stopped inside a transaction it would block the others.
+    // Its writer is idle; paused inside a transaction it would block the others.
     let paused = &system.logging[1];
     let ready = system.http.get(format!("{}/readyz", paused.url())).send();
     assert_eq!(ready.await.unwrap().status(), 200);
@@ -72,10 +72,10 @@ async fn with_a_paused_instance() -> Processes {
     system
 }
 
-/// Beside two that are well: one whose POSTs hang though `/livez` answers, one that accepts and
-/// closes, and ones that answer 500 and 404.
+/// Beside two healthy instances: one whose POSTs hang while `/livez` answers, one that accepts connections
+/// and closes them, and ones that answer 500 and 404.
 #[tokio::test(flavor = "multi_thread")]
-async fn sick_instance_that_answers_costs_no_post() {
+async fn no_post_fails_because_of_a_broken_instance_that_answers() {
     const POSTS: usize = 600;
     let sick = [
         ("hangs", hanging_but_live()),
@@ -127,7 +127,7 @@ async fn closing() -> Server {
     at(address)
 }
 
-/// An instance is back when it answers a batch, not when `/livez` answers.
+/// An instance is readmitted when it answers a batch, not when `/livez` answers.
 #[tokio::test(flavor = "multi_thread")]
 async fn instance_is_readmitted_when_it_stores_again() {
     let is_sick = Arc::new(AtomicBool::new(true));
@@ -158,15 +158,15 @@ async fn instance_is_readmitted_when_it_stores_again() {
         }
     };
     let waited = tokio::time::timeout(Duration::from_secs(30), trying).await;
-    waited.expect("the instance that is sick gets trials");
+    waited.expect("the instance that is down gets trials");
     is_sick.store(false, Ordering::Relaxed);
     let waiting = async { while !is_from_moody().await {} };
     let waited = tokio::time::timeout(Duration::from_secs(30), waiting).await;
-    waited.expect("the instance that is well again gets messages");
+    waited.expect("the readmitted instance gets messages");
 }
 
-/// Forwards requests to the instance at `url`, and then, where `spoil` says so, answers with its
-/// status instead of the instance's answer, as a proxy does that lost patience.
+/// Forwards requests to the instance at `url`; where `spoil` returns a status, it answers with that instead
+/// of the instance's response, as a proxy does after its timeout.
 fn proxy(
     url: String,
     spoil: impl Fn() -> Option<StatusCode> + Clone + Send + Sync + 'static,
@@ -188,10 +188,10 @@ fn proxy(
     serve(Router::new().fallback(forward))
 }
 
-/// A proxy in front of an instance forwards a batch and then answers 503 itself: the message may be
-/// stored, so it keeps its UUID.
+/// A proxy forwards a batch to an instance and then answers 503 itself: the message may be stored, so it
+/// keeps its UUID.
 #[tokio::test(flavor = "multi_thread")]
-async fn message_is_stored_once_though_a_proxy_answered_503() {
+async fn message_is_stored_once_when_a_proxy_answers_503() {
     for status in [
         StatusCode::SERVICE_UNAVAILABLE,
         StatusCode::TOO_MANY_REQUESTS,
@@ -210,10 +210,10 @@ async fn message_is_stored_once_though_a_proxy_answered_503() {
     }
 }
 
-/// An instance dies when all entries that a GET asked for were sent and the end line was not: the next
-/// one says whether there are more.
+/// An instance dies after the last entry that a GET asked for and before the end line: the next instance
+/// tells whether there are more entries.
 #[tokio::test(flavor = "multi_thread")]
-async fn limited_get_that_lost_only_its_end_line_has_its_cursor() {
+async fn limited_get_that_lost_only_its_end_line_keeps_its_cursor() {
     let (logging, map) = instances(1).await;
     let url = logging[0].url();
     let cuts = Arc::new(AtomicUsize::new(0));
@@ -264,9 +264,9 @@ async fn limited_get_that_lost_only_its_end_line_has_its_cursor() {
     drop(logging);
 }
 
-/// Something else listens at the address of the second instance.
+/// Another server listens on the address of the second instance.
 #[tokio::test(flavor = "multi_thread")]
-async fn stranger_cannot_say_that_a_message_is_not_there() {
+async fn another_server_cannot_claim_that_a_message_is_not_there() {
     for status in [StatusCode::NOT_FOUND, StatusCode::OK] {
         let (mut logging, map) = instances(1).await;
         logging.push(answering(status));
@@ -279,10 +279,10 @@ async fn stranger_cannot_say_that_a_message_is_not_there() {
     }
 }
 
-/// During an upgrade an instance of another version stands beside one of this: it is understood by its
-/// mark, gets no message, and `/readyz` names both versions.
+/// During an upgrade an instance of another version runs beside one of this version: the facade recognizes
+/// it by its mark, sends it no message, and `/readyz` names both versions.
 #[tokio::test(flavor = "multi_thread")]
-async fn instance_of_another_version_is_refused_clearly() {
+async fn instance_of_another_version_gets_no_messages_and_is_reported() {
     for version in [WIRE_VERSION - 1, WIRE_VERSION + 1] {
         let (mut logging, map) = instances(1).await;
         let posts = Arc::new(AtomicUsize::new(0));
@@ -318,9 +318,9 @@ async fn instance_of_another_version_is_refused_clearly() {
     }
 }
 
-/// A second and further instances are asked before the first one has timed out.
+/// The facade asks further instances before the first one has timed out.
 #[tokio::test(flavor = "multi_thread")]
-async fn nine_hanging_instances_of_ten_cost_no_post() {
+async fn no_post_fails_when_nine_of_ten_instances_hang() {
     let (mut logging, map) = instances(1).await;
     logging.extend((0..9).map(|_| hanging_but_live()));
     let system = System::with_instances(logging, map, &[]);
@@ -329,10 +329,9 @@ async fn nine_hanging_instances_of_ten_cost_no_post() {
     assert_eq!(system.read("").await.count, stored as u64);
 }
 
-/// The first try may be executed when the key's time comes, so nobody may be told that nothing was
-/// stored.
+/// The first try may be executed when the key's time comes, so the answer must not be `"stored":"no"`.
 #[tokio::test]
-async fn key_in_the_future_is_unknown_after_a_try_that_was() {
+async fn key_in_the_future_stays_unknown_after_an_unknown_try() {
     let outcomes = [Outcome::unknown("lost"), Outcome::Early];
     let system = System::with_stubs(vec![script(&outcomes)], nobody(), &[]);
     let answer = problem(post_with_key(&system).await, 503).await;
@@ -341,7 +340,7 @@ async fn key_in_the_future_is_unknown_after_a_try_that_was() {
     problem(post_with_key(&system).await, 409).await;
 }
 
-/// `duplicate` tells callers that they repeated a POST, not that the facade did.
+/// `duplicate` tells a caller of its own retries, not of those of the facade.
 #[tokio::test]
 async fn first_post_with_a_key_is_no_duplicate() {
     let outcomes = [Outcome::unknown("lost"), Outcome::Duplicate];
@@ -353,7 +352,7 @@ async fn first_post_with_a_key_is_no_duplicate() {
     assert_eq!(answer["duplicate"], true, "{answer}");
 }
 
-/// An instance that answers one entry after the other with these outcomes.
+/// An instance that returns these outcomes, one for each entry.
 fn script(outcomes: &[Outcome]) -> Server {
     let outcomes = outcomes.to_vec();
     let next = Arc::new(AtomicUsize::new(0));
@@ -366,8 +365,8 @@ async fn post_with_key(system: &System) -> reqwest::Response {
     request.send().await.unwrap()
 }
 
-/// Readiness is what an instance can do now: that instances are alive is not enough. The first that
-/// is ready decides, however long others hang.
+/// The facade is ready when one instance can store now; instances that are only alive are not enough. The
+/// first one that is ready decides, however long others hang.
 #[tokio::test]
 async fn facade_is_ready_when_one_instance_can_store() {
     let unready = || {
@@ -410,8 +409,8 @@ async fn get_waits_for_an_instance_that_hangs() {
     assert_eq!(system.read("").await.count, 1);
 }
 
-/// The folder is deleted under running instances and one of them starts again, on a new map: GETs
-/// go on with the map that the facade began with, and readiness says what is wrong.
+/// The folder of running instances is deleted, and one of them restarts on a new map: GETs keep reading the
+/// map that the facade began with, and `/readyz` names the problem.
 #[tokio::test(flavor = "multi_thread")]
 async fn facade_serves_the_map_that_it_began_with() {
     let folder = tempfile::tempdir().unwrap();
@@ -434,13 +433,13 @@ async fn facade_serves_the_map_that_it_began_with() {
         readiness.contains("this facade serves the map"),
         "{readiness}"
     );
-    // The others' folder is gone, so nothing may be stored, and not on the other map either.
+    // The folder of the others is deleted, so no message may be stored in it, nor in the other map.
     problem(system.post("lost").await, 503).await;
     assert_eq!(system.read_all().await.len(), 20);
 }
 
-/// A facade that begins in front of two maps serves none, and says so; when one of them is gone,
-/// it serves the other.
+/// A facade that begins in front of two maps serves neither and reports this; when one of them is gone, it
+/// serves the other.
 #[tokio::test(flavor = "multi_thread")]
 async fn facade_that_begins_with_two_maps_serves_neither() {
     let folder = tempfile::tempdir().unwrap();
@@ -473,9 +472,9 @@ async fn facade_that_begins_with_two_maps_serves_neither() {
     assert_eq!(post().await.status(), 200);
 }
 
-/// An instance that answers a batch without end is cut off.
+/// The facade cuts the connection of an instance whose response to a batch does not end.
 #[tokio::test(flavor = "multi_thread")]
-async fn endless_answer_does_not_fill_the_memory() {
+async fn endless_response_does_not_fill_the_memory() {
     const GROWTH_KIB: u64 = 64 * 1024;
     let flood = async |batch: String| {
         let piece = bytes::Bytes::from(vec![b' '; 1 << 20]);

@@ -2,10 +2,10 @@
 //! requests and answers, late execution, and instances that are dead, hang, close connections or
 //! answer wrongly for some time. Each seed is one run that can be repeated.
 //!
-//! Checked for each: what is told of a message is true (promises 1 and 3), what was acknowledged is
-//! in every later read (promise 2) and one entry however often it is repeated (promise 3), order
-//! (promise 4), a body that ends properly is complete (promise 6), and while one instance is well
-//! nothing fails (promise 7), and every call ends in its time (promise 8).
+//! Each run checks that the answer about a message is true (promises 1 and 3), that an acknowledged message
+//! is in every later read (promise 2) and one entry however often it is retried (promise 3), the order
+//! (promise 4), that a body which ends properly is complete (promise 6), that nothing fails while one
+//! instance is healthy (promise 7), and that every call ends in time (promise 8).
 
 mod network;
 
@@ -37,10 +37,10 @@ const SEEDS: u64 = 1000;
 /// twenty pages far less than the read deadline for each.
 const LONGEST_CALL: Duration = Duration::from_secs(120);
 
-/// How far ahead of the clock some keys are: the map does not take them yet.
+/// How far ahead of the clock some keys are; the map does not accept them yet.
 const FUTURE: Duration = Duration::from_millis(2500);
 
-/// By then the last request that was delayed on its way has been executed.
+/// After this time every delayed request has been executed.
 const ALL_IS_OVER: Duration = Duration::from_secs(60);
 
 #[test]
@@ -62,12 +62,15 @@ fn promises_hold_on_a_simulated_network() {
     );
     assert!(
         total.uncertain > 0 && total.cut_reads > 0,
-        "too kind a network: {total:?}"
+        "the network had too few faults to prove anything: {total:?}"
     );
-    assert!(total.faults > 10 * SEEDS, "too kind a network: {total:?}");
+    assert!(
+        total.faults > 10 * SEEDS,
+        "the network had too few faults to prove anything: {total:?}"
+    );
 }
 
-/// What happened, so that a run in which nothing happened is noticed.
+/// Counts of events, so that runs without faults are noticed.
 #[derive(Debug, Default)]
 struct Tally {
     stored: u64,
@@ -131,14 +134,14 @@ async fn run(seed: u64) -> Tally {
     record.tally(network.faults)
 }
 
-/// What the callers know: what was told of each message, and how many reads were whole or cut.
+/// The record of the callers: the answer about each message, and the number of whole and aborted reads.
 #[derive(Default)]
 struct Record {
     fates: HashMap<String, Fate>,
     reads: [u64; 2],
 }
 
-/// What a caller was told about its message.
+/// The answer to the caller about its message.
 #[derive(Clone, Copy, Debug)]
 enum Fate {
     Asked,
@@ -148,7 +151,7 @@ enum Fate {
 }
 
 impl Record {
-    /// Every message became what its caller was told.
+    /// Asserts that the answer about every message is true.
     fn check_fates(&self, map: &BTreeMap<Uuid, String>, seed: u64) {
         let mut found: HashMap<&str, Vec<Uuid>> = HashMap::new();
         for (uuid, msg) in map {
@@ -191,7 +194,7 @@ fn never_will_be(answer: &Value) -> bool {
     detail.contains("was not stored and never will be")
 }
 
-/// Those who post and read, and remember what they were told.
+/// The callers, which post and read and record the answers.
 struct Caller {
     app: App,
     seed: u64,
@@ -238,8 +241,8 @@ impl Caller {
         (status == 200).then_some(uuid)
     }
 
-    /// Posts under a key until it is told for good what became of the message, as a careful caller
-    /// does. Some keys are ahead of their time.
+    /// Posts under a key until the answer is final, as a careful caller does. Some keys are in the
+    /// future.
     async fn post_with_key(&self, msg: &str) {
         let is_future = self.network.lock().unwrap().random.random_range(0..4) == 0;
         let key = match is_future {
@@ -254,7 +257,7 @@ impl Caller {
                 let is_first = answer.get("duplicate").is_none();
                 assert!(
                     is_first,
-                    "seed {}: the facade's own repeat is shown",
+                    "seed {}: the facade's own retry is reported as a duplicate",
                     self.seed
                 );
             }
@@ -286,7 +289,7 @@ impl Caller {
         (status, serde_json::from_slice(&body.unwrap()).unwrap())
     }
 
-    /// While one instance is well, nothing fails.
+    /// Nothing fails while one instance is healthy.
     #[track_caller]
     fn assert_served(&self, is_served: bool, answer: &Value) {
         assert!(
@@ -360,7 +363,7 @@ impl Caller {
         }
     }
 
-    /// An acknowledged message is found under its UUID; it is never said not to be there.
+    /// An acknowledged message is found under its UUID and never gets a 404.
     async fn look_up(&self, acknowledged: &[(Uuid, String)]) {
         let Some((uuid, msg)) = acknowledged.last() else {
             return;
@@ -378,7 +381,7 @@ impl Caller {
         }
     }
 
-    /// A body that ended properly has everything that was acknowledged before, once, in order.
+    /// A body that ended properly has every message that was acknowledged before, once, in order.
     fn check_body(&self, body: &[u8], order: Order, acknowledged: &[(Uuid, String)]) {
         let text = std::str::from_utf8(body).unwrap();
         let mut lines: Vec<&str> = text.lines().collect();
@@ -419,7 +422,7 @@ impl Caller {
             .insert(msg.to_owned(), fate);
     }
 
-    /// The status, and the body unless it broke off.
+    /// The status, and the body unless it was aborted.
     async fn send(&self, request: Request<Body>) -> (u16, Option<Vec<u8>>) {
         let sending = async {
             let response = router(self.app.clone()).oneshot(request).await.unwrap();

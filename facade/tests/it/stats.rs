@@ -1,4 +1,4 @@
-//! Statistics, held to what was stored and read: `GET /stats` of the facade.
+//! `GET /stats` of the facade, compared with the entries that were stored and read.
 
 use serde_json::{Value, json};
 use testing::engine::Engine;
@@ -38,9 +38,9 @@ fn sum(rows: &Value, column: &str) -> u64 {
     rows.map(|row| row[column].as_u64().unwrap()).sum()
 }
 
-/// Entries are stored through all instances, some twice, while one of them is killed and started again.
+/// Entries are stored through all instances, some twice, while one of them is killed and restarted.
 #[tokio::test(flavor = "multi_thread")]
-async fn totals_are_what_is_stored_and_read() {
+async fn totals_equal_the_entries_stored_and_read() {
     let mut system = Processes::start();
     let empty = stats(&system).await;
     assert_eq!(empty["map"]["total"]["entries"], 0);
@@ -131,7 +131,7 @@ async fn instances_have_their_shares_and_outcomes() {
     system.logging[1].kill();
     assert_eq!(system.read_all().await.len(), 98);
     let name = system.logging[1].address.to_string();
-    // What finds out that an instance is down is work.
+    // An instance is marked down by a request that fails.
     for n in 0..30 {
         assert_eq!(system.post(&n.to_string()).await.status(), 200);
     }
@@ -145,7 +145,7 @@ async fn instances_have_their_shares_and_outcomes() {
     assert_eq!(down["map"]["total"]["entries"], 128);
 }
 
-/// A replica and a primary that are paused are rows that say so; the rest is counted.
+/// A paused replica and a paused primary have rows with `"up":false`; the other rows keep their numbers.
 #[tokio::test(flavor = "multi_thread")]
 async fn member_that_hangs_is_a_row_without_numbers() {
     let cluster = RedisCluster::start();

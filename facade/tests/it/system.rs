@@ -1,8 +1,8 @@
-//! The whole system in one process: messages, three logging instances over one map, and the facade,
-//! each on a free port. Everything ends when it is dropped.
+//! The whole system in one process: messages, three logging instances over one map, and the facade, each
+//! on a free port. Dropping it ends everything.
 //!
-//! The map is of the engine that `TEST_ENGINE` names: `lmdb`, which is the default, `redis` for one
-//! server, or `cluster` for a Redis Cluster.
+//! `TEST_ENGINE` names the engine of the map: `lmdb`, the default, `redis` for one server, or `cluster` for
+//! a Redis Cluster.
 
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ use uuid::Uuid;
 /// Seed of the random choice of instances, so that a failing run can be repeated.
 const SEED: u64 = 8086;
 
-/// As in production, but bodies may not stall for longer than a test waits.
+/// The defaults, but with a body timeout that a test can wait for.
 const LIMITS: Timeouts = Timeouts {
     head: Duration::from_secs(30),
     body: Duration::from_secs(3),
@@ -53,7 +53,7 @@ pub(crate) struct System {
     pub(crate) url: String,
     /// `HOST:PORT` of each logging instance.
     pub(crate) logging: Vec<String>,
-    /// Cancelled to make the facade believe that it is stopping.
+    /// Cancelling it makes the facade stop.
     pub(crate) stop: CancellationToken,
     _servers: Vec<DropGuard>,
     _map: Option<EmptyMap>,
@@ -83,23 +83,23 @@ impl System {
         Self::with_services(logging, messages, Some(map), flags)
     }
 
-    /// A system on an empty map whose facade makes UUIDs like this.
+    /// A system on an empty map whose facade generates its UUIDs with `identifiers`.
     pub(crate) async fn start_with_identifiers(identifiers: Identifiers) -> Self {
         let (logging, map) = instances(3).await;
         Self::with_parts(logging, nobody(), Some(map), &[], identifiers)
     }
 
-    /// A facade in front of instances of which some may be the test's own.
+    /// A facade in front of instances, some of which may be stubs of the test.
     pub(crate) fn with_instances(logging: Vec<Server>, map: EmptyMap, flags: &[&str]) -> Self {
         Self::with_services(logging, nobody(), Some(map), flags)
     }
 
-    /// A facade in front of logging services and a messages service of the test's own.
+    /// A facade in front of stubs of the test.
     pub(crate) fn with_stubs(logging: Vec<Server>, messages: Server, flags: &[&str]) -> Self {
         Self::with_services(logging, messages, None, flags)
     }
 
-    /// A facade of this process, with its fixed seed, in front of services that are processes.
+    /// A facade in this process, with a fixed seed, in front of services that are processes.
     pub(crate) fn in_front_of(logging: &[Process], messages: &Process) -> Self {
         let elsewhere = |process: &Process| at(process.address.to_string());
         let logging = logging.iter().map(elsewhere).collect();
@@ -231,7 +231,7 @@ pub(crate) fn serve(router: Router) -> Server {
     }
 }
 
-/// A logging service that answers each entry as the test says.
+/// A logging service that returns an outcome of the test for each entry.
 pub(crate) fn logging_stub(
     answer: impl Fn(&PutEntry) -> Outcome + Clone + Send + Sync + 'static,
 ) -> Server {
@@ -245,7 +245,7 @@ pub(crate) fn logging_stub(
     serve_instance(Router::new().route("/", routing::post(put)))
 }
 
-/// Serves what is to pass for a logging instance: each answer bears the mark.
+/// Serves a stub as a logging instance: each response bears the mark.
 pub(crate) fn serve_instance(router: Router) -> Server {
     let mark = async |mut response: axum::response::Response| {
         let mark = Mark { map: None }.to_string().parse().unwrap();
@@ -255,12 +255,12 @@ pub(crate) fn serve_instance(router: Router) -> Server {
     serve(router.layer(axum::middleware::map_response(mark)))
 }
 
-/// The address of a server that is not there.
+/// A free address, on which no server listens.
 pub(crate) fn nobody() -> Server {
     at(free_address().to_string())
 }
 
-/// A server that the test looks after itself.
+/// A server that runs elsewhere.
 pub(crate) fn at(address: String) -> Server {
     Server {
         address,
@@ -268,7 +268,7 @@ pub(crate) fn at(address: String) -> Server {
     }
 }
 
-/// Asserts that an answer is a problem of this status with a detail, and returns it.
+/// Asserts that a response is a problem of this status with a detail, and returns its body.
 #[track_caller]
 pub(crate) fn problem(response: Response, status: u16) -> impl Future<Output = serde_json::Value> {
     assert_eq!(response.status(), status);

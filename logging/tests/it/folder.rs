@@ -1,5 +1,5 @@
-//! The folder of an LMDB map that several processes share: who may not, what a deleted one does, and
-//! readers that die or do not end.
+//! The folder of an LMDB map, which several processes share: processes that must be refused, a folder that
+//! is deleted, and readers that die or do not end.
 
 use std::path::Path;
 use std::process::Command;
@@ -14,7 +14,7 @@ use testing::requirements::unshare;
 
 use crate::processes::{LOGGING, all, entry, location, logging, put, put_one};
 
-/// A folder that is shared between two containers would be damaged, so the second one is told.
+/// Two containers would damage a folder that they share, so the second one is refused with the reason.
 #[test]
 fn second_pid_namespace_is_refused() {
     let namespaces = ["--pid", "--fork", "--mount-proc"];
@@ -29,8 +29,7 @@ fn second_pid_namespace_is_refused() {
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// Every machine's first PID namespace has the same number, so a folder that two machines share is
-/// told by the boot.
+/// The first PID namespace has the same number on every machine, so the boot id tells two machines apart.
 #[test]
 fn second_machine_is_refused() {
     let folder = tempfile::tempdir().unwrap();
@@ -49,7 +48,7 @@ fn second_machine_is_refused() {
     assert!(reason.contains("on another machine"));
 }
 
-/// Why a second instance on the folder ends at once, when this command starts it.
+/// The error of a second instance on the folder, which `command` starts and which must end at once.
 #[track_caller]
 fn refused_second(mut command: Command, folder: &Path) -> String {
     command.args([LOGGING, "--map"]).arg(location(folder));
@@ -58,17 +57,17 @@ fn refused_second(mut command: Command, folder: &Path) -> String {
     one_line(&output)
 }
 
-/// The mark of an instance's answers, which names its map.
+/// The mark of an instance's responses, which names its map.
 async fn mark(http: &Client, url: &str) -> Mark {
     let response = http.get(format!("{url}/livez")).send().await.unwrap();
     let mark = response.headers()[MARK].to_str().unwrap();
     mark.parse().unwrap()
 }
 
-/// The files of a deleted folder go on existing for the instances that have them open, but not for
-/// one that starts later: that one has another map.
+/// The files of a deleted folder still exist for the instances that have them open. An instance that starts
+/// later has another map.
 #[tokio::test]
-async fn deleted_folder_takes_no_entries_and_its_successor_is_another_map() {
+async fn deleted_folder_refuses_entries_and_its_successor_is_another_map() {
     let folder = tempfile::tempdir().unwrap();
     let http = Client::new();
     let start = || {
@@ -100,13 +99,13 @@ async fn deleted_folder_takes_no_entries_and_its_successor_is_another_map() {
     assert!(successor.is_some() && successor != map, "{successor:?}");
 }
 
-/// Readers that were killed in the middle of a page would keep pages from being reused for ever.
+/// Readers that were killed in the middle of a read would prevent the reuse of pages for ever.
 #[tokio::test(flavor = "multi_thread")]
 async fn readers_of_killed_processes_are_cleared() {
     let folder = tempfile::tempdir().unwrap();
     let http = Client::new();
     let entries: Vec<Entry> = (0..500).map(|_| entry(&"x".repeat(2000))).collect();
-    // While another process is there, LMDB keeps its table of readers.
+    // LMDB keeps its table of readers while another process has it open.
     let _witness = Process::start(logging(folder.path()), free_address());
     for _ in 0..100 {
         let mut process = Process::start(logging(folder.path()), free_address());
@@ -132,11 +131,11 @@ async fn readers_of_killed_processes_are_cleared() {
     panic!("no reader was found stale in 100 kills");
 }
 
-/// A process that is paused in the middle of a read keeps LMDB from reusing pages: the others name it,
-/// until it goes on.
+/// A process that is paused in the middle of a read prevents LMDB from reusing pages: the others report it
+/// until it resumes.
 #[tokio::test(flavor = "multi_thread")]
-async fn process_paused_inside_a_read_is_named() {
-    /// Long enough for a read to be found to take too long.
+async fn process_paused_inside_a_read_is_reported() {
+    /// Longer than the time after which a read is reported.
     const SWEEPS: Duration = Duration::from_secs(7);
     let folder = tempfile::tempdir().unwrap();
     let http = Client::new();

@@ -226,7 +226,7 @@ async fn single_entries_are_found_by_uuid() {
     assert_eq!(instance.get("/hello").await.status(), StatusCode::NOT_FOUND);
 }
 
-/// Who posts a message to a logging instance by hand is sent to the facade.
+/// The answer to a message that was posted to a logging instance by hand names the facade.
 #[tokio::test]
 async fn message_that_was_meant_for_the_facade_is_answered_with_a_hint() {
     let instance = Instance::start();
@@ -242,7 +242,7 @@ async fn message_that_was_meant_for_the_facade_is_answered_with_a_hint() {
 }
 
 #[tokio::test]
-async fn readiness_ends_when_the_process_is_told_to_stop() {
+async fn stopping_instance_is_not_ready() {
     let instance = Instance::start();
     assert_eq!(instance.text("/livez").await, "alive\n");
     assert_eq!(instance.text("/readyz").await, "{\"status\":\"ready\"}\n");

@@ -1,5 +1,5 @@
-//! Processes on one LMDB folder that are killed while entries are put: nothing acknowledged is lost,
-//! and whoever is left goes on.
+//! Processes on one LMDB folder that are killed while entries are put: no acknowledged entry is lost, and
+//! the remaining processes keep storing.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -37,11 +37,11 @@ async fn acknowledged_entries_survive_kills_of_random_processes() {
     );
 }
 
-/// Two of three processes are killed at once, again and again: the third goes on each time, also
-/// when it was waiting for its turn behind both.
+/// Two of three processes are killed at once, repeatedly: each time the third keeps storing, also when it
+/// was waiting for its turn behind both.
 #[tokio::test(flavor = "multi_thread")]
-async fn survivor_goes_on_when_the_others_are_killed_at_once() {
-    /// More than the eight writers can have under way, so the survivor has stored some of them.
+async fn survivor_keeps_storing_when_the_others_are_killed_at_once() {
+    /// More entries than the eight writers can have in flight, so the survivor has stored some of them.
     const MORE: usize = 100;
     let kills = kill_under_load(Duration::from_secs(15), |processes, _, recorder| {
         let survivor = random_below(processes.len());
@@ -69,9 +69,9 @@ fn random_below(count: usize) -> usize {
     Uuid::new_v4().as_u128() as usize % count
 }
 
-/// Runs three processes on one folder under load. `kill`, which gets them, the number of kills so
-/// far and what was stored, kills some of them and says which; they are started again. At the end
-/// every process must have all that was acknowledged, once and in order. Returns the number of
+/// Runs three processes on one folder under load. `kill` gets the processes, the number of kills so far and
+/// the number of stored entries; it kills some processes and returns their indexes, and they are restarted.
+/// At the end every process must have every acknowledged entry, once and in order. Returns the number of
 /// kills.
 async fn kill_under_load(
     length: Duration,
@@ -144,8 +144,8 @@ async fn kill_under_load(
     kills
 }
 
-/// Who waits for a turn to write waits for the lock of a file, which the kernel hands on however
-/// its holder ends, and not for LMDB's own, whose wake-up can be lost.
+/// A writer waits for its turn at the lock of a file, which the kernel passes on however its holder ends,
+/// and not at LMDB's own lock, whose wake-up can be lost.
 #[tokio::test]
 async fn turn_to_write_is_the_lock_of_a_file() {
     let folder = tempfile::tempdir().unwrap();
@@ -168,7 +168,7 @@ struct Recorder {
     acknowledged: Vec<Uuid>,
 }
 
-/// Posts batches to random instances; repeats each until it is acknowledged, wherever that is.
+/// Posts batches to random instances and retries each until an instance acknowledges it.
 async fn write_until_over(
     writer: usize,
     urls: Vec<String>,

@@ -8,15 +8,15 @@ mod folder;
 mod http;
 /// Processes that are killed under load.
 mod kills;
-/// What every engine of the map promises, and the suite that holds it to that.
+/// The contract of the map, as one suite for every engine.
 mod map;
 /// Real processes: full and failing disks, the log, the command line.
 mod processes;
-/// What only a map on Redis can do wrong: servers that are away, logins, replicas, moving slots.
+/// The failures of a map on Redis: servers that are away, logins, replicas, failovers.
 mod redis;
 /// Slots of a Redis Cluster that move while the map is used.
 mod slots;
-/// The tasks `export` and `import`.
+/// The subcommands `export` and `import`.
 mod transfer;
-/// Which Redis servers are the map, and which could lose it.
+/// Redis servers that are refused or warned about as the map.
 mod which_servers;

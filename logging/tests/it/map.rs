@@ -1,5 +1,5 @@
-//! One contract for every engine. An engine is put through the suite by naming it in [`ENGINES`];
-//! what only one engine can do wrong follows after the suite.
+//! The contract of the map, as one suite for every engine in [`ENGINES`]. The tests of a single engine
+//! follow after the suite.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
@@ -49,8 +49,8 @@ fn options() -> Options {
     }
 }
 
-/// Opens a map and waits until it is ready. One of LMDB can be opened again only when its last
-/// user, the writer thread, is gone.
+/// Opens a map and waits until it is ready. An LMDB map can be opened again only after its writer thread has
+/// ended.
 async fn open_ready(location: &Location, options: Options) -> Arc<dyn DistributedMap> {
     let map = loop {
         match open(location, options.clone()) {
@@ -241,9 +241,9 @@ async fn entries_survive_a_restart() {
     }
 }
 
-/// Made once, kept over restarts, no entry, and another one in another map.
+/// The id is generated once, survives restarts, and is not an entry.
 #[tokio::test]
-async fn map_has_an_id_that_outlives_its_instances() {
+async fn id_of_a_map_outlives_its_instances_and_differs_from_other_maps() {
     for engine in ENGINES {
         let mut ids = Vec::new();
         for _ in 0..2 {
@@ -252,7 +252,7 @@ async fn map_has_an_id_that_outlives_its_instances() {
                 location,
                 _keeper,
             } = Subject::of(engine).await;
-            let id = map.id().expect("a map that is ready has an id");
+            let id = map.id().expect("a ready map has an id");
             assert_eq!(map.last().await.unwrap(), None);
             assert_eq!(all(&map).await, []);
             let stored = [entry("first")];
@@ -312,8 +312,8 @@ async fn piece_is_cut_in_bytes_but_holds_one_entry() {
     }
 }
 
-/// Any bounds, any size of pieces, both orders: a cursor gives what a sorted map in memory gives, and so
-/// does one that goes on from an entry in the middle.
+/// For any bounds, any size of pieces and both orders, a cursor returns the same entries as a sorted map in
+/// memory; so does a cursor that continues from an entry in the middle.
 #[test]
 fn reads_match_a_model() {
     const ENTRIES: usize = 30;
@@ -357,8 +357,8 @@ fn reads_match_a_model() {
     }
 }
 
-/// Entries of all sizes, crowded in time and not, spread over partitions and not, come back in
-/// pieces: each once, in order.
+/// Entries of all sizes, dense and sparse in time, in one partition and in all, are read in pieces: each once,
+/// in order.
 #[tokio::test]
 async fn uneven_entries_are_read_whole_in_pieces() {
     const ONE_PARTITION: u32 = 7;
@@ -436,7 +436,7 @@ fn expected(model: &BTreeMap<Uuid, String>, bounds: Bounds) -> Vec<Entry> {
     }
 }
 
-/// Whatever text is put comes back byte for byte.
+/// Any text is read back byte for byte.
 #[test]
 fn messages_are_kept_byte_for_byte() {
     let runtime = tokio::runtime::Runtime::new().unwrap();

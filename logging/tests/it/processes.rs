@@ -46,7 +46,7 @@ pub(crate) async fn put_one(http: &Client, url: &str, entry: &Entry) -> Outcome 
     outcomes.into_iter().next().unwrap()
 }
 
-/// All entries of an instance; panics unless the answer is complete.
+/// All entries of an instance; panics unless the stream is complete.
 pub(crate) async fn all(http: &Client, url: &str) -> Vec<Entry> {
     let text = http.get(url).send().await.unwrap().text().await.unwrap();
     let mut lines: Vec<&str> = text.lines().collect();
@@ -58,7 +58,7 @@ pub(crate) async fn all(http: &Client, url: &str) -> Vec<Entry> {
         .collect()
 }
 
-/// Refused when the disk is full, readable meanwhile, and working again with space.
+/// On a full disk entries are refused and the map stays readable; with space entries are stored again.
 #[tokio::test]
 async fn full_disk_refuses_and_recovers() {
     let folder = tempfile::tempdir().unwrap();
@@ -77,7 +77,7 @@ async fn full_disk_refuses_and_recovers() {
         }
         assert!(
             stored.len() < 64,
-            "more is said to be stored than the disk can hold"
+            "more entries are acknowledged than the disk can hold"
         );
     };
     assert_eq!(
@@ -87,15 +87,15 @@ async fn full_disk_refuses_and_recovers() {
     assert!(!stored.is_empty());
     assert_eq!(all(&http, &url).await, stored);
 
-    disk.make_room();
+    disk.free_space();
     let entry = entry(&"y".repeat(64 * 1024));
     assert_eq!(put_one(&http, &url, &entry).await, Outcome::Stored);
     stored.push(entry);
     assert_eq!(all(&http, &url).await, stored);
 }
 
-/// The disk fails when the second entry's transaction is synced, before LMDB writes its meta page: it
-/// certainly did not happen. (The first sync of all is that of the map's id.)
+/// The disk fails when the second entry's transaction is synced, before LMDB writes its meta page: the entry
+/// is certainly not stored. (The very first sync is that of the map's id.)
 #[tokio::test]
 async fn failed_sync_is_refused_and_not_stored() {
     let Some(outcome) = outcome_with_fault("fdatasync:error=EIO:when=3").await else {
@@ -108,7 +108,7 @@ async fn failed_sync_is_refused_and_not_stored() {
     assert!(!outcome.is_second_stored);
 }
 
-/// The disk fails when the second entry's meta page is written: nobody can tell.
+/// The disk fails when the second entry's meta page is written: the entry may or may not be stored.
 #[tokio::test]
 async fn failed_meta_page_is_unknown_and_the_map_is_opened_again() {
     let Some(outcome) = outcome_with_fault("pwrite64:error=EIO:when=4").await else {
@@ -132,9 +132,8 @@ struct FaultOutcome {
     is_second_stored: bool,
 }
 
-/// Puts three entries, the second while a system call of the writer thread fails; the first and
-/// the third must be stored, and still be after a restart. `None` where nobody may trace: the test is
-/// skipped.
+/// Puts three entries, the second while a system call of the writer thread fails; the first and the third
+/// must be stored, also after a restart. `None` where processes cannot be traced: the test is skipped.
 async fn outcome_with_fault(fault: &str) -> Option<FaultOutcome> {
     let trial = trial_run(Command::new("strace").args(["--output=/dev/null", "true"]));
     if let Err(why) = trial {
@@ -155,7 +154,7 @@ async fn outcome_with_fault(fault: &str) -> Option<FaultOutcome> {
     let mut process = Process::start(command, free_address());
     let http = Client::new();
     let url = process.url();
-    // The map's id is committed by itself only if nothing else is there to be.
+    // The map's id has a transaction of its own only when no entry is queued.
     while mark_of(&http, &url).await.map.is_none() {
         tokio::time::sleep(LOOK_AGAIN).await;
     }
@@ -176,7 +175,7 @@ async fn outcome_with_fault(fault: &str) -> Option<FaultOutcome> {
     })
 }
 
-/// Each acknowledged entry is one line of the log, whatever the message contains.
+/// Each acknowledged entry is one log line, for any message.
 #[tokio::test]
 async fn acknowledged_entries_are_one_log_line_each() {
     let folder = tempfile::tempdir().unwrap();
@@ -224,7 +223,7 @@ fn entry_of_1970() -> Entry {
 }
 
 #[test]
-fn taken_port_is_named() {
+fn taken_port_is_reported() {
     let folder = tempfile::tempdir().unwrap();
     let first = Process::start(logging(folder.path()), free_address());
     let address = first.address.to_string();
@@ -240,10 +239,10 @@ fn taken_port_is_named() {
     );
 }
 
-/// An ordinary user may not listen on a low port: here the root of a user namespace, who has no rights
-/// outside.
+/// An ordinary user may not listen on a port below 1024. Here it is the root of a user namespace, which has
+/// no privileges outside of it.
 #[test]
-fn port_of_root_is_refused_with_the_reason() {
+fn port_below_1024_is_reported_with_the_reason() {
     let folder = tempfile::tempdir().unwrap();
     let namespaces = ["--user", "--map-root-user"];
     let Some(mut unshare) = unshare(&namespaces, &["true"]) else {
@@ -291,9 +290,9 @@ fn wrong_configuration_is_one_line_and_exit_code_2() {
     }
 }
 
-/// Whatever of the map's location cannot be read, and however it was given: no password is shown.
+/// An error about a malformed `--map` never shows the password, whether it came from a flag or a variable.
 #[test]
-fn wrong_configuration_shows_no_password() {
+fn error_about_the_map_shows_no_password() {
     let locations = [
         "redis:user:secret@host",
         "redis:/user:secret@host",
@@ -327,7 +326,7 @@ fn wrong_configuration_shows_no_password() {
 }
 
 #[test]
-fn help_names_each_flag_with_its_environment_twin() {
+fn help_names_each_flag_with_its_environment_variable() {
     let flags = [
         ("--listen", "LOGGING_LISTEN", "127.0.0.1:8082"),
         ("--map", "LOGGING_MAP", "lmdb:data/map"),
@@ -344,9 +343,9 @@ fn help_names_each_flag_with_its_environment_twin() {
     assert_help(Path::new(LOGGING), &flags);
 }
 
-/// An instance that is told to stop ends with code 0 and leaves the map to the others.
+/// A stopping instance ends with code 0, and the other instances keep using the map.
 #[tokio::test]
-async fn told_to_stop_it_ends_cleanly() {
+async fn stopping_instance_ends_with_code_0() {
     let folder = TempDir::new().unwrap();
     let http = Client::new();
     for signal in ["INT", "TERM"] {

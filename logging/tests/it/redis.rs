@@ -1,5 +1,5 @@
-//! What only a map on Redis can do wrong: servers that are away or not as they should be, logins,
-//! TLS, replicas that come and go, slots that move.
+//! The failures of a map on Redis: servers that are away or paused, logins, TLS, replicas that come and go,
+//! failovers, wrong clocks.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -53,7 +53,7 @@ pub(crate) fn is_partition_down(outcome: &Outcome) -> bool {
     matches!(outcome, Outcome::PartitionDown { .. })
 }
 
-/// Waits until the map's health is like this, and gives it.
+/// Waits until the map's health satisfies `is_wanted`, and returns it.
 pub(crate) async fn wait_for(
     map: &Arc<dyn DistributedMap>,
     is_wanted: impl Fn(&Health) -> bool,
@@ -88,13 +88,13 @@ pub(crate) async fn wait_until_missing(map: &Arc<dyn DistributedMap>, words: &st
     .await;
 }
 
-/// All shards serve as they should.
+/// All checks pass.
 pub(crate) fn is_whole(health: &Health) -> bool {
     health.not_ready.is_none() && health.checks.iter().all(|check| check.ok)
 }
 
 #[tokio::test]
-async fn map_may_be_opened_before_its_server_runs_and_outlives_its_death() {
+async fn map_may_be_opened_before_its_server_runs_and_survives_a_restart() {
     let folder = tempfile::tempdir().unwrap();
     let mut server = RedisServer::single(folder.path());
     server.kill();
@@ -124,11 +124,10 @@ async fn map_may_be_opened_before_its_server_runs_and_outlives_its_death() {
     assert_eq!(read(&*map, Bounds::default()).await.unwrap(), entries);
 }
 
-/// A server that accepts connections and answers nothing is found out by time alone: what it was
-/// given is unknown, what comes then is refused without asking it, and it is used again when it goes
-/// on.
+/// A server that accepts connections and never answers is detected only by a timeout: entries in flight are
+/// unknown, later ones are refused without asking it, and it is used again when it resumes.
 #[tokio::test]
-async fn paused_server_is_not_asked_until_it_goes_on() {
+async fn paused_server_is_not_asked_until_it_resumes() {
     let folder = tempfile::tempdir().unwrap();
     let server = RedisServer::single(folder.path());
     let map = open_at(&format!("redis://{}", server.address()), None);
@@ -155,9 +154,8 @@ async fn paused_server_is_not_asked_until_it_goes_on() {
     assert_eq!(read, entries);
 }
 
-/// At the start a shard without its backup is a reason not to be ready. Later it is not, or all
-/// instances would be taken out at once: entries of its partitions are refused, everything else goes
-/// on.
+/// At the start, a shard without its backup makes an instance unready. Later it does not, because all
+/// instances would become unready at once: only entries of its partitions are refused.
 #[tokio::test]
 async fn shard_without_its_backup_is_not_ready_at_first_and_degraded_later() {
     let mut cluster = RedisCluster::start();
@@ -199,8 +197,8 @@ async fn shard_without_its_backup_is_not_ready_at_first_and_degraded_later() {
     assert_eq!(put(&map, &entries(100)).await, vec![Outcome::Stored; 100]);
 }
 
-/// The primary that steps down answers `READONLY` and fails the `WAIT` behind it: nothing was
-/// executed, so nothing is unknown.
+/// A primary that steps down answers `READONLY` and fails the `WAIT` behind it: the entries were not
+/// executed, so none is unknown.
 #[tokio::test(flavor = "multi_thread")]
 async fn planned_failovers_leave_nothing_unknown() {
     let cluster = RedisCluster::start();
@@ -213,7 +211,7 @@ async fn planned_failovers_leave_nothing_unknown() {
         let is_primary =
             |node: usize| cluster.nodes[node].info("role").as_deref() == Some("master");
         loop {
-            // One that fails over in the middle of these, and one that has.
+            // The last round comes after the failover; the others before it or during it.
             let is_over = is_primary(replica) && !is_primary(primary);
             for batch in entries(200).chunks(20) {
                 for (entry, outcome) in batch.iter().zip(put(&map, batch).await) {
@@ -244,8 +242,8 @@ async fn planned_failovers_leave_nothing_unknown() {
     }));
 }
 
-/// A shard's two members with clocks 0.9 s apart: what one of them says will never be stored, the
-/// other one does not store either.
+/// The two members of a shard have clocks 0.9 s apart: an entry that one of them calls `stale` is not stored
+/// by the other one either.
 #[tokio::test]
 async fn stale_is_final_on_a_server_whose_clock_is_behind() {
     let folder = tempfile::tempdir().unwrap();
@@ -275,15 +273,15 @@ async fn stale_is_final_on_a_server_whose_clock_is_behind() {
     assert!(second.contains(&Outcome::Stored), "{second:?}");
     let both = first.iter().zip(&second);
     let broken = both.filter(|(first, second)| is_final(first) && **second == Outcome::Stored);
-    assert_eq!(broken.count(), 0, "never to be stored, and then stored");
+    assert_eq!(broken.count(), 0, "the entry was stale and then stored");
 }
 
-/// A library that puts the clock of a server ahead.
+/// A library that sets the clock of a server ahead.
 #[derive(Debug)]
 struct ClockAhead(PathBuf);
 
 impl ClockAhead {
-    /// Compiles it; a C compiler is needed to build LMDB anyway.
+    /// Compiles the library; building LMDB needs a C compiler anyway.
     fn compile(library: &Path) -> Self {
         const SOURCE: &str = "\
             #include <stdlib.h>\n\
@@ -305,7 +303,7 @@ impl ClockAhead {
         Self(library.to_owned())
     }
 
-    /// Starts a server whose clock is ahead by this much.
+    /// Starts a server whose clock is ahead.
     fn start(&self, folder: &Path, flags: &[&str], ahead: Duration) -> RedisServer {
         let library = self.0.to_str().expect("the path is UTF-8");
         let millis = ahead.as_millis().to_string();
@@ -314,7 +312,7 @@ impl ClockAhead {
     }
 }
 
-/// `--backups` on one server with a replica: an entry is acknowledged when both have it.
+/// With `--backups 1` on one server with a replica, an entry is acknowledged when both have it.
 #[tokio::test]
 async fn backups_of_a_single_server_are_waited_for() {
     let folder = tempfile::tempdir().unwrap();
@@ -331,8 +329,8 @@ async fn backups_of_a_single_server_are_waited_for() {
     assert!(keys > 1);
 }
 
-/// The user that README tells to make can do all that is needed and nothing else; a wrong password
-/// is named as the reason.
+/// The user of docs/redis.md has all the rights that are needed and no others; a wrong password is reported
+/// as the reason.
 #[tokio::test]
 async fn user_with_a_password_needs_few_rights() {
     let folder = tempfile::tempdir().unwrap();
@@ -355,7 +353,7 @@ async fn user_with_a_password_needs_few_rights() {
     wait_until_missing(&map, "authentication failed").await;
 }
 
-/// `rediss://` with a certificate of the test's own, which the system's store is told to trust.
+/// `rediss://` with a certificate that the test generates and adds to the trusted ones.
 #[test]
 fn servers_are_reached_by_tls() {
     let folder = tempfile::tempdir().unwrap();

@@ -15,8 +15,8 @@ use crate::redis::{
     entries, is_partition_down, is_whole, open_at, put, wait_for, wait_until_ready,
 };
 
-/// Slots with their partitions go to another primary while entries are put: what is acknowledged
-/// stays, and all can be put again when it is over.
+/// Slots with their partitions move to another primary while entries are put: every acknowledged entry is
+/// kept, and all partitions accept entries again afterwards.
 #[tokio::test(flavor = "multi_thread")]
 async fn slots_may_move_while_entries_are_put() {
     let cluster = RedisCluster::start();
@@ -50,7 +50,7 @@ async fn slots_may_move_while_entries_are_put() {
         "{} entries stored and {refused} refused while slots moved",
         stored.len()
     );
-    // Where a partition is now is learned from being refused.
+    // A refusal tells the instance the new primary of a partition.
     let last = entries(100);
     let putting = async {
         let mut left = last.clone();
@@ -61,12 +61,12 @@ async fn slots_may_move_while_entries_are_put() {
         }
     };
     let put_again = tokio::time::timeout(Duration::from_secs(30), putting).await;
-    put_again.expect("all partitions take entries again");
+    put_again.expect("all partitions accept entries again");
     stored.extend(last);
     assert!(read_all(&map).await == stored);
 }
 
-/// All entries, as soon as they can be read: reads too learn from being refused.
+/// All entries, as soon as they can be read; a refused read starts discovery too.
 async fn read_all(map: &Arc<dyn DistributedMap>) -> Vec<Entry> {
     let reading = async {
         loop {
@@ -80,7 +80,7 @@ async fn read_all(map: &Arc<dyn DistributedMap>) -> Vec<Entry> {
     read.expect("the map can be read again")
 }
 
-/// A slot of node 0 on its way to node 1, with what is in it.
+/// A slot that moves from node 0 to node 1, with its keys.
 struct OpenSlot {
     slot: String,
     ids: [String; 2],
@@ -115,16 +115,16 @@ impl OpenSlot {
     }
 }
 
-/// The key of a partition of the first primary that has entries.
+/// The key of a partition of the first primary; the partition has entries.
 fn key_with_entries(cluster: &RedisCluster) -> String {
     let keys: Vec<String> = cluster.nodes[0].ask(&["KEYS", "entries:*"]);
     keys.into_iter().next().expect("the primary has entries")
 }
 
-/// A move of slots that was given up half-way: the partition is read where it is, takes nothing, and
-/// is named.
+/// The move of a slot was interrupted: its partition is read where its entries are, refuses entries, and is
+/// reported.
 #[tokio::test]
-async fn interrupted_move_is_named_and_its_partition_is_read() {
+async fn interrupted_move_is_reported_and_its_partition_is_read() {
     let cluster = RedisCluster::start();
     let map = open_at(&cluster.url(), None);
     wait_until_ready(&map).await;
@@ -174,13 +174,13 @@ async fn interrupted_move_is_named_and_its_partition_is_read() {
         {}
     };
     let put_again = tokio::time::timeout(Duration::from_secs(30), again).await;
-    put_again.expect("the partition takes entries again");
+    put_again.expect("the partition accepts entries again");
     let all = whole().await.unwrap();
     assert_eq!(all, [stored, more].concat());
 }
 
-/// The primary that a slot leaves is replaced in the middle: its successor does not know that the
-/// partition's entries are elsewhere, and would give none. Nothing is read then rather than less.
+/// The primary that a slot leaves is replaced during the move: its successor does not know that the entries
+/// of the partition are elsewhere, and would return none. The read must fail rather than be shorter.
 #[tokio::test]
 async fn slot_whose_move_one_end_forgot_is_an_error_not_a_shorter_read() {
     let cluster = RedisCluster::start();
@@ -202,7 +202,7 @@ async fn slot_whose_move_one_end_forgot_is_an_error_not_a_shorter_read() {
         Ok(read) => assert_eq!(read, stored),
         Err(error) => assert!(matches!(error, MapError::Unavailable(_)), "{error}"),
     }
-    // Finished by hand: the keys are all at node 1.
+    // The test finishes the move: all keys are at node 1.
     for node in [1, 3] {
         let command = ["CLUSTER", "SETSLOT", &open.slot, "NODE", &open.ids[1]];
         let _: () = cluster.nodes[node].ask(&command);
@@ -211,7 +211,7 @@ async fn slot_whose_move_one_end_forgot_is_an_error_not_a_shorter_read() {
     assert_eq!(read_all(&map).await, stored);
 }
 
-/// How slots are moved in a test.
+/// The tool that moves the slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mover {
     /// `redis-cli --cluster reshard`.
@@ -244,9 +244,9 @@ impl Mover {
 
 const MOVE_SLOTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/move-slots.sh");
 
-/// The server that slots go to ends before its replica has them. What the script moves is kept; the
-/// control run with redis-cli must lose a partition, or this test proves nothing. A lost partition is
-/// not an empty one.
+/// The target of a move dies before its replica has the slots. The script loses nothing. The control run with
+/// redis-cli must lose a partition; otherwise the test proves nothing. A lost partition is an error, not an
+/// empty partition.
 #[tokio::test(flavor = "multi_thread")]
 async fn slots_moved_by_the_script_survive_the_end_of_their_target() {
     for mover in [Mover::RedisCli, Mover::Script] {
@@ -257,7 +257,7 @@ async fn slots_moved_by_the_script_survive_the_end_of_their_target() {
         for batch in stored.chunks(500) {
             assert_eq!(put(&map, batch).await, vec![Outcome::Stored; 500]);
         }
-        // The target's replica gets nothing from here on, and only `WAIT` would notice.
+        // From here on the target's replica gets nothing, and only `WAIT` would detect it.
         let [target, replica] = [1, 4].map(|node| &cluster.nodes[node]);
         let _: () = target.ask(&["CONFIG", "SET", "min-replicas-to-write", "0"]);
         for (setting, value) in [("masteruser", "nobody"), ("masterauth", "nothing")] {
@@ -277,14 +277,17 @@ async fn slots_moved_by_the_script_survive_the_end_of_their_target() {
             let reading = async {
                 loop {
                     match read(&*map, Bounds::default()).await {
-                        Ok(read) => panic!("{} entries are read as if they were all", read.len()),
+                        Ok(read) => panic!(
+                            "{} entries are read as if they were all entries",
+                            read.len()
+                        ),
                         Err(lost) if lost.to_string().contains("is missing") => return,
                         Err(_) => tokio::time::sleep(LOOK_AGAIN).await,
                     }
                 }
             };
             let told = tokio::time::timeout(Duration::from_secs(30), reading).await;
-            told.expect("a lost partition is named");
+            told.expect("a lost partition is reported");
             continue;
         }
         assert!(!moved.status.success(), "{moved:?}");

@@ -1,5 +1,4 @@
-//! The tasks `export` and `import`: out of one engine into another and back, interrupted ones, and what
-//! is refused.
+//! The subcommands `export` and `import`: from one engine into another and back, interrupted, and refused.
 
 use std::fs;
 use std::io::Write;
@@ -18,7 +17,7 @@ use uuid::{Builder, Uuid};
 
 use crate::processes::{LOGGING, all, entry, location, logging, mark_of, put_one};
 
-/// Entries of many years, as lines; their messages are small and large.
+/// Entries of many years, as lines with small and large messages.
 fn lines(range: Range<u64>) -> Vec<u8> {
     let mut lines = Vec::new();
     for n in range {
@@ -51,7 +50,7 @@ fn succeed(task: &str, file: &Path, map: &str) -> String {
     said
 }
 
-/// The last line on stderr of a task that failed.
+/// The last line on stderr of a subcommand that failed.
 #[track_caller]
 fn fail(output: &Output) -> String {
     assert_eq!(output.status.code(), Some(1));
@@ -59,7 +58,7 @@ fn fail(output: &Output) -> String {
     said.lines().last().unwrap().to_owned()
 }
 
-/// Entries that are older than any settle window go from engine to engine, and come back as they were.
+/// Entries older than any settle window go from engine to engine and return unchanged.
 #[test]
 fn map_moves_from_engine_to_engine() {
     let folder = tempfile::tempdir().unwrap();
@@ -92,9 +91,9 @@ fn map_moves_from_engine_to_engine() {
     assert!(fail(&to_stdout).contains("there is no map in the folder nowhere/map"));
 }
 
-/// Wherever an export was cut, the next one goes on; but it harms no other file.
+/// An export continues an interrupted one wherever it was cut, and never changes any other file.
 #[test]
-fn export_goes_on_behind_the_last_whole_line() {
+fn export_continues_behind_the_last_whole_line() {
     let folder = tempfile::tempdir().unwrap();
     let map = location(folder.path());
     let whole = exported(100);
@@ -132,9 +131,9 @@ fn export_goes_on_behind_the_last_whole_line() {
     }
 }
 
-/// An import that is killed in the middle is run again.
+/// An import that was killed in the middle can be repeated.
 #[tokio::test(flavor = "multi_thread")]
-async fn killed_import_is_run_again() {
+async fn killed_import_can_be_repeated() {
     let folder = tempfile::tempdir().unwrap();
     let http = Client::new();
     for engine in [Engine::Lmdb, Engine::RedisCluster] {
@@ -173,7 +172,7 @@ async fn killed_import_is_run_again() {
     }
 }
 
-/// Nothing is added to the history of a log that others write, unless they say so.
+/// Nothing is added to the history of a log in use, except with `--force`.
 #[tokio::test(flavor = "multi_thread")]
 async fn import_is_refused_while_others_write() {
     let folder = tempfile::tempdir().unwrap();
@@ -208,7 +207,7 @@ async fn import_is_refused_while_others_write() {
 }
 
 #[test]
-fn what_cannot_be_imported_is_named() {
+fn file_that_cannot_be_imported_is_refused_with_the_reason() {
     let folder = tempfile::tempdir().unwrap();
     let map = location(folder.path());
     let file = folder.path().join("file");
@@ -267,7 +266,7 @@ fn what_cannot_be_imported_is_named() {
     assert!(one_line(&missing).contains("cannot read no/such/file"));
 }
 
-/// A folder that another version wrote is not touched.
+/// A folder of another layout version is not changed.
 #[tokio::test]
 async fn other_layout_is_refused() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! Which Redis servers are the map: those that could lose entries, are no map, or hold another one, are
-//! warned about or refused in words.
+//! Redis servers that could lose entries, are not a map, or hold another map: each is warned about or refused
+//! with the reason.
 
 use common::bounds::{Bounds, Order};
 use common::entry::{Entry, Outcome};
@@ -33,9 +33,8 @@ async fn server_that_may_lose_entries_is_warned_about() {
     wait_for(&map, |health| is_warned(health, "warning: has 1 replicas")).await;
 }
 
-/// With memory for a little more than what is there now, a server of this policy throws entries away
-/// that were acknowledged. It is noticed at the start and while it runs, on any member; policies that
-/// spare keys without a time to live are no reason.
+/// A server with such a policy evicts acknowledged entries when its memory is full. The policy is detected at
+/// the start and later, on any member. Policies that evict only keys with a time to live are accepted.
 #[tokio::test]
 async fn server_that_may_evict_entries_is_not_the_map() {
     let folder = tempfile::tempdir().unwrap();
@@ -64,7 +63,7 @@ async fn server_that_may_evict_entries_is_not_the_map() {
     assert_eq!(read, stored);
 }
 
-/// A map that another version wrote is neither read nor written.
+/// A map of another layout version is neither read nor written.
 #[tokio::test]
 async fn map_of_another_layout_is_refused() {
     let folder = tempfile::tempdir().unwrap();
@@ -80,7 +79,7 @@ async fn map_of_another_layout_is_refused() {
     assert!(server.ask::<Vec<String>>(&["KEYS", "entries:*"]).is_empty());
 }
 
-/// A member that would evict once it is promoted.
+/// A replica that would evict entries once it is promoted.
 #[tokio::test]
 async fn member_that_may_evict_entries_makes_the_cluster_unready() {
     let cluster = RedisCluster::start();
@@ -96,7 +95,7 @@ async fn member_that_may_evict_entries_makes_the_cluster_unready() {
 }
 
 #[tokio::test]
-async fn servers_that_are_no_cluster_are_refused() {
+async fn servers_without_a_cluster_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let start = |name: &str| RedisServer::single(&folder.path().join(name));
     let (first, second) = (start("1"), start("2"));
@@ -106,7 +105,7 @@ async fn servers_that_are_no_cluster_are_refused() {
     assert!(put(&map, &entries(1)).await.iter().all(is_partition_down));
 }
 
-/// Two instances have one id, made by either of them; emptied servers are another map.
+/// Two instances agree on the map's id, which either of them generates; emptied servers are another map.
 #[tokio::test]
 async fn emptied_servers_are_another_map() {
     let folder = tempfile::tempdir().unwrap();
@@ -127,7 +126,7 @@ async fn emptied_servers_are_another_map() {
     assert_eq!(maps[0].id(), maps[1].id());
 }
 
-/// A replica of a single server could be read, but has only what its primary sent it.
+/// A replica of a single server can be read, but may lack entries of its primary.
 #[tokio::test]
 async fn replica_of_a_single_server_is_not_the_map() {
     let folder = tempfile::tempdir().unwrap();
@@ -144,8 +143,8 @@ async fn replica_of_a_single_server_is_not_the_map() {
     assert!(map.last().await.is_err());
 }
 
-/// A partition that its primary has lost is no empty one: nothing that would need it is read or put. Nor is
-/// a map without its id a new one.
+/// A partition that its primary has lost is not an empty one: reads and puts that need it fail. A map that
+/// has lost its id is not a new one.
 #[tokio::test]
 async fn lost_partition_is_not_an_empty_one() {
     const LOST: u32 = 7;

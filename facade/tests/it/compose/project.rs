@@ -1,4 +1,4 @@
-//! One project of the shipped `docker-compose.yml`, and what the tests ask of it.
+//! A project of the shipped `docker-compose.yml`, with the operations that the tests need.
 
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -18,8 +18,7 @@ const COMPOSE: [&[&str]; 2] = [&["docker", "compose"], &["docker-compose"]];
 
 const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
-/// A project of its own: names, networks, volumes and a free port. Everything is removed when it is
-/// dropped.
+/// A project with its own names, networks, volumes and port. Dropping it removes everything.
 pub(super) struct Compose {
     program: &'static [&'static str],
     project: String,
@@ -29,9 +28,9 @@ pub(super) struct Compose {
 }
 
 impl Compose {
-    /// `None` where no Docker engine answers and none is required. Nothing runs yet.
+    /// A project that is not started. `None` when no Docker engine answers: the test is skipped.
     pub(super) fn new() -> Option<Self> {
-        /// Two projects at once must not have the same network.
+        /// Projects that run at once need different networks.
         static NEXT: AtomicU8 = AtomicU8::new(0);
         let has_engine = is_there(Command::new("docker").arg("info"));
         let program = COMPOSE.iter().find(|program| {
@@ -54,7 +53,7 @@ impl Compose {
         })
     }
 
-    /// The shipped file with its defaults, whatever `.env` and an override on this machine say.
+    /// A command on the shipped file with its defaults; `.env` and an override on this machine are ignored.
     pub(super) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.program[0]);
         command
@@ -80,7 +79,7 @@ impl Compose {
         self.run(&[&["up", "--detach", "--no-build"], arguments].concat());
     }
 
-    /// Service and container of all that there is, also of what does not run, in order.
+    /// Service and id of all containers, also of stopped ones, in order.
     pub(super) fn all_containers(&self) -> Vec<(String, String)> {
         let of_project = format!("label=com.docker.compose.project={}", self.project);
         let label = |name: &str| format!(r#"{{{{.Label "com.docker.compose.{name}"}}}}"#);
@@ -106,14 +105,14 @@ impl Compose {
         of_service.map(|(_, id)| id).collect()
     }
 
-    /// The one container of a service.
+    /// The only container of a service.
     pub(super) fn container(&self, service: &str) -> String {
         let mut containers = self.containers(service);
         assert_eq!(containers.len(), 1, "{service}");
         containers.remove(0)
     }
 
-    /// The container of a member that is a primary now.
+    /// The container of a member, which must be a primary now.
     pub(super) fn primary(&self, service: &str) -> String {
         let container = self.container(service);
         let role = docker(&["exec", &container, "redis-cli", "role"]);
@@ -151,7 +150,7 @@ impl Compose {
         entries.into_iter().map(|entry| entry.msg).collect()
     }
 
-    /// What the facade says of its readiness; null while it cannot be reached.
+    /// The facade's answer to `/readyz?verbose`; null while it cannot be reached.
     async fn health(&self) -> Value {
         let url = format!("{}/readyz?verbose", self.url());
         match self.http.get(url).send().await {
@@ -160,7 +159,7 @@ impl Compose {
         }
     }
 
-    /// How many logging instances the facade knows, and whether all of them answer.
+    /// The number of logging instances that the facade has found, and whether all of them are up.
     async fn known_instances(&self) -> (usize, bool) {
         let health = self.health().await;
         let checks = health["checks"].as_array().into_iter().flatten();
@@ -170,16 +169,19 @@ impl Compose {
         (instances.len(), all_answer)
     }
 
-    /// Waits until the facade knows exactly so many instances, and all of them answer.
+    /// Waits until the facade has found exactly `count` instances and all of them are up.
     pub(super) async fn wait_for_instances(&self, count: usize) {
         let begin = Instant::now();
         while self.known_instances().await != (count, true) {
-            assert!(begin.elapsed() < PATIENCE, "no {count} logging instances");
+            assert!(
+                begin.elapsed() < PATIENCE,
+                "the facade does not find {count} logging instances that are up"
+            );
             tokio::time::sleep(LOOK_AGAIN).await;
         }
     }
 
-    /// Waits until three instances, the messages service, and with them the facade, are ready.
+    /// Waits until three instances, the messages service and the facade are ready.
     pub(super) async fn wait_until_ready(&self) {
         self.wait_for_instances(3).await;
         let begin = Instant::now();
@@ -189,7 +191,7 @@ impl Compose {
         }
     }
 
-    /// Asserts that no container runs, and that none had to be killed.
+    /// Asserts that no container runs and that none had to be killed.
     #[track_caller]
     pub(super) fn assert_ended_by_themselves(&self) {
         for (service, id) in self.all_containers() {
@@ -199,7 +201,7 @@ impl Compose {
         }
     }
 
-    /// Waits until every primary of the map has its backup again, as a logging instance sees it.
+    /// Waits until a logging instance reports that every primary of the map has its backup.
     pub(super) async fn wait_until_whole(&self) {
         let logging = &self.containers("logging")[0];
         let begin = Instant::now();
@@ -214,7 +216,7 @@ impl Compose {
         }
     }
 
-    /// What runs a command on a member's volume.
+    /// A command that runs in a container with a member's volume.
     pub(super) fn with_volume(&self, member: &str, command: &[&str]) -> Command {
         let volume = format!("{}_{member}:/data", self.project);
         let image = inspect(&self.container(member))["Config"]["Image"].clone();
@@ -257,7 +259,7 @@ pub(super) fn succeed(command: &mut Command) -> Output {
     output
 }
 
-/// What `docker` prints.
+/// Runs `docker` and returns its output.
 #[track_caller]
 pub(super) fn docker(arguments: &[&str]) -> String {
     let output = succeed(Command::new("docker").args(arguments));

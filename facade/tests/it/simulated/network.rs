@@ -1,5 +1,4 @@
-//! Three instances that share a map, and the network in front of them, which loses and delays what
-//! it carries as random numbers say.
+//! Three instances that share a map, behind a network that randomly loses and delays requests and answers.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -21,16 +20,16 @@ use rand::{RngExt, SeedableRng};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-/// What the facade gives one try, by its own clients' configuration.
+/// The timeout of a try, as the facade's clients are configured.
 const TRY_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How far ahead of the map's clock an entry's time may be.
 const MAX_AHEAD: Duration = Duration::from_secs(2);
 
-/// How long after the settle window it is final that an entry is not stored.
+/// After this time beyond the settle window, `stale` is final.
 const MAX_SKEW: Duration = Duration::from_secs(1);
 
-/// The time of the facade and the map, which passes with the runtime's.
+/// The clock of the facade and the map, which follows the paused clock of tokio.
 #[derive(Clone, Copy)]
 pub(super) struct Clock {
     base: SystemTime,
@@ -50,18 +49,18 @@ impl Clock {
     }
 }
 
-/// What all instances share.
+/// The state that all instances share.
 pub(super) struct Network {
     pub(super) random: StdRng,
     pub(super) map: BTreeMap<Uuid, String>,
     pub(super) clock: Clock,
-    /// Longer than a POST usually takes, and often shorter than a late request or a repeat.
+    /// Longer than a POST usually takes, and often shorter than a delayed request or a retry.
     settle: Duration,
     states: [State; 3],
     pub(super) faults: u64,
 }
 
-/// How an instance fares, and until when; then it is well.
+/// The condition of an instance and its end; then the instance is healthy.
 #[derive(Clone, Copy)]
 struct State {
     condition: Condition,
@@ -71,13 +70,13 @@ struct State {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Condition {
     Well,
-    /// The process is dead: connections are refused.
+    /// The process is dead; connections are refused.
     Dead,
     /// It accepts requests and never answers them.
     Hangs,
     /// It accepts connections and closes them.
     Closes,
-    /// Something else at its address answers every request.
+    /// Another server at its address answers every request.
     Answers(StatusCode),
 }
 
@@ -213,7 +212,7 @@ impl Network {
     }
 }
 
-/// What comes next of a stream.
+/// The next event of a stream.
 enum Piece {
     Bytes(Vec<u8>),
     Break,
@@ -230,7 +229,7 @@ impl Piece {
     }
 }
 
-/// An instance with a network in front of it that does what the network's random numbers say.
+/// An instance behind a network whose faults are random.
 #[derive(Clone)]
 pub(super) struct Simulated {
     pub(super) network: Arc<Mutex<Network>>,
@@ -256,7 +255,7 @@ enum Fault {
     LateRequest,
     /// The answer never arrives.
     LostAnswer,
-    /// A proxy answers 503 itself, perhaps after it forwarded the request.
+    /// A proxy answers 503 itself, possibly after it forwarded the request.
     Proxy {
         is_executed: bool,
     },
