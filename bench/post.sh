@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# POST rate through the whole system as a share of a bare axum handler's, in pairs in one run.
+# The POST rate of the whole system as a share of that of a bare axum handler, in pairs in one run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,7 +24,7 @@ cargo build --release --locked --workspace --examples --bins
 source scripts/system.sh
 folder=$(mktemp -d)
 stop_all() {
-    stop_system
+    stop TERM "${!pids[@]}"
     if [[ $engine == cluster ]]; then scripts/cluster.sh wipe "$folder/cluster"; fi
     rm -rf "$folder"
 }
@@ -34,14 +34,15 @@ case $engine in
     lmdb) map=lmdb:$folder/map ;;
     cluster) map=$(scripts/cluster.sh start "$folder/cluster" $((10000 + RANDOM % 10000))) ;;
     *)
-        echo "error: $engine is no engine; write lmdb or cluster" >&2
+        echo "error: $engine is not an engine; write lmdb or cluster" >&2
         exit 2
         ;;
 esac
 
 start_system "$map"
-bare=127.0.0.1:$(free_port)
-start target/release/examples/bare "$bare"
+ports[bare]=$(free_port)
+bare=$(address bare)
+start bare target/release/examples/bare "$bare"
 curl --silent --output /dev/null --retry 100 --retry-delay 1 --retry-connrefused \
     --data warm-up "http://$facade/" --output /dev/null "http://$bare/"
 

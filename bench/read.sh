@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What reading costs, side by side in one run: whole GETs, the newest ten, slow readers, large messages.
+# The cost of reads, in comparisons within one run: whole GETs, the newest ten, slow readers, large messages.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,9 +18,9 @@ replicas, each filled with the same messages. Parts, all of them unless some are
           logging instance asked directly; redis-cli reading one hash of the same entries
   newest  ?order=desc&limit=10, and the first byte of a whole GET, at 1000, 100000 and ten times
           MESSAGES
-  slow    how much RssAnon grows while 64 readers of 1 KiB/s read MESSAGES of 65 bytes, and 2000 of
+  slow    the growth of RssAnon while 64 readers of 1 KiB/s read MESSAGES of 65 bytes, and 2000 of
           64 KiB
-  large   64 readers at once of 2000 messages of 60 KB, and POSTs meanwhile
+  large   64 readers at once of 2000 messages of 60 KB, and POSTs at the same time
 
 Needs nginx, redis-server and redis-cli. Prints tables; results/ keeps some.
 HELP
@@ -38,13 +38,13 @@ source scripts/system.sh
 folder=$(mktemp -d)
 chmod a+x "$folder"
 stop_all() {
-    stop_system
+    stop TERM "${!pids[@]}"
     if [[ -d $folder/cluster ]]; then scripts/cluster.sh wipe "$folder/cluster"; fi
 }
 trap 'stop_all; rm -rf "$folder"' EXIT
 trap 'exit 130' INT TERM
 
-# entries FIRST COUNT BYTES: an export of messages of so many bytes, one a millisecond.
+# entries FIRST COUNT BYTES: an export of COUNT messages of BYTES bytes, one for each millisecond.
 entries() {
     awk -v first="$1" -v count="$2" -v bytes="$3" 'BEGIN {
         padding = ""
@@ -73,7 +73,7 @@ start_map() {
         lmdb) map=lmdb:$folder/map ;;
         'one Redis server')
             redis_port=$(free_port)
-            start redis-server scripts/redis.conf --cluster-enabled no --min-replicas-to-write 0 \
+            start redis redis-server scripts/redis.conf --cluster-enabled no --min-replicas-to-write 0 \
                 --bind 127.0.0.1 --port "$redis_port" --dir "$folder/map"
             map=redis://127.0.0.1:$redis_port
             ;;
@@ -90,11 +90,11 @@ seconds() {
 
 get() { curl --silent --show-error --fail --header "accept: application/$1" "http://$2"; }
 
-# A hash of the same entries on a server of its own, and nginx with the two bodies as files.
+# A separate Redis server with a hash of the same entries, and nginx with the two bodies as files.
 start_yardsticks() {
     hash_port=$(free_port)
     mkdir -p "$folder/hash" "$folder/nginx"
-    start redis-server --save '' --bind 127.0.0.1 --port "$hash_port" --dir "$folder/hash"
+    start hash redis-server --save '' --bind 127.0.0.1 --port "$hash_port" --dir "$folder/hash"
     nginx_port=$(free_port)
     slow_nginx_port=$(free_port)
     cat >"$folder/nginx.conf" <<NGINX
@@ -108,7 +108,7 @@ http {
     server { listen 127.0.0.1:$slow_nginx_port; root $folder/nginx; }
 }
 NGINX
-    start nginx -c "$folder/nginx.conf"
+    start nginx nginx -c "$folder/nginx.conf"
     get json "$facade/" >"$folder/nginx/json"
     get x-ndjson "$facade/" >"$folder/nginx/ndjson"
     sed -n 's/^{"uuid":"\(.*\)","msg":\(.*\)}$/HSET log \1 \2/p' "$folder/nginx/ndjson" |
@@ -130,7 +130,7 @@ full() {
         start_yardsticks
         columns=(
             "get json $facade/" "get x-ndjson $facade/" "get x-ndjson $facade/?order=desc"
-            "get x-ndjson ${instances[0]}/" "get json 127.0.0.1:$nginx_port/json"
+            "get x-ndjson $(address logging-1)/" "get json 127.0.0.1:$nginx_port/json"
             "get x-ndjson 127.0.0.1:$nginx_port/ndjson"
             "get x-ndjson 127.0.0.1:$slow_nginx_port/ndjson" "redis-cli -p $hash_port hgetall log"
         )
@@ -163,7 +163,7 @@ full() {
     echo
 }
 
-# median_of_gets FIELD TIMES PATH: of curl's field, in milliseconds; the body's end is not waited for.
+# median_of_gets FIELD TIMES PATH: the median of curl's FIELD, in milliseconds, without the rest of the body.
 median_of_gets() {
     local times=() time
     for ((time = 0; time < $2; time++)); do
@@ -193,12 +193,13 @@ newest() {
     echo
 }
 
-# anonymous PID: its RssAnon in KiB.
-anonymous() { awk '/^RssAnon/ { print $2 }' "/proc/$1/status"; }
+# anonymous SERVICE: its RssAnon in KiB.
+anonymous() { awk '/^RssAnon/ { print $2 }' "/proc/${pids[$1]}/status"; }
 
 slow() {
-    local engine shape bytes messages readers reader pid
-    echo "RssAnon with 64 readers of 1 KiB/s after 30 s, in MiB (growth since no reader was there):"
+    local engine shape bytes messages readers reader service
+    local services=("${instances[@]}" facade)
+    echo "RssAnon with 64 readers of 1 KiB/s after 30 s, in MiB (in parentheses the growth):"
     echo
     echo "| map | messages | facade | instances |"
     echo "|---|---|---|---|"
@@ -208,9 +209,8 @@ slow() {
             start_map "$engine"
             start_system "$map"
             fill "$map" 0 "$messages" "$bytes"
-            # The last ones that start_system started.
-            local services=("${pids[@]: -4}") before=() grown=()
-            for pid in "${services[@]}"; do before+=("$(anonymous "$pid")"); done
+            local before=() grown=()
+            for service in "${services[@]}"; do before+=("$(anonymous "$service")"); done
             readers=()
             for ((reader = 0; reader < 64; reader++)); do
                 curl --silent --limit-rate 1k --max-time 60 --output /dev/null "http://$facade/" &
@@ -234,13 +234,13 @@ large() {
     local engine readers reader refused posts
     echo "64 readers at once of 2000 messages of 60 KB:"
     echo
-    echo "| map | one reader, s | 64 readers, s | not whole | POSTs meanwhile that were refused | answers of /readyz?verbose with a member down |"
+    echo "| map | one reader, s | 64 readers, s | not whole | POSTs at the same time that were refused | answers of /readyz?verbose with a member down |"
     echo "|---|---|---|---|---|---|"
     for engine in lmdb cluster; do
         start_map "$engine"
         start_system "$map"
         fill "$map" 0 2000 60000
-        local one begin failed=0 down=0 address
+        local one begin failed=0 down=0 instance
         one=$(seconds get x-ndjson "$facade/")
         begin=$EPOCHREALTIME
         readers=()
@@ -253,8 +253,8 @@ large() {
         while kill -0 "${readers[-1]}" 2>/dev/null; do
             posts=$((posts + 1))
             curl --silent --fail --output /dev/null --data msg=meanwhile "http://$facade/" || refused=$((refused + 1))
-            for address in "${instances[@]}"; do
-                if curl --silent "http://$address/readyz?verbose" | grep --quiet '"ok":false'; then
+            for instance in "${instances[@]}"; do
+                if curl --silent "http://$(address "$instance")/readyz?verbose" | grep --quiet '"ok":false'; then
                     down=$((down + 1))
                 fi
             done

@@ -7,17 +7,17 @@ usage() {
     cat <<'HELP'
 usage: scripts/cluster.sh start|stop|status|wipe [FOLDER [PORT]]
 
-Runs six Redis servers (7.0 or later) on loopback, as scripts/redis.conf says, with their data in
-FOLDER (data/cluster unless given).
+Runs six Redis servers (7.0 or later) on loopback, with scripts/redis.conf and their data in FOLDER
+(default: data/cluster).
 
-  start   starts the servers that do not run, makes them a cluster if they are none yet, waits
-          until every primary has its replica, and prints what --map takes
-  stop    stops all of them; the data stays
-  status  prints who is primary of what, as the first member that answers sees it
-  wipe    stops all of them and deletes their data
+  start   starts the servers that do not run, makes them a cluster unless they are one, waits
+          until every primary has its replica, and prints the value for --map
+  stop    stops the servers; the data stays
+  status  prints the cluster nodes, as the first server that answers sees them
+  wipe    stops the servers and deletes their data
 
-They listen on PORT and the five after it (7001 to 7006 by default; a folder keeps the PORT of its
-first start), and for each other on ports 10000 higher.
+The servers listen on PORT and the five ports after it (default: 7001 to 7006; a folder keeps the PORT
+of its first start), and for each other on ports 10000 higher.
 HELP
 }
 
@@ -27,7 +27,7 @@ fail() {
 }
 
 action=${1:-}
-# The servers write their files from folders of their own, so a relative path would mean another one.
+# Each server changes to its own folder, where a relative path would name another folder.
 folder=$(realpath --canonicalize-missing "${2:-$root/data/cluster}")
 case $action in
     start | stop | status | wipe) ;;
@@ -51,7 +51,7 @@ fi
 
 port() { echo $((first_port + $1 - 1)); }
 
-# pid NODE: of its server, if it runs.
+# pid NODE: the id of its server, if it runs.
 pid() {
     local pid
     pid=$(cat "$folder/node-$1/redis.pid" 2>/dev/null) || return 1
@@ -62,7 +62,7 @@ is_down() { ! pid "$1" >/dev/null; }
 
 ask() { redis-cli -p "$(port "$1")" "${@:2}" 2>/dev/null; }
 
-# wait_for WHAT COMMAND…: looks ten times a second, for a minute.
+# wait_for WHAT COMMAND…: tries the command ten times a second, for a minute.
 wait_for() {
     local what=$1
     shift
@@ -82,7 +82,7 @@ start() {
     for node in "${nodes[@]}"; do
         addresses+=("127.0.0.1:$(port "$node")")
         if is_down "$node" && (exec 3<>"/dev/tcp/127.0.0.1/$(port "$node")") 2>/dev/null; then
-            fail "port $(port "$node") is taken; stop what listens there, or give another PORT"
+            fail "port $(port "$node") is taken; stop the process that listens there, or give another PORT"
         fi
     done
     mkdir -p "$folder"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The exercise's GET demo: reads the log once and shows the status and body.
+# The GET demo of the exercise: reads the log once and prints the body and the status.
 set -euo pipefail
 
 url=${FACADE_URL:-http://localhost:8086}
@@ -8,13 +8,13 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
     cat <<HELP
 usage: scripts/get.sh [QUERY]
 
-Reads the log from the facade and prints the body, then the status. The QUERY is msg=HELLO unless
-given, which the facade ignores as the exercise's client expects; try order=desc&limit=3.
+Reads the log from the facade and prints the body, then the status. The default QUERY, msg=HELLO, is that
+of the exercise's client, and the facade ignores it; try order=desc&limit=3.
 
-  FACADE_URL  where the facade is (now: $url)
+  FACADE_URL  the URL of the facade (now: $url)
 
-Exit code: 0 if the answer was a complete 200, otherwise curl's: 22 for an error, 18 for a body that
-was cut off.
+Exit code: 0 if the answer was a complete 200, otherwise that of curl: 22 for an error, 18 for a body
+that was aborted.
 HELP
     exit 0
 fi

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes Redis servers one cluster, in steps that may be repeated: what is done already stays.
+# Makes Redis servers one cluster, in steps that may be repeated: a step that is done changes nothing.
 set -eu
 
 usage() {
@@ -7,15 +7,15 @@ usage() {
 usage: scripts/make-cluster.sh ADDRESS:PORT…
 
 Makes these Redis servers (an even number, at least six, each by its IP address) one cluster: the first
-half begin as primaries of equal shares of the slots, each of the second half as the replica of one of
-them, in the same order. Then waits until all slots are served and every primary has its replica.
+half become primaries of equal shares of the slots, the second half their replicas, in the same order.
+Then waits until all slots are served and every primary has its replica.
 
-It may be interrupted, and run again on servers that are a cluster already, also after failovers. A
-server that has lost its data becomes the replica of its partner. Start such a server only when its
-partner is a primary (redis-cli role): a replica takes what the server at its primary's address has,
-even if that is nothing.
+The script may be interrupted and repeated, also on servers that are already a cluster and after
+failovers. A server that has lost its data becomes the replica of its partner. Start such a server only
+when its partner is a primary (redis-cli role): a replica copies the server at its primary's address,
+even if that is empty.
 
-Needs redis-cli; a password is taken from REDISCLI_AUTH.
+Needs redis-cli, which takes a password from REDISCLI_AUTH.
 
 Exit code: 0 when the cluster is whole, 1 when it is not after five minutes.
 HELP
@@ -35,7 +35,7 @@ trap 'exit 130' INT
 count=$#
 primaries=$((count / 2))
 
-# ask NODE COMMAND…: nothing when it does not answer.
+# ask NODE COMMAND…: prints nothing when the node does not answer.
 ask() {
     asked=$1
     shift
@@ -45,7 +45,7 @@ ask() {
 now() { date +%s; }
 deadline=$(($(now) + 300))
 
-# wait_for WHAT COMMAND…: until the deadline, and says each ten seconds what for.
+# wait_for WHAT COMMAND…: waits until the deadline, and names WHAT every ten seconds.
 wait_for() {
     what=$1
     shift
@@ -65,7 +65,7 @@ wait_for() {
 
 answers() { [ "$(ask "$1" ping)" = PONG ]; }
 
-# How NODE sees itself: id, address, flags, primary, three numbers, the state of the link, its slots.
+# A node's line about itself: id, address, flags, primary, three numbers, the state of the link, its slots.
 itself() { ask "$1" cluster nodes | grep myself; }
 
 is_primary() { itself "$1" | grep -q 'myself,master'; }
@@ -110,7 +110,7 @@ for node in "$@"; do
     wait_for "an answer of $node" answers "$node"
 done
 
-# Only a server that knows no other takes an epoch; the others have theirs.
+# A server that already knows another one refuses an epoch and keeps its own.
 epoch=0
 for node in "$@"; do
     epoch=$((epoch + 1))
@@ -148,7 +148,7 @@ for node in "$@"; do
     partner=$(((n - 1 + primaries) % count + 1))
     eval "partner=\${$partner}"
     echo "$node becomes the replica of $partner"
-    wait_for "$node to take $partner as its primary" replicates "$node" "$partner"
+    wait_for "$node to become the replica of $partner" replicates "$node" "$partner"
 done
 
 for node in "$@"; do

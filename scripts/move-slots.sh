@@ -1,24 +1,24 @@
 #!/bin/sh
-# Moves slots of a Redis Cluster so that no acknowledged entry can be lost, whatever fails meanwhile.
+# Moves slots of a Redis Cluster such that no failure can lose an acknowledged entry.
 set -eu
 
 usage() {
     cat <<'HELP'
 usage: scripts/move-slots.sh FROM TO COUNT
 
-Moves COUNT slots from the primary FROM to the primary TO (each ADDRESS:PORT) while the map is in use,
-those that hold entries too. Slots whose move was interrupted go first. COUNT may be 0: only those.
+Moves COUNT slots with their entries from the primary FROM to the primary TO (each ADDRESS:PORT) while the
+map is in use. Slots whose move was interrupted go first; with COUNT 0 only they are moved.
 
-redis-cli --cluster reshard can lose entries: Redis deletes a key at FROM as soon as TO has it, before
-TO's replica does. This goes slot by slot instead, and goes on when TO's replicas have the slot. All
-replicas of both must serve; until the end they are kept from taking over (cluster-replica-no-failover), so that what only
-TO has cannot be replaced by a replica without it. If FROM or TO ends meanwhile, start it again where it
-was and run this again.
+redis-cli --cluster reshard can lose entries: Redis deletes a key at FROM as soon as TO has it, before the
+replica of TO has it. This script moves one slot at a time and waits until the replicas of TO have it. All
+replicas of both primaries must serve. During the move their failover is disabled
+(cluster-replica-no-failover), so that no replica can replace TO without the moved entries. If FROM or TO
+dies during the move, restart it at its address and repeat the command.
 
-Needs redis-cli; a password is taken from REDISCLI_AUTH.
+Needs redis-cli, which takes a password from REDISCLI_AUTH.
 
-Exit code: 0 when all were moved, 1 when something failed; then the replicas stay as they are until
-this is run again and ends well.
+Exit code: 0 when all slots were moved, 1 otherwise; the failover of the replicas then stays disabled
+until the command is repeated and succeeds.
 HELP
 }
 
@@ -43,7 +43,7 @@ fail() {
     exit 1
 }
 
-# ask NODE COMMAND…: fails when the node does, or answers with an error.
+# ask NODE COMMAND…: ends the script when the node does not answer or answers with an error.
 ask() {
     asked=$1
     shift
@@ -60,10 +60,10 @@ replicas_of() {
         $4 == id && $3 ~ /slave/ { sub(/@.*/, "", $2); print $2 }'
 }
 
-# What NODE says of its own slots, one range or moving slot a line.
+# The slots of NODE as it reports them, one range or moving slot a line.
 slots_of() { ask "$1" cluster nodes | grep myself | tr ' ' '\n' | sed 1,8d; }
 
-# The slots that FROM says are on their way to TO, and those that TO says come from FROM.
+# The slots that FROM reports as moving to TO, and those that TO reports as moving from FROM.
 leaving_slots() { slots_of "$from" | sed -n "s/^\[\([0-9]*\)->-$to_id\]$/\1/p"; }
 coming_slots() { slots_of "$to" | sed -n "s/^\[\([0-9]*\)-<-$from_id\]$/\1/p"; }
 
@@ -73,8 +73,8 @@ own_slots() {
         awk -F- '{ last = NF > 1 ? $2 : $1; for (slot = $1; slot <= last; slot++) print slot }'
 }
 
-# Waits until TO's replicas have what is in the slot. WAIT counts what its own connection wrote, so
-# that writes something into the slot first.
+# Waits until the replicas of TO have the slot's keys. WAIT covers only the writes of its own connection,
+# which therefore first writes a key into the slot.
 wait_for_replicas() {
     answer=$(printf 'ASKING\nINCR "%s"\nWAIT %s %s\n' "$1" "$backups" $WAIT_MILLIS |
         redis-cli -h "${to%:*}" -p "${to##*:}" 2>&1 | tr '\n' ' ')
@@ -86,8 +86,8 @@ wait_for_replicas() {
 
 move_slot() {
     slot=$1
-    # A copy that is at TO already is of a MIGRATE that failed, and FROM's is as new or newer: that is
-    # so if FROM knows that the slot is moving. Otherwise FROM may have begun an empty one.
+    # If FROM reports that the slot is moving, a copy at TO is the result of a MIGRATE that failed, and the
+    # copy at FROM is as new or newer. Otherwise FROM may have begun an empty copy.
     at_from=$(ask "$from" cluster getkeysinslot "$slot" 1)
     at_to=$(ask "$to" cluster getkeysinslot "$slot" 1)
     if [ -n "$at_from" ] && [ -n "$at_to" ] && ! leaving_slots | grep -qx "$slot"; then
@@ -103,7 +103,7 @@ move_slot() {
     done
     moved=$(ask "$to" cluster getkeysinslot "$slot" 1)
     if [ -n "$moved" ]; then
-        # The partition's fence, in the slot that its entries are in.
+        # The fence of the partition, which is in the same slot.
         tag=${moved#*\{}
         wait_for_replicas "fence:{${tag%%\}*}}"
     fi
@@ -125,13 +125,13 @@ for node in $from $to; do
     esac
 done
 
-tell_of_replicas() {
+report_replicas() {
     if [ $is_done = no ]; then
-        echo "the replicas of both stay kept from taking over until this is run again and ends well" >&2
+        echo "the failover of the replicas of both stays disabled; repeat the command until it succeeds" >&2
     fi
 }
 is_done=no
-trap tell_of_replicas EXIT
+trap report_replicas EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
 for replica in $from_replicas $to_replicas; do

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The exercise's POST demo: posts messages as forms and shows the status and body of each answer.
+# The POST demo of the exercise: posts messages as forms and prints the status and body of each answer.
 set -euo pipefail
 
 url=${FACADE_URL:-http://localhost:8086}
@@ -8,10 +8,10 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
     cat <<HELP
 usage: scripts/post.sh [N | MESSAGE…]
 
-Posts msg1 to msgN (N is 10 unless given), or each MESSAGE, to the facade and prints the status, the
-logging instance that stored it, and the body of each answer.
+Posts msg1 to msgN (default: 10), or each MESSAGE, to the facade. Prints the status, the logging instance
+that stored the message, and the body of each answer.
 
-  FACADE_URL  where the facade is (now: $url)
+  FACADE_URL  the URL of the facade (now: $url)
 
 Exit code: 0 if every answer was a 200, 1 otherwise.
 HELP

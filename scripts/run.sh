@@ -8,15 +8,15 @@ usage() {
 usage: scripts/run.sh [--cluster] [FOLDER]
 
 Builds the services in release mode and runs messages (8081), three logging instances (8082, 8083,
-8084) and the facade (8086) on loopback, over an LMDB map in FOLDER (data/map unless given). Each
-line of output begins with the service's name. Ctrl-C stops all of them; requests in flight finish.
+8084) and the facade (8086) on loopback, on an LMDB map in FOLDER (default: data/map). Each line of
+output begins with the name of its service. Ctrl-C stops all services; requests in flight finish.
 
-Kill any of them: the others go on, and the command that starts it again is printed.
+Kill any service: the others keep running, and the command that restarts it is printed.
 
   --cluster   the map is a Redis Cluster of six servers (7001 to 7006) with their data in FOLDER
-              (data/cluster unless given), see scripts/cluster.sh; Ctrl-C stops them too
+              (default: data/cluster), see scripts/cluster.sh; Ctrl-C stops the servers too
 
-SKIP_BUILD=1 takes the binaries in target/release as they are.
+SKIP_BUILD=1 uses the binaries in target/release without building.
 
 Then, from another terminal:
   scripts/post.sh              ten messages
@@ -46,42 +46,39 @@ case $engine in
 esac
 folder=$(realpath --canonicalize-missing "$folder")
 cd "$root"
+source scripts/system.sh
 
-declare -A ports=(
-    [messages]=8081 [logging-1]=8082 [logging-2]=8083 [logging-3]=8084 [facade]=8086
-)
-services=(messages logging-1 logging-2 logging-3 facade)
-
-for service in "${services[@]}"; do
+ports=([messages]=8081 [logging-1]=8082 [logging-2]=8083 [logging-3]=8084 [facade]=8086)
+for service in messages "${instances[@]}" facade; do
     port=${ports[$service]}
-    if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
-        echo "error: port $port, which $service needs, is taken; stop what listens there" >&2
-        exit 1
+    if listens "$port"; then
+        fail "port $port, which $service needs, is taken; stop the process that listens there"
     fi
 done
 
-[[ -n ${SKIP_BUILD:-} ]] || cargo build --release --locked
+build_services
 
-# With job control each service is a process group of its own: Ctrl-C reaches this script only,
-# which passes it on once.
+# With job control each service is a process group of its own: Ctrl-C reaches only this script, which
+# passes it on once.
 set -m
-declare -A pids commands
+declare -A commands
 
-start() {
+# run SERVICE BINARY [ARGUMENT…]: in the background, with the service's name before each line.
+run() {
     local service=$1
-    local command=("target/release/$2" --listen "127.0.0.1:${ports[$service]}" "${@:3}")
+    local command=("target/release/$2" --listen "$(address "$service")" "${@:3}")
     "${command[@]}" > >(trap '' INT TERM; exec sed -u "s/^/$service | /") 2>&1 &
     pids[$service]=$!
     commands[$service]=${command[*]@Q}
 }
 
-# Says which services have ended since the last look, and how to start them again.
+# Names each service that has ended since the last call, and the command that restarts it.
 report_ended() {
     local service
     for service in "${!pids[@]}"; do
         if kill -0 "${pids[$service]}" 2>/dev/null; then continue; fi
         unset "pids[$service]"
-        printf '\nrun.sh | %s has ended; the others go on. To start it again, in another terminal:\n' \
+        printf '\nrun.sh | %s has ended; the others keep running. To restart it, in another terminal:\n' \
             "$service"
         printf 'run.sh |   cd %s && %s\n\n' "${root@Q}" "${commands[$service]}"
     done
@@ -89,10 +86,7 @@ report_ended() {
 
 stop_all() {
     trap '' INT TERM
-    if ((${#pids[@]})); then
-        kill -TERM "${pids[@]}" 2>/dev/null || true
-        wait "${pids[@]}" 2>/dev/null || true
-    fi
+    stop TERM "${!pids[@]}"
     if [[ $engine == cluster ]]; then scripts/cluster.sh stop "$folder"; fi
 }
 
@@ -106,16 +100,13 @@ case $engine in
         ;;
 esac
 
-start messages messages
-for n in 1 2 3; do
-    start "logging-$n" logging --map "$map"
-done
-start facade facade
+run messages messages
+for service in "${instances[@]}"; do run "$service" logging --map "$map"; done
+run facade facade
 
 while ((${#pids[@]})); do
     wait -n || true
     report_ended
 done
-echo "error: all services have ended" >&2
 stop_all
-exit 1
+fail "all services have ended"

@@ -1,53 +1,73 @@
-# A system of a script's own, on free ports of loopback; sourced. The script gives `folder`, where the
-# logs go, and calls `stop_system` when it ends.
+# The services of a script, from target/release on loopback; sourced. The script sets `folder`, where the
+# logs go, and calls `stop` when it ends.
 
-pids=()
+instances=(logging-1 logging-2 logging-3)
+# By the name of each service that runs, and of each that was started.
+declare -A pids=() ports=()
 
-# start COMMAND…: in the background, until stop_system; the last of pids is its id.
-start() {
-    "$@" >"$folder/${#pids[@]}.log" 2>&1 &
-    pids+=($!)
+fail() {
+    echo "error: $*" >&2
+    exit 1
 }
 
-stop_system() {
-    if ((${#pids[@]})); then kill "${pids[@]}" 2>/dev/null || true; fi
-    wait
-    pids=()
-}
+build_services() { [[ -n ${SKIP_BUILD:-} ]] || cargo build --release --locked; }
+
+listens() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
 # Below the range from which the system takes ports for outgoing connections.
 free_port() {
     local candidate
     while true; do
         candidate=$((10000 + RANDOM % 20000))
-        (exec 3<>"/dev/tcp/127.0.0.1/$candidate") 2>/dev/null || break
+        if ! listens "$candidate"; then break; fi
     done
     echo "$candidate"
 }
 
+address() { echo "127.0.0.1:${ports[$1]}"; }
+
 wait_until_ready() {
     curl --silent --output /dev/null --fail --retry 60 --retry-delay 1 --retry-all-errors \
-        "http://$1/readyz"
+        "http://$(address "$1")/readyz"
 }
 
-# start_system MAP: messages, three logging instances and the facade; sets facade and instances to
-# their addresses.
+# start NAME COMMAND…: in the background, with a log in a file.
+start() {
+    "${@:2}" >>"$folder/$1.log" 2>&1 &
+    pids[$1]=$!
+}
+
+# start_service NAME BINARY [ARGUMENT…]: on the port that NAME had before, or on a free one; returns when it
+# is ready.
+start_service() {
+    [[ -n ${ports[$1]:-} ]] || ports[$1]=$(free_port)
+    start "$1" "target/release/$2" --listen "$(address "$1")" "${@:3}"
+    wait_until_ready "$1" || fail "$1 does not get ready; its log: $(cat "$folder/$1.log")"
+}
+
+# start_system MAP: messages, three logging instances and the facade; sets facade to its address.
 start_system() {
-    local address messages urls=()
-    messages=127.0.0.1:$(free_port)
-    start target/release/messages --listen "$messages"
-    instances=()
-    for _ in 1 2 3; do
-        address=127.0.0.1:$(free_port)
-        start target/release/logging --listen "$address" --map "$1"
-        wait_until_ready "$address"
-        instances+=("$address")
-        urls+=("http://$address")
+    local name urls=()
+    start_service messages messages
+    for name in "${instances[@]}"; do
+        start_service "$name" logging --map "$1"
+        urls+=("http://$(address "$name")")
     done
-    facade=127.0.0.1:$(free_port)
-    start target/release/facade --listen "$facade" --messages "http://$messages" \
+    start_service facade facade --messages "http://$(address messages)" \
         --logging "$(IFS=,; echo "${urls[*]}")"
-    wait_until_ready "$facade"
+    facade=$(address facade)
+}
+
+# stop SIGNAL NAME…: sends the signal to all of them, then waits for the end of each.
+stop() {
+    local name stopping=()
+    for name in "${@:2}"; do
+        stopping+=("${pids[$name]}")
+        unset "pids[$name]"
+    done
+    if ((${#stopping[@]} == 0)); then return; fi
+    # Bash reports each end by SIGKILL on standard error.
+    { kill "-$1" "${stopping[@]}"; wait "${stopping[@]}"; } 2>/dev/null || true
 }
 
 # median NUMBER…
@@ -56,7 +76,7 @@ median() { printf '%s\n' "$@" | sort --numeric-sort | sed -n "$((($# + 1) / 2))p
 # ratio A B: A / B, with two digits.
 ratio() { awk "BEGIN { printf \"%.2f\", $1 / $2 }"; }
 
-# describe_run COMMAND: what a stored result begins with.
+# describe_run COMMAND: the head of a stored result.
 describe_run() {
     echo "commit:  $(git rev-parse --short HEAD)$(git diff --quiet HEAD || echo ' with changes')"
     echo "machine: $(nproc) cores, $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1), Linux $(uname -r)"

@@ -7,28 +7,27 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
     cat <<'HELP'
 usage: scripts/test.sh [ARGUMENT…]
 
-Runs all tests of the workspace in release mode: what is tested is what is shipped. Then runs those
-of the whole system again on one Redis server and on a Redis Cluster of six, which the tests start
-themselves. Arguments go to the tests, for example: scripts/test.sh post::   runs those whose name
-contains it.
+Runs all tests of the workspace in release mode, on the code that is shipped. Then runs the tests of
+the whole system again on one Redis server and on a Redis Cluster of six, which the tests start
+themselves. Arguments go to the tests: scripts/test.sh post:: runs the tests whose names contain it.
 
-TEST_ENGINE=lmdb, redis or cluster runs those of the whole system on this engine only.
+TEST_ENGINE=lmdb, redis or cluster runs the tests of the whole system on this engine only.
 
 The tests start the services as real processes on free ports of the loopback interface. They need
 Linux and these tools, which the script installs on Debian and Ubuntu when it is root:
   strace                    makes a disk fail
-  unshare, ip, curl, pgrep  try the scripts on a network of their own
+  unshare, ip, curl, pgrep  run the scripts in a network namespace
   python3, requests         the client of the original exercise
   redis-server, redis-cli (7.0 or later), openssl
   promtool                  checks the metrics (Debian's package prometheus)
   docker, docker-compose (1.29, or Compose v2)
 The script does not install Docker.
 
-An ordinary user will do. A test that cannot run here says why and is skipped; the last lines count
-and name those tests. Where an ordinary user cannot make user namespaces, these are the tests that
-mount something or need a PID namespace; where no Docker engine answers, those of docker-compose.yml.
-REQUIRE_ALL=1 makes each skipped test fail, except those that need Docker, for which it takes
-REQUIRE_DOCKER=1.
+No root is needed. A test that cannot run on this machine is skipped; the last lines count and name
+the skipped tests with the reasons. Where an ordinary user cannot create user namespaces, these are the
+tests that mount something or need a PID namespace; where no Docker engine answers, those of
+docker-compose.yml. REQUIRE_ALL=1 makes each skipped test fail, except those that need Docker;
+REQUIRE_DOCKER=1 makes those fail.
 HELP
     exit 0
 fi
@@ -59,11 +58,11 @@ if ((${#packages[@]})); then
     echo "installing ${packages[*]}"
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}"
-    # A python3 that is not Debian's does not see Debian's packages.
+    # A python3 from elsewhere does not find the packages of Debian.
     if lacks_requests; then python3 -m pip install --quiet requests; fi
 fi
 
-# Tests append a line to this file when they cannot run here.
+# A test that is skipped appends a line to this file.
 SKIPPED_TESTS=$(mktemp)
 export SKIPPED_TESTS
 failed=0
@@ -89,7 +88,7 @@ cargo test --workspace --release --locked --no-run
 if timeout 10 docker info >/dev/null 2>&1; then
     export IMAGE=message-log:test TEST_PROJECT=message-log-test-$$
     SKIP_BUILD=1 .ci/stand-ins.sh run
-    # A test that is killed leaves its containers, which restart.
+    # A killed test leaves its containers, which restart.
     remove_containers() {
         local ours=name=$TEST_PROJECT
         docker ps --all --quiet --filter "$ours" | xargs --no-run-if-empty docker rm --force || true
@@ -107,7 +106,7 @@ if [[ -n ${TEST_ENGINE:-} ]]; then
     exit "$failed"
 fi
 run --workspace -- "$@"
-# Without those that do not depend on the engine, or choose it themselves.
+# Without the tests that do not depend on the engine or choose it themselves.
 own=(compose:: cluster:: scripts:: simulated:: overload:: clock:: fates:: configuration:: large::largest)
 for engine in redis cluster; do
     printf '\nthe whole system on %s\n' "$engine"
