@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Images for machines that cannot pull any: under the tags that docker-compose.yml and the Dockerfile
-# name, made from what this machine has.
+# Makes images for machines that cannot pull any: with the tags of docker-compose.yml and the Dockerfile,
+# from files of this machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -8,16 +8,16 @@ usage() {
     cat <<'HELP'
 usage: .ci/stand-ins.sh run|build|remove
 
-  run     makes what docker-compose.yml runs: the services from target/release as IMAGE, and Redis from
-          the Debian packages redis-server, redis-tools and busybox-static, unless the real image is
-          there or can be pulled
-  build   builds the Dockerfile as IMAGE without a network, on a Debian with gcc, made by debootstrap,
-          with this machine's Rust and the crates that Cargo.lock names, and on its C runtime
-  remove  removes all that was made
+  run     makes the images of docker-compose.yml: the services from target/release as IMAGE, and Redis
+          from the Debian packages redis-server, redis-tools and busybox-static, unless the real image
+          exists or can be pulled
+  build   builds the Dockerfile as IMAGE without a network, on a Debian from debootstrap with gcc, with
+          the Rust toolchain and the C runtime of this machine and the crates of Cargo.lock
+  remove  removes all images that this script made
 
-Needs a Docker engine and, on Debian, the rights to install packages. SKIP_BUILD=1 takes the binaries
-in target/release as they are, for example those of the tests. IMAGE, REDIS_IMAGE and REDIS_VERSION are
-taken from the environment, or are as in .env.example.
+Needs a Docker engine and, on Debian, root to install packages. SKIP_BUILD=1 uses the binaries in
+target/release without building, for example those of the tests. IMAGE, REDIS_IMAGE and REDIS_VERSION
+come from the environment, by default from .env.example.
 HELP
 }
 
@@ -33,7 +33,7 @@ case ${1:-} in
         ;;
 esac
 
-# setting NAME: from the environment, or as .env.example says.
+# setting NAME: its value in the environment, or in .env.example.
 setting() { echo "${!1:-$(sed -n "s/^$1=//p" .env.example)}"; }
 
 folder=$(mktemp -d)
@@ -46,7 +46,7 @@ need() {
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$2"
 }
 
-# is_real IMAGE: it is there and no stand-in, or can be pulled.
+# is_real IMAGE: it exists and is not a stand-in, or can be pulled.
 is_real() {
     local label
     if label=$(docker image inspect --format '{{index .Config.Labels "stand-in"}}' "$1" 2>/dev/null) &&
@@ -56,7 +56,7 @@ is_real() {
     docker pull --quiet "$1" 2>/dev/null
 }
 
-# copy_libraries ROOT PROGRAM…: what the programs load.
+# copy_libraries ROOT PROGRAM…: copies the libraries that the programs load.
 copy_libraries() {
     local root=$1 library
     shift
@@ -66,7 +66,7 @@ copy_libraries() {
     done
 }
 
-# import IMAGE FOLDER [SETTING…]: makes an image of a folder; the one that it replaces is removed.
+# import IMAGE FOLDER [SETTING…]: makes an image of a folder and removes the image that it replaces.
 import() {
     local image=$1 root=$2 change changes=(--change "LABEL stand-in=true")
     shift 2
@@ -115,7 +115,7 @@ make_rust() {
     debootstrap --variant=minbase --include=gcc,libc6-dev bookworm "$root" >"$folder/debootstrap.log"
     mkdir -p "$root"/usr/local/{cargo,rust}
     cp -a "$(rustc --print sysroot)"/{bin,lib} "$root/usr/local/rust/"
-    # Cargo prints the setting that makes it take the crates from there.
+    # Cargo prints the setting for the use of the vendored crates.
     cargo vendor --locked "$root/usr/local/cargo/vendor" 2>"$folder/vendor.log" |
         sed "s|$root||" >"$root/usr/local/cargo/config.toml"
     import "$rust" "$root" "ENV CARGO_HOME=/usr/local/cargo" \
