@@ -1,7 +1,27 @@
-//! What at least two of the services need: the entry, the wire between facade and logging, problem+json
-//! answers, configuration, serving, health checks and telemetry.
+//! The code that at least two of the services share, and the first page about the workspace.
 //!
-//! Nothing that only one service uses lives here.
+//! # The workspace
+//!
+//! Three services keep a log of messages. A request passes through their crates in this order:
+//!
+//! 1. [`facade`](../facade/index.html), the public service, gives each message a UUID, stores it through a
+//!    random logging instance, and merges the log with the reply of the messages service.
+//! 2. [`logging`](../logging/index.html), several instances, stores entries in the shared map: LMDB or Redis.
+//! 3. [`messages`](../messages/index.html) is a stub with one reply.
+//!
+//! [`testing`](../testing/index.html) has the fixtures of their tests. ARCHITECTURE.md has the invariants, and
+//! follows a POST, a GET and a failure; docs/glossary.md explains the words.
+//!
+//! # This crate
+//!
+//! - A service starts with [`config`], [`telemetry`] and [`serve`].
+//! - A request passes through [`middleware`]; [`body`] reads it within a memory budget.
+//! - [`entry`] is what the services store, [`bounds`] a part of the log.
+//! - [`api`] is the wire between facade and logging.
+//! - A response is written by [`json`] or [`problem`]; [`escape`] makes text safe to print.
+//! - [`health`] answers `/livez` and `/readyz`.
+//!
+//! Code that only one service uses does not belong here.
 
 #![warn(missing_docs)]
 

@@ -1,5 +1,7 @@
 //! The messages service: a stub that answers every GET with the same sentence, so that the facade
 //! has a second service whose reply it merges.
+//!
+//! [`router`] has all routes. The page of [`common`] explains the workspace.
 
 use std::net::SocketAddr;
 

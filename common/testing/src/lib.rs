@@ -1,4 +1,4 @@
-//! The fixtures that the tests of several crates share.
+//! The fixtures that the tests of several crates share: maps, processes, Redis servers.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
