@@ -3,13 +3,14 @@
 //! Reading, storing and answering overlap within a window, in order: an upload may have any length.
 
 use std::future;
+use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, BodyDataStream};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use common::body::{BodyError, holding};
 use common::entry;
 use common::json::{self, JsonLine};
@@ -19,6 +20,8 @@ use futures_util::{Stream, StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
+use tokio_util::codec::{AnyDelimiterCodec, AnyDelimiterCodecError, Decoder, FramedRead};
+use tokio_util::io::StreamReader;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -158,8 +161,7 @@ fn store_lines(
 ) -> impl Stream<Item = Result<LineResult, Broken>> + Send + 'static {
     let window = Arc::new(Semaphore::new(WINDOW_BYTES));
     let limit = body_limit(app.max_message);
-    let lines = Lines::new(body, limit, app.body_timeout, app.stop.clone());
-    let lines = stream::unfold(lines, async |mut lines| Some((lines.next().await?, lines)));
+    let lines = read_lines(body, limit, app.body_timeout, app.stop.clone());
     let admitted = lines
         .filter(|line| future::ready(!line.is_blank()))
         .then(move |line| admit(line, window.clone()));
@@ -317,111 +319,91 @@ impl Line {
     }
 }
 
-/// Splits a body into lines and buffers at most one of them, of at most `limit` bytes.
-struct Lines {
-    body: BodyDataStream,
-    buffer: BytesMut,
+/// The lines of a body, of which it buffers at most one of `limit` bytes. A body that breaks off,
+/// stalls, or is cut because the process stops ends with [`Content::Broken`].
+fn read_lines(
+    body: Body,
     limit: usize,
-    timeout: Duration,
+    idle_timeout: Duration,
     stop: CancellationToken,
-    number: u64,
-    is_finished: bool,
+) -> impl Stream<Item = Line> + Send + 'static {
+    let body = body.into_data_stream();
+    let pieces = stream::unfold(Some(body), move |body| {
+        let stop = stop.clone();
+        async move {
+            let mut body = body?;
+            let piece = tokio::select! {
+                biased;
+                () = stop.cancelled() => {
+                    discard_rest(body);
+                    return Some((Err(STOPPING.into()), None));
+                }
+                piece = timeout(idle_timeout, body.next()) => piece,
+            };
+            let piece = match piece {
+                Ok(piece) => piece?.map_err(io::Error::other),
+                Err(too_slow) => Err(too_slow.into()),
+            };
+            Some((piece, Some(body)))
+        }
+    });
+    let lines = FramedRead::new(StreamReader::new(pieces), LineDecoder::new(limit));
+    let numbered = lines.zip(stream::iter(1..));
+    numbered.map(|(content, number)| {
+        let content = content.unwrap_or_else(|error| {
+            Content::Broken(match error.kind() {
+                STOPPING => stopping(),
+                ErrorKind::TimedOut => BodyError::TooSlow.into(),
+                _ => BodyError::Broken.into(),
+            })
+        });
+        Line { number, content }
+    })
 }
 
-enum Piece {
-    Data(Bytes),
-    End,
-    Broken(Problem),
+/// The kind of the error that ends an upload when the process stops. No body fails with it.
+const STOPPING: ErrorKind = ErrorKind::Interrupted;
+
+/// Keeps reading for [`DISCARD_FOR`]: a caller that is still sending would otherwise get a
+/// connection reset instead of the answer.
+fn discard_rest(mut body: BodyDataStream) {
+    tokio::spawn(timeout(DISCARD_FOR, async move {
+        while let Some(Ok(_)) = body.next().await {}
+    }));
 }
 
-impl Lines {
-    fn new(body: Body, limit: usize, timeout: Duration, stop: CancellationToken) -> Self {
-        Self {
-            body: body.into_data_stream(),
-            buffer: BytesMut::new(),
+/// Splits off one line after the other. One that is too long is an item too, as [`FramedRead`] ends
+/// after an error.
+struct LineDecoder(AnyDelimiterCodec);
+
+impl LineDecoder {
+    fn new(limit: usize) -> Self {
+        let newline = vec![b'\n'];
+        Self(AnyDelimiterCodec::new_with_max_length(
+            newline,
+            Vec::new(),
             limit,
-            timeout,
-            stop,
-            number: 0,
-            is_finished: false,
-        }
+        ))
     }
 
-    async fn next(&mut self) -> Option<Line> {
-        if self.is_finished {
-            return None;
-        }
-        self.number += 1;
-        let content = self.next_content().await?;
-        Some(Line {
-            number: self.number,
-            content,
-        })
-    }
-
-    async fn next_content(&mut self) -> Option<Content> {
-        let mut is_too_long = false;
-        let mut scanned = 0;
-        loop {
-            let end = self.buffer[scanned..]
-                .iter()
-                .position(|byte| *byte == b'\n');
-            if let Some(end) = end {
-                let line = &self.buffer[..scanned + end];
-                let content = self.bounded(line, is_too_long);
-                self.buffer.advance(scanned + end + 1);
-                return Some(content);
-            }
-            if self.buffer.len() > self.limit {
-                is_too_long = true;
-                self.buffer.clear();
-            }
-            scanned = self.buffer.len();
-            match self.next_piece().await {
-                Piece::Data(piece) => self.buffer.extend_from_slice(&piece),
-                Piece::Broken(problem) => {
-                    self.is_finished = true;
-                    return Some(Content::Broken(problem));
-                }
-                Piece::End => {
-                    self.is_finished = true;
-                    let is_nothing = self.buffer.is_empty() && !is_too_long;
-                    return (!is_nothing).then(|| self.bounded(&self.buffer, is_too_long));
-                }
-            }
+    fn content(line: Result<Option<Bytes>, AnyDelimiterCodecError>) -> io::Result<Option<Content>> {
+        match line {
+            Ok(line) => Ok(line.map(|line| Content::Text(Box::from(&*line)))),
+            Err(AnyDelimiterCodecError::MaxChunkLengthExceeded) => Ok(Some(Content::TooLong)),
+            Err(AnyDelimiterCodecError::Io(error)) => Err(error),
         }
     }
+}
 
-    async fn next_piece(&mut self) -> Piece {
-        let piece = tokio::select! {
-            biased;
-            () = self.stop.cancelled() => {
-                self.discard_rest();
-                return Piece::Broken(stopping());
-            }
-            piece = timeout(self.timeout, self.body.next()) => piece,
-        };
-        match piece {
-            Ok(Some(Ok(piece))) => Piece::Data(piece),
-            Ok(Some(Err(_))) => Piece::Broken(BodyError::Broken.into()),
-            Ok(None) => Piece::End,
-            Err(_) => Piece::Broken(BodyError::TooSlow.into()),
-        }
+impl Decoder for LineDecoder {
+    type Item = Content;
+    type Error = io::Error;
+
+    fn decode(&mut self, buffer: &mut BytesMut) -> io::Result<Option<Content>> {
+        Self::content(self.0.decode(buffer))
     }
 
-    /// Keeps reading for [`DISCARD_FOR`]: a caller that is still sending would otherwise get a
-    /// connection reset instead of the answer.
-    fn discard_rest(&mut self) {
-        let mut body = std::mem::replace(&mut self.body, Body::empty().into_data_stream());
-        tokio::spawn(timeout(DISCARD_FOR, async move {
-            while let Some(Ok(_)) = body.next().await {}
-        }));
-    }
-
-    fn bounded(&self, line: &[u8], is_too_long: bool) -> Content {
-        if is_too_long || line.len() > self.limit {
-            return Content::TooLong;
-        }
-        Content::Text(line.into())
+    fn decode_eof(&mut self, buffer: &mut BytesMut) -> io::Result<Option<Content>> {
+        Self::content(self.0.decode_eof(buffer))
     }
 }
