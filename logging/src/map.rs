@@ -19,7 +19,7 @@ pub use self::contract::{
 pub use self::redis::RedisConfig;
 
 /// The engine and where its data is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Location {
     /// `lmdb:FOLDER`: one folder shared by the logging processes of one machine.
     Lmdb(PathBuf),

@@ -3,21 +3,17 @@
 use std::fmt;
 use std::str::FromStr;
 
-use percent_encoding::percent_decode_str;
 use redis::io::tcp::TcpSettings;
-use redis::{Client, ConnectionAddr, IntoConnectionInfo, RedisConnectionInfo};
-
-const DEFAULT_PORT: u16 = 6379;
+use redis::{Client, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisConnectionInfo};
 
 const WRITE_INSTEAD: &str = "write redis://[USER:PASSWORD@]HOST:PORT[,HOST:PORT…]";
 
 /// One Redis server, or some members of a Redis Cluster; discovery finds the others.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct RedisConfig {
     pub(super) seeds: Vec<Address>,
     pub(super) is_tls: bool,
-    user: Option<String>,
-    password: Option<String>,
+    login: RedisConnectionInfo,
 }
 
 impl RedisConfig {
@@ -34,15 +30,8 @@ impl RedisConfig {
         } else {
             ConnectionAddr::Tcp(host, port)
         };
-        let mut settings = RedisConnectionInfo::default().set_skip_set_lib_name();
-        if let Some(user) = &self.user {
-            settings = settings.set_username(user);
-        }
-        if let Some(password) = &self.password {
-            settings = settings.set_password(password);
-        }
         let info = address.into_connection_info().map(|info| {
-            info.set_redis_settings(settings)
+            info.set_redis_settings(self.login.clone().set_skip_set_lib_name())
                 .set_tcp_settings(TcpSettings::default().set_nodelay(true))
         });
         let client = info.and_then(Client::open);
@@ -56,43 +45,45 @@ impl FromStr for RedisConfig {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (scheme, rest) = text.split_once("://").ok_or(WRITE_INSTEAD)?;
         let (login, hosts) = match rest.rsplit_once('@') {
-            Some((login, hosts)) => (Some(login), hosts),
-            None => (None, rest),
+            Some((login, hosts)) => (parse_login(login)?, hosts),
+            None => (RedisConnectionInfo::default(), rest),
         };
         let hosts = hosts.strip_suffix('/').unwrap_or(hosts);
         if hosts.contains('/') {
             return Err(format!("{WRITE_INSTEAD}; the map is always in database 0"));
         }
-        let (user, password) = match login {
-            None => (None, None),
-            Some(login) => {
-                let (user, password) = login.split_once(':').ok_or(WRITE_INSTEAD)?;
-                let user = (!user.is_empty()).then(|| decoded(user)).transpose()?;
-                (user, Some(decoded(password)?))
-            }
-        };
         let seeds: Result<_, _> = hosts.split(',').map(Address::from_str).collect();
         Ok(Self {
             seeds: seeds?,
             is_tls: scheme == "rediss",
-            user,
-            password,
+            login,
         })
     }
 }
 
-fn decoded(text: &str) -> Result<String, String> {
-    let decoded = percent_decode_str(text).decode_utf8();
-    let decoded = decoded.map_err(|_| "the user and password must be UTF-8, percent-encoded")?;
-    Ok(decoded.into_owned())
+/// Parses `USER:PASSWORD` or `:PASSWORD`.
+fn parse_login(login: &str) -> Result<RedisConnectionInfo, &'static str> {
+    if !login.contains(':') {
+        return Err(WRITE_INSTEAD);
+    }
+    let info = match login.contains(['/', '?', '#']) {
+        true => None,
+        false => format!("redis://{login}@host").into_connection_info().ok(),
+    };
+    let info = info.ok_or("the user and password must be UTF-8, percent-encoded")?;
+    let login = info.redis_settings().clone();
+    Ok(match login.password() {
+        Some(_) => login,
+        None => login.set_password(""),
+    })
 }
 
 /// Omits the password, as this is logged.
 impl fmt::Debug for RedisConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(if self.is_tls { "rediss://" } else { "redis://" })?;
-        if self.password.is_some() {
-            write!(f, "{}:…@", self.user.as_deref().unwrap_or_default())?;
+        if self.login.password().is_some() {
+            write!(f, "{}:…@", self.login.username().unwrap_or_default())?;
         }
         let seeds: Vec<String> = self.seeds.iter().map(Address::to_string).collect();
         f.write_str(&seeds.join(","))
@@ -109,23 +100,18 @@ pub(super) struct Address {
 impl FromStr for Address {
     type Err = String;
 
+    /// Parses `HOST`, `HOST:PORT`, or an IPv6 address in brackets instead of the name.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let is_bare_ipv6 = text.starts_with('[') && text.ends_with(']');
-        let (host, port) = match text.rsplit_once(':') {
-            Some((host, port)) if !is_bare_ipv6 => (host, port.parse().map_err(|_| WRITE_INSTEAD)?),
-            _ => (text, DEFAULT_PORT),
-        };
-        let in_brackets = host
-            .strip_prefix('[')
-            .and_then(|host| host.strip_suffix(']'));
-        let host = in_brackets.unwrap_or(host);
-        if host.is_empty() || (in_brackets.is_none() && host.contains(':')) {
-            return Err(WRITE_INSTEAD.to_owned());
+        let is_address = !text.contains(['@', '/', '?', '#']) && !text.ends_with(':');
+        let info = is_address.then(|| format!("redis://{text}").into_connection_info());
+        let info = info.and_then(Result::ok);
+        match info.as_ref().map(ConnectionInfo::addr) {
+            Some(ConnectionAddr::Tcp(host, port)) => Ok(Self {
+                host: host.clone(),
+                port: *port,
+            }),
+            _ => Err(WRITE_INSTEAD.to_owned()),
         }
-        Ok(Self {
-            host: host.to_owned(),
-            port,
-        })
     }
 }
 
@@ -157,8 +143,8 @@ mod tests {
         let text = "rediss://log%3Aer:p%40ss%2Fword@10.0.0.1:7001,[::1]:7002,[fe80::2]/";
         let servers: RedisConfig = text.parse().unwrap();
         assert!(servers.is_tls);
-        assert_eq!(servers.user.as_deref(), Some("log:er"));
-        assert_eq!(servers.password.as_deref(), Some("p@ss/word"));
+        assert_eq!(servers.login.username(), Some("log:er"));
+        assert_eq!(servers.login.password(), Some("p@ss/word"));
         assert_eq!(
             format!("{servers:?}"),
             "rediss://log:er:…@10.0.0.1:7001,[::1]:7002,[fe80::2]:6379"
@@ -168,8 +154,10 @@ mod tests {
     #[test]
     fn password_alone_is_the_default_users() {
         let servers: RedisConfig = "redis://:secret@host:1".parse().unwrap();
-        assert_eq!(servers.user, None);
-        assert_eq!(servers.password.as_deref(), Some("secret"));
+        assert_eq!(servers.login.username(), None);
+        assert_eq!(servers.login.password(), Some("secret"));
+        let servers: RedisConfig = "redis://user:@host".parse().unwrap();
+        assert_eq!(servers.login.password(), Some(""));
     }
 
     #[test]
@@ -177,9 +165,18 @@ mod tests {
         for text in [
             "redis:host",
             "redis://",
+            "redis://host:",
             "redis://host:port",
+            "redis://host:70000",
+            "redis://host?db=1",
+            "rediss://host#insecure",
             "redis://::1",
+            "redis://[::1",
+            "redis://::1:7001",
+            "redis://@host",
             "redis://user@host",
+            "redis://user:1/@host",
+            "redis://user:%ff@host",
             "redis://host/1",
             "redis://host,,host",
         ] {
