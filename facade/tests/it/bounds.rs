@@ -14,8 +14,6 @@ use reqwest::{Body, Client, RequestBuilder};
 use serde_json::Value;
 use testing::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
 use testing::requirements::{skip, unshare};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -87,18 +85,15 @@ async fn unread_responses_stay_within_the_memory_budget() {
     let message = "\u{1}".repeat(1 << 20);
     let stored: Entry = system.post(&message).await.json().await.unwrap();
     let before = peak_memory_kib(system.facade.pid());
-    let request = format!("GET /{} HTTP/1.1\r\nhost: test\r\n\r\n", stored.uuid);
+    let url = format!("{}/{}", system.facade.url(), stored.uuid);
     let mut callers = Vec::new();
     let mut turned_away = 0;
     for _ in 0..CALLERS {
-        let mut caller = TcpStream::connect(system.facade.address).await.unwrap();
-        caller.write_all(request.as_bytes()).await.unwrap();
-        let mut status = [0; 12];
-        caller.read_exact(&mut status).await.unwrap();
-        match &status {
-            b"HTTP/1.1 200" => {}
-            b"HTTP/1.1 503" => turned_away += 1,
-            other => panic!("{}", String::from_utf8_lossy(other)),
+        let caller = system.http.get(&url).send().await.unwrap();
+        match caller.status().as_u16() {
+            200 => {}
+            503 => turned_away += 1,
+            other => panic!("{other}"),
         }
         callers.push(caller);
     }

@@ -3,9 +3,10 @@
 
 use std::time::{Duration, Instant};
 
+use testing::load::Record;
 use testing::redis_servers::{RedisCluster, RedisServer};
 
-use crate::load::{Load, Record, post};
+use crate::load::{Load, post};
 use crate::processes::Processes;
 
 /// POSTs answered between two events, so that every phase is under load.
@@ -37,12 +38,12 @@ async fn instance_and_primary_killed_together_lose_nothing() {
         load.wait_for_more(PHASE).await;
         phases.push((killed, readable, Instant::now()));
     }
-    let record = load.finish().await;
+    let (record, reads) = load.finish().await;
     println!(
         "{} POSTs acknowledged, {} GETs, the longest without an answer {:.1} s",
         record.acknowledged.len(),
-        record.reads,
-        record.silence.as_secs_f64()
+        reads.count,
+        reads.silence.as_secs_f64()
     );
     for (pair, (killed, readable, over)) in phases.into_iter().enumerate() {
         let readable_after = readable - killed;
@@ -73,7 +74,7 @@ async fn paused_primary_is_replaced_and_no_acknowledged_entry_is_lost() {
     cluster.nodes[0].signal("CONT");
     cluster.wait_until_whole();
     load.wait_for_more(PHASE).await;
-    let record = load.finish().await;
+    let (record, _) = load.finish().await;
     println!(
         "{} POSTs acknowledged; readable {:.1?} after the pause began; {}",
         record.acknowledged.len(),
@@ -97,7 +98,7 @@ async fn all_members_killed_at_once_lose_nothing() {
     cluster.nodes.iter_mut().for_each(RedisServer::restart);
     cluster.wait_until_whole();
     load.wait_for_more(PHASE).await;
-    let record = load.finish().await;
+    let (record, _) = load.finish().await;
     println!(
         "{} POSTs acknowledged, {} failed meanwhile",
         record.acknowledged.len(),
@@ -119,13 +120,8 @@ async fn entry_that_the_backup_lacks_is_not_acknowledged() {
         cut_replication(&cluster.nodes[0], &cluster.nodes[3]);
         let mut record = Record::default();
         for n in 0..200 {
-            post(
-                &system.http,
-                &system.facade.url(),
-                n.to_string(),
-                &mut record,
-            )
-            .await;
+            let url = system.facade.url();
+            record.extend(post(&system.http, &url, n.to_string()).await);
         }
         assert!(
             record.acknowledged.len() > 100,

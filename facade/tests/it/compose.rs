@@ -103,13 +103,13 @@ async fn messages_survive_containers_that_die_or_are_disconnected() {
     load.wait_for_more(PHASE).await;
     let end = Instant::now();
 
-    let record = load.finish().await;
+    let (record, reads) = load.finish().await;
     println!(
         "{} POSTs acknowledged, {} failed, {} GETs, the longest without an answer {:.1} s",
         record.acknowledged.len(),
         record.failed.len(),
-        record.reads,
-        record.silence.as_secs_f64()
+        reads.count,
+        reads.silence.as_secs_f64()
     );
     for (what, fault, readable, over) in failovers {
         let readable_after = readable - fault;

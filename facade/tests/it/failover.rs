@@ -1,22 +1,21 @@
 //! Logging instances that die, hang and return, as real processes under real signals.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::entry::{Entry, Outcome};
+use common::entry::Outcome;
 use futures_util::{StreamExt, stream};
 use reqwest::{Body, Client};
 use serde_json::Value;
 use testing::engine::Engine;
 use testing::process::{OnSmallDisk, Process, free_address};
 use testing::requirements::unshare;
-use tokio::task::JoinSet;
 use uuid::Uuid;
 
+use crate::load::Load;
 use crate::processes::{Processes, binary, start_logging};
 use crate::system::{System, engine_under_test, logging_stub, nobody, problem};
 
@@ -26,69 +25,24 @@ use crate::system::{System, engine_under_test, logging_stub, nobody, problem};
 async fn no_post_fails_while_one_instance_lives() {
     const ROUNDS: usize = 10;
     const POSTS: u64 = 20_000;
-    const CONNECTIONS: usize = 64;
     let mut system = Processes::start();
-    let url = system.facade.url();
-    let http = system.http.clone();
-    let sent = Arc::new(AtomicU64::new(0));
-    let is_over = Arc::new(AtomicBool::new(false));
-    let mut writers: JoinSet<_> = (0..CONNECTIONS)
-        .map(|_| write_until_over(http.clone(), url.clone(), sent.clone(), is_over.clone()))
-        .collect();
+    let load = Load::start(&system.http, &system.facade.url());
     for round in 0..ROUNDS {
-        wait_for_more(&sent, POSTS / ROUNDS as u64 / 2, &mut writers).await;
+        load.wait_for_more(POSTS / ROUNDS as u64 / 2).await;
         let survivor = round % 3;
         let victims = (0..3).filter(|index| *index != survivor);
         victims
             .clone()
             .for_each(|victim| system.logging[victim].kill());
-        wait_for_more(&sent, POSTS / ROUNDS as u64 / 2, &mut writers).await;
+        load.wait_for_more(POSTS / ROUNDS as u64 / 2).await;
         victims.for_each(|victim| system.restart_logging(victim));
     }
-    is_over.store(true, Ordering::Relaxed);
-    let acknowledged = writers.join_all().await;
-    let acknowledged: BTreeMap<Uuid, String> = acknowledged.into_iter().flatten().collect();
-    println!("{} POSTs, none failed", acknowledged.len());
-    assert!(acknowledged.len() as u64 >= POSTS);
-    let stored = system.read_all().await;
-    assert!(stored.is_sorted_by(|left, right| left.uuid < right.uuid));
-    let stored: BTreeMap<Uuid, String> = stored.into_iter().map(|e| (e.uuid, e.msg)).collect();
-    assert!(
-        stored == acknowledged,
-        "the log has lost, doubled or changed messages"
-    );
-}
-
-/// Posts one message after the other; panics unless each gets a 200.
-async fn write_until_over(
-    http: Client,
-    url: String,
-    sent: Arc<AtomicU64>,
-    is_over: Arc<AtomicBool>,
-) -> BTreeMap<Uuid, String> {
-    let mut acknowledged = BTreeMap::new();
-    while !is_over.load(Ordering::Relaxed) {
-        let msg = sent.fetch_add(1, Ordering::Relaxed).to_string();
-        let response = http.post(&url).body(msg.clone()).send().await.unwrap();
-        let status = response.status();
-        let body = response.text().await.unwrap();
-        assert_eq!(status, 200, "{body}");
-        let entry: Entry = serde_json::from_str(&body).unwrap();
-        assert_eq!(entry.msg, msg);
-        acknowledged.insert(entry.uuid, msg);
-    }
-    acknowledged
-}
-
-/// Waits until `more` messages were sent; panics when a writer does.
-async fn wait_for_more<T: 'static>(sent: &AtomicU64, more: u64, writers: &mut JoinSet<T>) {
-    let target = sent.load(Ordering::Relaxed) + more;
-    while sent.load(Ordering::Relaxed) < target {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-        if let Some(ended) = writers.try_join_next() {
-            ended.unwrap();
-        }
-    }
+    let (record, reads) = load.finish().await;
+    assert!(record.failed.is_empty(), "{:?}", record.failed);
+    let (posts, reads) = (record.acknowledged.len(), reads.count);
+    println!("{posts} POSTs and {reads} GETs, none failed");
+    assert!(posts as u64 >= POSTS);
+    record.assert_kept(&system.read_all().await);
 }
 
 /// Fifty GETs of a million entries (six on the engines that are not the default one), in both orders in

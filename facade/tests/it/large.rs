@@ -1,17 +1,20 @@
 //! A log of a million entries, and a log of the largest messages: reads are complete and in order in each
 //! format, and neither facade nor logging keeps the log, or the backlog of slow readers, in memory.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::entry::Entry;
-use futures_util::stream;
-use reqwest::Body;
+use futures_util::{TryStreamExt, stream};
+use reqwest::{Body, RequestBuilder};
 use testing::engine::Engine;
 use testing::process::Process;
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::io::StreamReader;
 
 use crate::processes::Processes;
 use crate::system::engine_under_test;
@@ -52,7 +55,7 @@ async fn read_within_memory(
     let memory = MemoryWatch::start(&system);
     let lines = (0..count).map(move |n| {
         let line = serde_json::to_string(&message(n)).unwrap() + "\n";
-        Ok::<_, std::io::Error>(line)
+        Ok::<_, io::Error>(line)
     });
     let upload = system
         .http
@@ -62,22 +65,19 @@ async fn read_within_memory(
     let summary: serde_json::Value = upload.send().await.unwrap().json().await.unwrap();
     assert_eq!(summary["stored"], count, "{summary}");
 
-    let address = system.facade.address;
     for (format, order) in [
         ("application/json", "asc"),
         ("application/x-ndjson", "asc"),
         ("text/plain", "asc"),
         ("application/x-ndjson", "desc"),
     ] {
-        let read = move || read_all(address, format, order, count, message);
-        tokio::task::spawn_blocking(read).await.unwrap();
+        read_all(&system, format, order, count, message).await;
     }
-    let readers: Vec<_> = (0..SLOW_READERS)
-        .map(|_| tokio::task::spawn_blocking(move || read_slowly(address)))
-        .collect();
-    for reader in readers {
-        reader.await.unwrap();
-    }
+    let readers = (0..SLOW_READERS).map(|_| {
+        let log = system.http.get(system.facade.url());
+        read_slowly(log)
+    });
+    readers.collect::<JoinSet<()>>().join_all().await;
     for (name, growth) in memory.finish() {
         println!("{name} grew by {growth} KiB while {count} messages were stored and read");
         assert!(growth < MAX_GROWTH_KIB, "{name} grew by {growth} KiB");
@@ -87,8 +87,8 @@ async fn read_within_memory(
 /// Reads the log line by line and checks that it holds the messages 0 to `count`, each once, in ascending
 /// or descending UUID order. On LMDB that is the order of the POSTs; on a cluster a message gets a later
 /// UUID when its partition has no primary.
-fn read_all(
-    address: SocketAddr,
+async fn read_all(
+    system: &Processes,
     format: &str,
     order: &str,
     count: usize,
@@ -98,7 +98,12 @@ fn read_all(
     let mut seen = 0;
     let mut is_seen = vec![false; count];
     let mut tail = String::new();
-    for line in BodyLines::get(address, &format!("/?order={order}"), format) {
+    let url = format!("{}/?order={order}", system.facade.url());
+    let mut body = read_body(system.http.get(url).header("accept", format)).await;
+    let mut buffer = String::new();
+    while body.read_line(&mut buffer).await.unwrap() > 0 {
+        let whole = std::mem::take(&mut buffer);
+        let line = whole.strip_suffix('\n').expect("each line ends");
         let entry = match format {
             "application/json" if seen < count => {
                 if line == "{\"logging_service\":[" {
@@ -106,7 +111,7 @@ fn read_all(
                 }
                 serde_json::from_str(line.trim_end_matches(',')).unwrap()
             }
-            "application/x-ndjson" if seen < count => serde_json::from_str(&line).unwrap(),
+            "application/x-ndjson" if seen < count => serde_json::from_str(line).unwrap(),
             "text/plain" if seen < count => {
                 let (uuid, msg) = line.split_once(' ').unwrap();
                 Entry {
@@ -115,7 +120,7 @@ fn read_all(
                 }
             }
             _ => {
-                tail += &line;
+                tail += line;
                 continue;
             }
         };
@@ -149,8 +154,8 @@ fn read_all(
 }
 
 /// Reads 1 KiB a second, and must get it each time.
-fn read_slowly(address: SocketAddr) {
-    let mut connection = get(address, "/", "application/json");
+async fn read_slowly(log: RequestBuilder) {
+    let mut body = read_body(log).await;
     let slow_reading = match engine_under_test() {
         Engine::Lmdb => SLOW_READING,
         Engine::RedisServer | Engine::RedisCluster => SLOW_READING_ELSEWHERE,
@@ -158,72 +163,20 @@ fn read_slowly(address: SocketAddr) {
     let began = Instant::now();
     let mut buffer = [0; SLOW_BYTES_PER_SECOND];
     for second in 1.. {
-        connection.read_exact(&mut buffer).unwrap();
-        let due = began + Duration::from_secs(second);
-        if due.duration_since(began) > slow_reading {
+        body.read_exact(&mut buffer).await.unwrap();
+        let due = Duration::from_secs(second);
+        if due > slow_reading {
             return;
         }
-        std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        sleep_until(began + due).await;
     }
 }
 
-fn get(address: SocketAddr, path: &str, accept: &str) -> TcpStream {
-    let mut connection = TcpStream::connect(address).unwrap();
-    let request = format!(
-        "GET {path} HTTP/1.1\r\nhost: {address}\r\naccept: {accept}\r\nconnection: close\r\n\r\n"
-    );
-    connection.write_all(request.as_bytes()).unwrap();
-    connection
-}
-
-/// The lines of a chunked body; panics when the body was aborted.
-struct BodyLines {
-    reader: BufReader<TcpStream>,
-    buffer: Vec<u8>,
-    taken: usize,
-}
-
-impl BodyLines {
-    fn get(address: SocketAddr, path: &str, accept: &str) -> Self {
-        let mut reader = BufReader::new(get(address, path, accept));
-        let mut head = String::new();
-        while !head.ends_with("\r\n\r\n") {
-            reader.read_line(&mut head).unwrap();
-        }
-        assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
-        Self {
-            reader,
-            buffer: Vec::new(),
-            taken: 0,
-        }
-    }
-}
-
-impl Iterator for BodyLines {
-    type Item = String;
-
-    fn next(&mut self) -> Option<String> {
-        loop {
-            let rest = &self.buffer[self.taken..];
-            if let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
-                let line = String::from_utf8(rest[..end].to_vec()).unwrap();
-                self.taken += end + 1;
-                return Some(line);
-            }
-            self.buffer.drain(..self.taken);
-            self.taken = 0;
-            let mut size = String::new();
-            self.reader.read_line(&mut size).unwrap();
-            let size = usize::from_str_radix(size.trim_end(), 16).expect("the body was cut off");
-            let mut chunk = vec![0; size + 2];
-            self.reader.read_exact(&mut chunk).unwrap();
-            if size == 0 {
-                assert!(self.buffer.is_empty());
-                return None;
-            }
-            self.buffer.extend_from_slice(&chunk[..size]);
-        }
-    }
+/// The body of an answer; one that is cut off ends with an error.
+async fn read_body(request: RequestBuilder) -> impl AsyncBufRead + Unpin {
+    let response = request.send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    StreamReader::new(response.bytes_stream().map_err(io::Error::other))
 }
 
 /// Samples the anonymous memory of facade and logging, which leaves out LMDB's file pages.

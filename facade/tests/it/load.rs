@@ -1,14 +1,12 @@
 //! Continuous POSTs and GETs while something fails, and the assertions on their record.
 
-use std::collections::{BTreeMap, HashSet};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::entry::Entry;
 use reqwest::Client;
 use serde_json::Value;
-use testing::process::LOOK_AGAIN;
+use testing::load::{Failed, Record};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
@@ -16,136 +14,97 @@ use crate::system::Merged;
 
 const WRITERS: usize = 64;
 
-/// Timeout for POSTs to be answered.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// The record of the posters and the reader.
+/// What a reader saw.
 #[derive(Default)]
-pub(crate) struct Record {
-    pub(crate) acknowledged: BTreeMap<Uuid, String>,
-    pub(crate) failed: Vec<Failed>,
-    /// The longest time without an answered GET.
+pub(crate) struct Reads {
+    pub(crate) count: usize,
+    /// The longest time in which no GET was answered.
     pub(crate) silence: Duration,
-    /// The number of answered GETs.
-    pub(crate) reads: usize,
 }
 
-/// A POST that did not get a 200.
-#[derive(Debug)]
-pub(crate) struct Failed {
-    msg: String,
-    began: Instant,
-    ended: Instant,
-    /// The UUID that the message may be stored under.
-    unknown: Option<Uuid>,
-    detail: String,
-}
-
-/// Posters, each of which sends one message after the other, and a reader.
+/// Posters and a reader, until they are finished.
 pub(crate) struct Load {
-    answered: Arc<AtomicU64>,
+    posts: testing::load::Load,
     is_over: Arc<AtomicBool>,
-    writers: Vec<JoinHandle<Record>>,
-    reader: JoinHandle<Record>,
+    reader: JoinHandle<Reads>,
 }
 
 impl Load {
     /// Puts load on the facade at `url`.
     pub(crate) fn start(http: &Client, url: &str) -> Self {
-        let answered = Arc::new(AtomicU64::new(0));
+        let newest = Arc::new(Mutex::new(Uuid::nil()));
         let is_over = Arc::new(AtomicBool::new(false));
-        let newest = Arc::new(std::sync::Mutex::new(Uuid::nil()));
-        let posted = Arc::new(AtomicU64::new(0));
-        let writers = (0..WRITERS).map(|_| {
+        let reader = {
             let (http, url) = (http.clone(), url.to_owned());
-            let (answered, is_over) = (answered.clone(), is_over.clone());
-            let (newest, posted) = (newest.clone(), posted.clone());
-            tokio::spawn(async move {
-                let mut record = Record::default();
-                while !is_over.load(Ordering::Relaxed) {
-                    let msg = format!("message {}", posted.fetch_add(1, Ordering::Relaxed));
-                    if let Some(uuid) = post(&http, &url, msg, &mut record).await {
-                        let mut newest = newest.lock().unwrap();
-                        *newest = uuid.max(*newest);
-                        answered.fetch_add(1, Ordering::Relaxed);
-                    }
-                }
-                record
-            })
-        });
-        let (http, url) = (http.clone(), url.to_owned());
-        let over = is_over.clone();
-        let newest = newest.clone();
-        Self {
-            writers: writers.collect(),
-            answered,
-            is_over,
-            reader: tokio::spawn(async move {
-                let mut record = Record::default();
+            let (newest, is_over) = (newest.clone(), is_over.clone());
+            async move {
+                let mut reads = Reads::default();
                 let mut answered = Instant::now();
-                while !over.load(Ordering::Relaxed) {
+                while !is_over.load(Ordering::Relaxed) {
                     let acknowledged = *newest.lock().unwrap();
                     if let Some(last) = read_last(&http, &url).await {
                         assert!(last >= acknowledged, "{acknowledged} is missing");
-                        record.reads += 1;
-                        record.silence = record.silence.max(answered.elapsed());
+                        reads.count += 1;
+                        reads.silence = reads.silence.max(answered.elapsed());
                         answered = Instant::now();
                     }
                 }
+                reads
+            }
+        };
+        let (http, url) = (http.clone(), url.to_owned());
+        let posts = testing::load::Load::start(WRITERS, move |number| {
+            let (http, url, newest) = (http.clone(), url.clone(), newest.clone());
+            async move {
+                let record = post(&http, &url, format!("message {number}")).await;
+                if let Some((uuid, _)) = record.acknowledged.last_key_value() {
+                    let mut newest = newest.lock().unwrap();
+                    *newest = newest.max(*uuid);
+                }
                 record
-            }),
+            }
+        });
+        Self {
+            posts,
+            is_over,
+            reader: tokio::spawn(reader),
         }
     }
 
     /// Waits until `more` POSTs got a 200.
     pub(crate) async fn wait_for_more(&self, more: u64) {
-        let target = self.answered.load(Ordering::Relaxed) + more;
-        let waiting = async {
-            while self.answered.load(Ordering::Relaxed) < target {
-                assert!(!self.reader.is_finished(), "the reader has failed");
-                tokio::time::sleep(LOOK_AGAIN).await;
-            }
-        };
-        let waited = tokio::time::timeout(PATIENCE, waiting).await;
-        waited.expect("POSTs are answered");
+        self.posts.wait_for_more(more).await;
+        assert!(!self.reader.is_finished(), "the reader has failed");
     }
 
-    pub(crate) async fn finish(self) -> Record {
+    pub(crate) async fn finish(self) -> (Record, Reads) {
         self.is_over.store(true, Ordering::Relaxed);
-        let mut record = self.reader.await.unwrap();
-        assert!(record.reads > 0);
-        for writer in self.writers {
-            let written = writer.await.unwrap();
-            record.acknowledged.extend(written.acknowledged);
-            record.failed.extend(written.failed);
-        }
-        record
+        let reads = self.reader.await.unwrap();
+        assert!(reads.count > 0);
+        (self.posts.finish().await, reads)
     }
 }
 
-pub(crate) async fn post(
-    http: &Client,
-    url: &str,
-    msg: String,
-    record: &mut Record,
-) -> Option<Uuid> {
+pub(crate) async fn post(http: &Client, url: &str, msg: String) -> Record {
     let began = Instant::now();
     let response = http.post(url).body(msg.clone()).send().await.unwrap();
     let status = response.status();
     let answer: Value = response.json().await.unwrap();
     let uuid = answer["uuid"].as_str().map(|uuid| uuid.parse().unwrap());
+    let mut record = Record::default();
     if status == 200 {
+        assert_eq!(answer["msg"], msg);
         record.acknowledged.insert(uuid.unwrap(), msg);
-        return uuid;
+    } else {
+        record.failed.push(Failed {
+            msg,
+            began,
+            ended: Instant::now(),
+            unknown: uuid.filter(|_| answer["stored"] != "no"),
+            detail: answer["detail"].to_string(),
+        });
     }
-    record.failed.push(Failed {
-        msg,
-        began,
-        ended: Instant::now(),
-        unknown: uuid.filter(|_| answer["stored"] != "no"),
-        detail: answer["detail"].to_string(),
-    });
-    None
+    record
 }
 
 /// The newest entry; `None` when the map cannot be read.
@@ -159,61 +118,4 @@ async fn read_last(http: &Client, url: &str) -> Option<Uuid> {
     let merged: Merged = response.json().await.unwrap();
     let last = merged.logging_service.first();
     Some(last.map_or(Uuid::nil(), |entry| entry.uuid))
-}
-
-impl Record {
-    /// Asserts that no acknowledged message is lost or changed, that none occurs twice or out of order, and
-    /// that every other stored message was posted and has the UUID that its poster was given.
-    #[track_caller]
-    pub(crate) fn assert_kept(&self, stored: &[Entry]) {
-        assert!(stored.is_sorted_by(|left, right| left.uuid < right.uuid));
-        let lost = self.lost(stored);
-        assert!(lost.is_empty(), "{} lost: {:?}", lost.len(), lost[0]);
-        let unknown = self.failed.iter();
-        let unknown = unknown.filter_map(|failed| Some((failed.unknown?, failed.msg.as_str())));
-        let unknown: BTreeMap<Uuid, &str> = unknown.collect();
-        let mut messages = HashSet::new();
-        for Entry { uuid, msg } in stored {
-            let acknowledged = self.acknowledged.get(uuid).map(String::as_str);
-            let posted = acknowledged.or_else(|| unknown.get(uuid).copied());
-            assert_eq!(posted, Some(msg.as_str()), "{uuid} was never posted");
-            assert!(messages.insert(msg), "{msg} occurs twice");
-        }
-    }
-
-    pub(crate) fn lost(&self, stored: &[Entry]) -> Vec<Uuid> {
-        let stored: BTreeMap<Uuid, &str> = stored
-            .iter()
-            .map(|entry| (entry.uuid, entry.msg.as_str()))
-            .collect();
-        let acknowledged = self.acknowledged.iter();
-        let lost = acknowledged.filter(|(uuid, msg)| stored.get(*uuid) != Some(&msg.as_str()));
-        lost.map(|(uuid, _)| *uuid).collect()
-    }
-
-    #[track_caller]
-    pub(crate) fn assert_none_failed_between(&self, from: Instant, until: Instant) {
-        let failed = self.failed.iter();
-        let failed: Vec<_> = failed
-            .filter(|failed| failed.began > from && failed.began < until)
-            .collect();
-        assert!(failed.is_empty(), "failed after the failover: {failed:?}");
-    }
-
-    /// The number of POSTs that failed, and the time of the last one after `fault`.
-    pub(crate) fn failed_after(&self, fault: Instant, until: Instant) -> String {
-        let failed = self.failed.iter();
-        let failed: Vec<_> = failed
-            .filter(|failed| failed.ended > fault && failed.began < until)
-            .collect();
-        match failed.iter().map(|failed| failed.began).max() {
-            None => "no POST failed".to_owned(),
-            Some(last) => format!(
-                "{} POSTs failed, all begun within {:.1} s after it ({})",
-                failed.len(),
-                last.saturating_duration_since(fault).as_secs_f64(),
-                failed[0].detail
-            ),
-        }
-    }
 }

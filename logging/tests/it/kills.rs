@@ -1,17 +1,16 @@
 //! Processes on one LMDB folder that are killed while entries are put: no acknowledged entry is lost, and
 //! the remaining processes keep storing.
 
-use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::entry::{Entry, Outcome};
 use reqwest::Client;
+use testing::load::{Load, Record};
 use testing::process::{PATIENCE, Process, free_address};
 use uuid::Uuid;
 
@@ -42,17 +41,16 @@ async fn acknowledged_entries_survive_kills_of_random_processes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn survivor_keeps_storing_when_the_others_are_killed_at_once() {
     /// More entries than the eight writers can have in flight, so the survivor has stored some of them.
-    const MORE: usize = 100;
-    let kills = kill_under_load(Duration::from_secs(15), |processes, _, recorder| {
+    const MORE: u64 = 100;
+    let kills = kill_under_load(Duration::from_secs(15), |processes, _, load| {
         let survivor = random_below(processes.len());
         let victims: Vec<usize> = (0..processes.len())
             .filter(|index| *index != survivor)
             .collect();
         victims.iter().for_each(|victim| processes[*victim].kill());
-        let acknowledged = || recorder.lock().unwrap().acknowledged.len();
-        let goal = acknowledged() + MORE;
+        let goal = load.acknowledged() + MORE;
         let begin = Instant::now();
-        while acknowledged() < goal {
+        while load.acknowledged() < goal {
             assert!(begin.elapsed() < PATIENCE, "the survivor stores nothing");
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -70,76 +68,44 @@ fn random_below(count: usize) -> usize {
 }
 
 /// Runs three processes on one folder under load. `kill` gets the processes, the number of kills so far and
-/// the number of stored entries; it kills some processes and returns their indexes, and they are restarted.
-/// At the end every process must have every acknowledged entry, once and in order. Returns the number of
+/// the load; it kills some processes and returns their indexes, and they are restarted. At the end every
+/// process must have every acknowledged entry, once and in order. Returns the number of
 /// kills.
 async fn kill_under_load(
     length: Duration,
-    mut kill: impl FnMut(&mut [Process], u32, &Mutex<Recorder>) -> Vec<usize> + Send + 'static,
+    mut kill: impl FnMut(&mut [Process], u32, &Load) -> Vec<usize> + Send + 'static,
 ) -> u32 {
     let folder = tempfile::tempdir().unwrap();
     let addresses: Vec<SocketAddr> = (0..3).map(|_| free_address()).collect();
-    let is_over = Arc::new(AtomicBool::new(false));
-    let recorder = Arc::new(Mutex::new(Recorder::default()));
-    let writers: Vec<_> = (0..8)
-        .map(|writer| {
-            let urls = addresses.iter().map(|address| format!("http://{address}"));
-            let urls: Vec<String> = urls.collect();
-            tokio::spawn(write_until_over(
-                writer,
-                urls,
-                is_over.clone(),
-                recorder.clone(),
-            ))
-        })
-        .collect();
+    let urls = addresses.iter().map(|address| format!("http://{address}"));
+    let urls: Arc<[String]> = urls.collect();
+    let client = Client::builder().timeout(Duration::from_secs(2));
+    let writer = client.build().unwrap();
+    let load = Load::start(8, move |number| {
+        write_batch(writer.clone(), urls.clone(), number)
+    });
     let path = folder.path().to_owned();
-    let record = recorder.clone();
     let killed = tokio::task::spawn_blocking(move || {
         let start = |address: &SocketAddr| Process::start(quiet(&path), *address);
         let mut processes: Vec<Process> = addresses.iter().map(start).collect();
         let began = Instant::now();
         let mut kills = 0;
         while began.elapsed() < length {
-            for victim in kill(&mut processes, kills, &record) {
+            for victim in kill(&mut processes, kills, &load) {
                 processes[victim] = start(&addresses[victim]);
                 kills += 1;
             }
         }
-        (processes, kills)
+        (processes, kills, load)
     });
-    let (processes, kills) = killed.await.unwrap();
-    is_over.store(true, Ordering::Relaxed);
-    for writer in writers {
-        writer.await.unwrap();
-    }
-    let Recorder {
-        attempted,
-        acknowledged,
-    } = Arc::into_inner(recorder).unwrap().into_inner().unwrap();
-    println!(
-        "{kills} kills, {} entries attempted, {} acknowledged",
-        attempted.len(),
-        acknowledged.len()
-    );
-    assert!(
-        acknowledged.len() > 2000,
-        "too little load to prove anything"
-    );
+    let (processes, kills, load) = killed.await.unwrap();
+    let record = load.finish().await;
+    let acknowledged = record.acknowledged.len();
+    println!("{kills} kills, {acknowledged} entries acknowledged");
+    assert!(acknowledged > 2000, "too little load to prove anything");
     let http = Client::new();
     for process in &processes {
-        let stored = all(&http, &process.url()).await;
-        assert!(
-            stored.is_sorted_by(|left, right| left.uuid < right.uuid),
-            "once and in order"
-        );
-        let stored: BTreeMap<Uuid, String> = stored.into_iter().map(|e| (e.uuid, e.msg)).collect();
-        for uuid in &acknowledged {
-            assert_eq!(stored.get(uuid), attempted.get(uuid), "lost or changed");
-        }
-        for (uuid, msg) in &stored {
-            assert_eq!(attempted.get(uuid), Some(msg), "never attempted");
-        }
+        record.assert_kept(&all(&http, &process.url()).await);
     }
     kills
 }
@@ -162,46 +128,21 @@ async fn turn_to_write_is_the_lock_of_a_file() {
     assert_eq!(all(&http, &url).await, [entry]);
 }
 
-#[derive(Debug, Default)]
-struct Recorder {
-    attempted: HashMap<Uuid, String>,
-    acknowledged: Vec<Uuid>,
-}
-
-/// Posts batches to random instances and retries each until an instance acknowledges it.
-async fn write_until_over(
-    writer: usize,
-    urls: Vec<String>,
-    is_over: Arc<AtomicBool>,
-    recorder: Arc<Mutex<Recorder>>,
-) {
-    let http = Client::builder()
-        .timeout(Duration::from_secs(2))
-        .build()
-        .unwrap();
-    let mut sent = 0;
-    while !is_over.load(Ordering::Relaxed) {
-        let entries: Vec<Entry> = (0..5)
-            .map(|n| entry(&format!("{writer}/{sent}/{n}")))
-            .collect();
-        sent += 1;
-        let known = entries.iter().map(|entry| (entry.uuid, entry.msg.clone()));
-        recorder.lock().unwrap().attempted.extend(known);
-        while !is_over.load(Ordering::Relaxed) {
-            let url = &urls[Uuid::new_v4().as_u128() as usize % urls.len()];
-            let Ok(outcomes) = put(&http, url, &entries).await else {
-                tokio::task::yield_now().await;
-                continue;
-            };
-            let is_stored = |o: &Outcome| matches!(o, Outcome::Stored | Outcome::Duplicate);
-            let with_outcomes = entries.iter().zip(&outcomes);
-            let stored = with_outcomes.filter(|(_, outcome)| is_stored(outcome));
-            let stored: Vec<Uuid> = stored.map(|(entry, _)| entry.uuid).collect();
-            recorder.lock().unwrap().acknowledged.extend(stored);
-            if outcomes.iter().all(is_stored) {
-                break;
-            }
+/// Posts a batch to random instances until each entry is acknowledged, wherever that is.
+async fn write_batch(http: Client, urls: Arc<[String]>, number: u64) -> Record {
+    let entries: Vec<Entry> = (0..5).map(|n| entry(&format!("{number}/{n}"))).collect();
+    let is_stored = |o: &Outcome| matches!(o, Outcome::Stored | Outcome::Duplicate);
+    loop {
+        match put(&http, &urls[random_below(urls.len())], &entries).await {
+            Ok(outcomes) if outcomes.iter().all(is_stored) => break,
+            Ok(_) => {}
+            Err(_) => tokio::task::yield_now().await,
         }
+    }
+    let acknowledged = entries.into_iter().map(|entry| (entry.uuid, entry.msg));
+    Record {
+        acknowledged: acknowledged.collect(),
+        failed: Vec::new(),
     }
 }
 
