@@ -65,45 +65,32 @@ impl LmdbMap {
         }
         reply.outcomes(self.store_timeout).await
     }
-
-    fn reader(&self) -> Reader {
-        Reader {
-            store: self.store.clone(),
-            timeout: self.store_timeout,
-        }
-    }
 }
 
-/// Runs each read in a separate transaction, within a timeout.
-#[derive(Clone, Debug)]
-struct Reader {
-    store: Arc<Store>,
-    timeout: Duration,
-}
-
-impl Reader {
-    async fn read<T: Send + 'static>(
-        &self,
-        read: impl FnOnce(&Store) -> Result<T, MapError> + Send + 'static,
-    ) -> Result<T, MapError> {
-        let store = self.store.clone();
-        let reading = tokio::task::spawn_blocking(move || read(&store));
-        match timeout(self.timeout, reading).await {
-            Ok(Ok(result)) => result,
-            Ok(Err(error)) => Err(MapError::Unavailable(format!(
-                "reading the map failed: {error}"
-            ))),
-            Err(_) => Err(MapError::Unavailable(
-                "the map's disk did not return the entries within the store timeout".to_owned(),
-            )),
-        }
+/// Runs a read in a transaction of its own, within a timeout.
+async fn read_within<T: Send + 'static>(
+    limit: Duration,
+    store: &Arc<Store>,
+    read: impl FnOnce(&Store) -> Result<T, MapError> + Send + 'static,
+) -> Result<T, MapError> {
+    let store = store.clone();
+    let reading = tokio::task::spawn_blocking(move || read(&store));
+    match timeout(limit, reading).await {
+        Ok(Ok(result)) => result,
+        Ok(Err(error)) => Err(MapError::Unavailable(format!(
+            "reading the map failed: {error}"
+        ))),
+        Err(_) => Err(MapError::Unavailable(
+            "the map's disk did not return the entries within the store timeout".to_owned(),
+        )),
     }
 }
 
 /// Continues each piece after the last UUID of the previous one.
 #[derive(Debug)]
 struct LmdbCursor {
-    reader: Reader,
+    store: Arc<Store>,
+    timeout: Duration,
     bounds: Bounds,
 }
 
@@ -111,8 +98,8 @@ struct LmdbCursor {
 impl Cursor for LmdbCursor {
     async fn next(&mut self, limit: PieceLimit) -> Result<Piece, MapError> {
         let bounds = self.bounds;
-        let piece = self.reader.read(move |store| store.piece(bounds, limit));
-        let piece = piece.await?;
+        let read = move |store: &Store| store.piece(bounds, limit);
+        let piece = read_within(self.timeout, &self.store, read).await?;
         if let Some(last) = piece.last {
             self.bounds = bounds.resumed_from(last);
         }
@@ -137,20 +124,24 @@ impl DistributedMap for LmdbMap {
     }
 
     async fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError> {
-        self.reader().read(move |store| store.get(uuid)).await
+        let read = move |store: &Store| store.get(uuid);
+        read_within(self.store_timeout, &self.store, read).await
     }
 
     fn read(&self, bounds: Bounds) -> Box<dyn Cursor> {
-        let reader = self.reader();
-        Box::new(LmdbCursor { reader, bounds })
+        Box::new(LmdbCursor {
+            store: self.store.clone(),
+            timeout: self.store_timeout,
+            bounds,
+        })
     }
 
     async fn last(&self) -> Result<Option<Uuid>, MapError> {
-        self.reader().read(Store::last).await
+        read_within(self.store_timeout, &self.store, Store::last).await
     }
 
     async fn health(&self) -> Health {
-        let not_ready = match self.reader().read(Store::last).await {
+        let not_ready = match self.last().await {
             Err(error) => Some(error.to_string()),
             Ok(_) => match self.submit(Arc::new([])).await {
                 Ok(_) => None,
@@ -165,12 +156,8 @@ impl DistributedMap for LmdbMap {
     }
 
     async fn stats(&self) -> MapStats {
-        let reader = Reader {
-            timeout: STATS_TIMEOUT,
-            ..self.reader()
-        };
-        let folder = reader.read(Store::stats).await;
-        let member = self.store.folder().display().to_string();
+        let folder = read_within(STATS_TIMEOUT, &self.store, Store::stats).await;
+        let member = self.store.folder.display().to_string();
         MapStats {
             engine: "lmdb".to_owned(),
             layout: LAYOUT,

@@ -72,23 +72,50 @@ pub(super) fn measure_commit(group: &[Job], began: Instant) {
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) entries: Arc<[Entry]>,
-    pub(super) bytes: usize,
+    bytes: usize,
     claim: Claim,
     reply: oneshot::Sender<Result<Vec<Outcome>, Outcome>>,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Job {
-    /// Takes the job for writing. If this returns false, the caller was answered `refused` and the
-    /// job must not be written.
-    pub(super) fn claim(&self) -> bool {
-        self.claim.take()
-    }
-
     /// Answers with the outcome of each entry, or an error for all of them.
     pub(super) fn answer(self, outcomes: Result<Vec<Outcome>, Outcome>) {
         // A caller whose timeout has passed was answered by its claim.
         let _ = self.reply.send(outcomes);
+    }
+}
+
+/// Claims the first job, and queued ones until the group has `max_bytes`. Jobs whose callers were
+/// answered are left out.
+pub(super) fn claim_group(
+    first: Vec<Job>,
+    queued: impl Iterator<Item = Job>,
+    max_bytes: usize,
+) -> Vec<Job> {
+    let mut group = Vec::new();
+    let mut bytes = 0;
+    for job in first.into_iter().chain(queued) {
+        if job.claim.take() {
+            bytes += job.bytes;
+            group.push(job);
+        }
+        if bytes >= max_bytes {
+            break;
+        }
+    }
+    group
+}
+
+/// Answers a group with the outcomes of all its entries in turn, or an error for all of them.
+pub(super) fn answer_group(group: Vec<Job>, outcomes: Result<Vec<Outcome>, Outcome>) {
+    let mut outcomes = outcomes.map(Vec::into_iter);
+    for job in group {
+        let share = match &mut outcomes {
+            Ok(outcomes) => Ok(outcomes.take(job.entries.len()).collect()),
+            Err(outcome) => Err(outcome.clone()),
+        };
+        job.answer(share);
     }
 }
 

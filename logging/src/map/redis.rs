@@ -44,7 +44,6 @@ use super::queue::WriteBudget;
 /// A map whose entries are on Redis servers.
 #[derive(Debug)]
 pub(super) struct RedisMap {
-    config: RedisConfig,
     cluster: Arc<Cluster>,
     budget: WriteBudget,
     store_timeout: Duration,
@@ -55,8 +54,7 @@ impl RedisMap {
     pub(super) fn open(config: RedisConfig, options: Options) -> Self {
         Self {
             store_timeout: options.store_timeout,
-            cluster: Arc::new(discovery::start(config.clone(), options)),
-            config,
+            cluster: Arc::new(discovery::start(config, options)),
             budget: WriteBudget::default(),
         }
     }
@@ -70,39 +68,23 @@ impl DistributedMap for RedisMap {
 
     async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome> {
         let topology = self.cluster.topology();
-        let mut indices: Vec<Vec<usize>> = vec![Vec::new(); topology.shards.len()];
+        let partitions = entries.iter().map(|entry| partition::of(entry.uuid));
+        let (groups, unowned) = topology.group(partitions);
         let mut outcomes = vec![Outcome::unknown("redis returned no outcome"); entries.len()];
-        for (index, entry) in entries.iter().enumerate() {
-            match topology.owner(partition::of(entry.uuid)) {
-                Some(shard) => indices[shard].push(index),
-                None => {
-                    self.cluster.start_discovery();
-                    outcomes[index] = Outcome::partition_down(self.cluster.unowned_reason());
-                }
-            }
+        if !unowned.is_empty() {
+            self.cluster.start_discovery();
         }
-        let groups = topology.shards.iter().zip(&indices);
-        let groups = groups.filter(|(_, indices)| !indices.is_empty());
-        let puts = groups.map(async |(shard, indices)| {
+        for index in unowned {
+            outcomes[index] = Outcome::partition_down(self.cluster.unowned_reason());
+        }
+        let puts = groups.into_iter().map(async |(shard, indices)| {
             let batch = indices.iter().map(|index| entries[*index].clone());
-            (
-                indices,
-                shard.writer.put(&self.budget, batch.collect()).await,
-            )
+            let put = shard.writer.put(&self.budget, batch.collect()).await;
+            let put = put.unwrap_or_else(|outcome| vec![outcome; indices.len()]);
+            indices.into_iter().zip(put)
         });
-        for (indices, put) in join_all(puts).await {
-            match put {
-                Ok(found) => {
-                    for (index, outcome) in indices.iter().zip(found) {
-                        outcomes[*index] = outcome;
-                    }
-                }
-                Err(outcome) => {
-                    for index in indices {
-                        outcomes[*index] = outcome.clone();
-                    }
-                }
-            }
+        for (index, outcome) in join_all(puts).await.into_iter().flatten() {
+            outcomes[index] = outcome;
         }
         outcomes
     }
@@ -129,7 +111,7 @@ impl DistributedMap for RedisMap {
     }
 
     async fn stats(&self) -> MapStats {
-        stats::stats(&self.config, &self.cluster).await
+        stats::stats(&self.cluster).await
     }
 
     fn measure(&self) {

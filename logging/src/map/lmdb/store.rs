@@ -12,7 +12,8 @@ use anyhow::{Context, bail};
 use common::api::{MemberStats, Role};
 use common::bounds::{Bounds, Order};
 use common::entry::Entry;
-use heed::types::Bytes;
+use heed::byteorder::BigEndian;
+use heed::types::{Bytes, U128};
 use heed::{AnyTls, Database, Env, EnvOpenOptions, MdbError, RoTxn, RwTxn, WithoutTls};
 use uuid::Uuid;
 
@@ -39,21 +40,21 @@ const CHECKSUM_BYTES: usize = 4;
 /// The key of the map's id, see [`parse_id`]. It sorts before every UUID.
 const ID_KEY: &[u8] = &[0];
 
-/// The first key that an entry can have.
-const FIRST_KEY: &[u8] = &[0; 16];
-
 pub(super) const DISK_FULL: &str = "the disk that holds the map is full";
 
 pub(super) type Entries = Database<Bytes, Bytes>;
 
+/// The key of an entry.
+type UuidKey = U128<BigEndian>;
+
 /// The folder, and the environment while it is open.
 #[derive(Debug)]
 pub(super) struct Store {
-    folder: PathBuf,
+    pub(super) folder: PathBuf,
     /// `None` only during a reopen after a fatal error, or until one succeeds.
     opened: RwLock<Option<Opened>>,
     /// Set once the id is found in the map or committed to it.
-    id: OnceLock<Uuid>,
+    pub(super) id: OnceLock<Uuid>,
     pub(super) readers: Readers,
     /// Entries read by this process.
     gets: AtomicU64,
@@ -123,10 +124,6 @@ impl Store {
         self.id.get().copied()
     }
 
-    pub(super) fn note_id(&self, id: Uuid) {
-        self.id.get_or_init(|| id);
-    }
-
     /// Fails when the folder was deleted. Deleted files can still be written while they are open,
     /// but no instance that starts later would find the entries.
     pub(super) fn require_folder(&self) -> Result<(), MapError> {
@@ -186,13 +183,11 @@ impl Store {
 
     pub(super) fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError> {
         let Opened { env, entries } = self.opened()?;
-        let txn = env.read_txn().map_err(unavailable)?;
+        let txn = env.read_txn()?;
         let value = entries.get(&txn, uuid.as_bytes());
         self.gets.fetch_add(1, Ordering::Relaxed);
-        match value.map_err(unavailable)? {
-            Some(value) => Ok(Some(decode(uuid, value)?.to_owned())),
-            None => Ok(None),
-        }
+        let msg = value?.map(|value| decode(uuid, value)).transpose()?;
+        Ok(msg.map(str::to_owned))
     }
 
     /// The first entries within the bounds.
@@ -200,20 +195,16 @@ impl Store {
         if bounds.is_empty() {
             return Ok(Piece::default());
         }
-        let low = match &bounds.after {
-            Some(after) => Bound::Excluded(&after.as_bytes()[..]),
-            None => Bound::Included(FIRST_KEY),
-        };
-        let high = match &bounds.before {
-            Some(before) => Bound::Excluded(&before.as_bytes()[..]),
-            None => Bound::Unbounded,
-        };
+        let excluded = |uuid: Uuid| Bound::Excluded(uuid.as_u128());
+        let low = bounds.after.map_or(Bound::Included(0), excluded);
+        let high = bounds.before.map_or(Bound::Unbounded, excluded);
         let range = (low, high);
         let Opened { env, entries } = self.opened()?;
-        let txn = env.read_txn().map_err(unavailable)?;
+        let entries = entries.remap_key_type::<UuidKey>();
+        let txn = env.read_txn()?;
         let piece = match bounds.order {
-            Order::Asc => fill_piece(entries.range(&txn, &range).map_err(unavailable)?, limit),
-            Order::Desc => fill_piece(entries.rev_range(&txn, &range).map_err(unavailable)?, limit),
+            Order::Asc => fill_piece(entries.range(&txn, &range)?, limit),
+            Order::Desc => fill_piece(entries.rev_range(&txn, &range)?, limit),
         }?;
         self.gets.fetch_add(piece.count, Ordering::Relaxed);
         Ok(piece)
@@ -222,8 +213,8 @@ impl Store {
     /// The row of the folder.
     pub(super) fn stats(&self) -> Result<MemberStats, MapError> {
         let Opened { env, entries } = self.opened()?;
-        let txn = env.read_txn().map_err(unavailable)?;
-        let stat = entries.stat(&txn).map_err(unavailable)?;
+        let txn = env.read_txn()?;
+        let stat = entries.stat(&txn)?;
         let records = stat.entries as u64;
         // One record is the map's id.
         let count = records.saturating_sub(u64::from(read_id(entries, &txn)?.is_some()));
@@ -244,19 +235,12 @@ impl Store {
         })
     }
 
-    pub(super) fn folder(&self) -> &Path {
-        &self.folder
-    }
-
     pub(super) fn last(&self) -> Result<Option<Uuid>, MapError> {
         let Opened { env, entries } = self.opened()?;
-        let txn = env.read_txn().map_err(unavailable)?;
-        let all = (Bound::Included(FIRST_KEY), Bound::Unbounded);
-        let mut from_last = entries.rev_range(&txn, &all).map_err(unavailable)?;
-        match from_last.next().transpose().map_err(unavailable)? {
-            Some((key, _)) => Ok(Some(key_uuid(key)?)),
-            None => Ok(None),
-        }
+        let txn = env.read_txn()?;
+        let entries = entries.remap_key_type::<UuidKey>();
+        let last = entries.rev_range(&txn, &(0..))?.next().transpose()?;
+        Ok(last.map(|(uuid, _)| Uuid::from_u128(uuid)))
     }
 }
 
@@ -272,16 +256,16 @@ impl Drop for Turn<'_> {
 }
 
 fn fill_piece<'txn>(
-    found: impl Iterator<Item = heed::Result<(&'txn [u8], &'txn [u8])>>,
+    found: impl Iterator<Item = heed::Result<(u128, &'txn [u8])>>,
     limit: PieceLimit,
 ) -> Result<Piece, MapError> {
     let mut piece = Piece::default();
     for item in found {
-        let (key, value) = item.map_err(unavailable)?;
+        let (key, value) = item?;
         if !piece.fits(limit, value.len()) {
             break;
         }
-        let uuid = key_uuid(key)?;
+        let uuid = Uuid::from_u128(key);
         piece.push(uuid, decode(uuid, value)?);
     }
     Ok(piece)
@@ -308,7 +292,7 @@ impl Opened {
     }
 
     fn id(&self) -> Result<Option<Uuid>, MapError> {
-        let txn = self.env.read_txn().map_err(unavailable)?;
+        let txn = self.env.read_txn()?;
         read_id(self.entries, &txn)
     }
 
@@ -322,7 +306,7 @@ impl Opened {
 }
 
 fn read_id(entries: Entries, txn: &RoTxn<'_, AnyTls>) -> Result<Option<Uuid>, MapError> {
-    let Some(id) = entries.get(txn, ID_KEY).map_err(unavailable)? else {
+    let Some(id) = entries.get(txn, ID_KEY)? else {
         return Ok(None);
     };
     let id = parse_id(&String::from_utf8_lossy(id), LAYOUT);
@@ -338,7 +322,7 @@ pub(super) fn find_or_make_id(entries: Entries, txn: &mut RwTxn<'_>) -> Result<U
     let id = Uuid::now_v7();
     let text = format!("{LAYOUT} {id}");
     let put = entries.put(txn, ID_KEY, text.as_bytes());
-    put.map_err(unavailable)?;
+    put?;
     Ok(id)
 }
 
@@ -408,14 +392,10 @@ fn checksum(uuid: Uuid, msg: &[u8]) -> u32 {
     hasher.finalize()
 }
 
-fn key_uuid(key: &[u8]) -> Result<Uuid, MapError> {
-    Uuid::from_slice(key).map_err(|_| {
-        MapError::Unavailable("the map's folder holds keys that are not UUIDs".to_owned())
-    })
-}
-
-fn unavailable(error: heed::Error) -> MapError {
-    MapError::Unavailable(describe(&error))
+impl From<heed::Error> for MapError {
+    fn from(error: heed::Error) -> Self {
+        Self::Unavailable(describe(&error))
+    }
 }
 
 pub(super) fn is_panic(error: &heed::Error) -> bool {

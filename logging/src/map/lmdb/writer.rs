@@ -1,6 +1,7 @@
 //! The writer thread: it takes the write lock, writes all queued batches in one transaction,
 //! commits (LMDB fsyncs), and then answers the callers.
 
+use std::mem;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant, SystemTime};
@@ -13,7 +14,7 @@ use super::store::{
     DISK_FULL, Entries, Opened, Store, decode, describe, encode, find_or_make_id, is_panic,
 };
 use crate::map::contract::MapError;
-use crate::map::queue::{Job, measure_commit};
+use crate::map::queue::{Job, answer_group, claim_group, measure_commit};
 use crate::map::rules::staleness;
 
 /// The interval of sweeps. Readers keep LMDB from reusing pages; a sweep clears those of dead
@@ -52,16 +53,10 @@ impl Writer {
         let written = self.write_group(&mut group);
         measure_commit(&group, began);
         match written {
-            Ok(outcomes) => {
-                for (job, outcomes) in group.into_iter().zip(outcomes) {
-                    job.answer(Ok(outcomes));
-                }
-            }
+            Ok(outcomes) => answer_group(group, Ok(outcomes)),
             Err(failure) => {
                 tracing::error!(outcome = ?failure.outcome, "a write transaction failed");
-                for job in group {
-                    job.answer(Err(failure.outcome.clone()));
-                }
+                answer_group(group, Err(failure.outcome));
                 if failure.needs_reopen {
                     self.store.reopen();
                 }
@@ -69,38 +64,28 @@ impl Writer {
         }
     }
 
-    fn write_group(&self, group: &mut Vec<Job>) -> Result<Vec<Vec<Outcome>>, Failure> {
-        let Opened { env, entries } = self.store.opened().map_err(Failure::not_open)?;
-        let _turn = self.store.lock_for_writing().map_err(Failure::no_turn)?;
-        self.store.require_folder().map_err(Failure::no_turn)?;
-        let mut txn = env.write_txn().map_err(Failure::before_commit)?;
-        self.claim_queued(group);
+    fn write_group(&self, group: &mut Vec<Job>) -> Result<Vec<Outcome>, Failure> {
+        let opened = self.store.opened();
+        let Opened { env, entries } = opened.map_err(|error| Failure {
+            needs_reopen: true,
+            ..Failure::from(error)
+        })?;
+        let _turn = self.store.lock_for_writing()?;
+        self.store.require_folder()?;
+        let mut txn = env.write_txn()?;
+        // Under the write lock: until then callers could time out as `refused`, and jobs that
+        // arrived meanwhile join the group.
+        *group = claim_group(mem::take(group), self.jobs.try_iter(), MAX_GROUP_BYTES);
         let mut written = self.write(entries, &mut txn, group)?;
         while self.has_gone_stale(&written) {
             txn.abort();
-            txn = env.write_txn().map_err(Failure::before_commit)?;
+            txn = env.write_txn()?;
             written = self.write(entries, &mut txn, group)?;
         }
         txn.commit()
             .map_err(|error| Failure::at_commit(&self.store, &env, &error))?;
-        self.store.note_id(written.id);
+        self.store.id.get_or_init(|| written.id);
         Ok(written.outcomes)
-    }
-
-    /// Claims jobs, under the write lock: until then callers could time out as `refused`, and jobs
-    /// that arrived meanwhile join the group.
-    fn claim_queued(&self, group: &mut Vec<Job>) {
-        group.retain(Job::claim);
-        let mut bytes: usize = group.iter().map(|job| job.bytes).sum();
-        while bytes < MAX_GROUP_BYTES {
-            let Ok(job) = self.jobs.try_recv() else {
-                return;
-            };
-            if job.claim() {
-                bytes += job.bytes;
-                group.push(job);
-            }
-        }
     }
 
     fn has_gone_stale(&self, written: &Written) -> bool {
@@ -119,33 +104,24 @@ impl Writer {
         let mut written = Written {
             id: match self.store.id() {
                 Some(id) => id,
-                None => find_or_make_id(entries, txn).map_err(Failure::no_turn)?,
+                None => find_or_make_id(entries, txn)?,
             },
-            outcomes: Vec::with_capacity(group.len()),
+            outcomes: Vec::new(),
             oldest_new: None,
         };
-        for job in group {
-            let mut outcomes = Vec::with_capacity(job.entries.len());
-            for entry in job.entries.iter() {
-                let key = entry.uuid.as_bytes();
-                let found = entries.get(txn, key).map_err(Failure::before_commit)?;
-                let outcome = match found.map(|value| compare(entry, value)) {
-                    Some(outcome) => outcome,
-                    None => match staleness(entry.uuid, now, self.settle) {
-                        Some(outcome) => outcome,
-                        None => {
-                            let value = encode(entry);
-                            let put = entries.put(txn, key, &value);
-                            put.map_err(Failure::before_commit)?;
-                            let oldest = written.oldest_new.unwrap_or(entry.uuid);
-                            written.oldest_new = Some(oldest.min(entry.uuid));
-                            Outcome::Stored
-                        }
-                    },
-                };
-                outcomes.push(outcome);
-            }
-            written.outcomes.push(outcomes);
+        for entry in group.iter().flat_map(|job| job.entries.iter()) {
+            let key = entry.uuid.as_bytes();
+            let found = entries.get(txn, key)?.map(|value| compare(entry, value));
+            let not_new = found.or_else(|| staleness(entry.uuid, now, self.settle));
+            written.outcomes.push(match not_new {
+                Some(outcome) => outcome,
+                None => {
+                    entries.put(txn, key, &encode(entry))?;
+                    let oldest = written.oldest_new.unwrap_or(entry.uuid);
+                    written.oldest_new = Some(oldest.min(entry.uuid));
+                    Outcome::Stored
+                }
+            });
         }
         Ok(written)
     }
@@ -155,8 +131,8 @@ impl Writer {
 struct Written {
     /// The map's id.
     id: Uuid,
-    /// For each job, the outcome of each entry.
-    outcomes: Vec<Vec<Outcome>>,
+    /// The outcome of each entry.
+    outcomes: Vec<Outcome>,
     /// The oldest new entry. If it leaves the settle window before the commit, the transaction is
     /// written again, so that settled history does not change.
     oldest_new: Option<Uuid>,
@@ -169,42 +145,39 @@ struct Failure {
     needs_reopen: bool,
 }
 
-impl Failure {
-    fn not_open(error: MapError) -> Self {
-        Self {
-            outcome: Outcome::refused(error.to_string()),
-            needs_reopen: true,
-        }
-    }
-
-    fn no_turn(error: MapError) -> Self {
+/// The transaction cannot begin.
+impl From<MapError> for Failure {
+    fn from(error: MapError) -> Self {
         Self {
             outcome: Outcome::refused(error.to_string()),
             needs_reopen: false,
         }
     }
+}
 
-    fn before_commit(error: heed::Error) -> Self {
+/// LMDB fails before the commit.
+impl From<heed::Error> for Failure {
+    fn from(error: heed::Error) -> Self {
         Self {
             outcome: Outcome::refused(describe(&error)),
             needs_reopen: is_panic(&error),
         }
     }
+}
 
+impl Failure {
     /// LMDB writes its meta page last. If that write fails, the environment is unusable and the
     /// outcome unknown; if an earlier step fails, nothing was committed.
     fn at_commit(store: &Store, env: &Env<WithoutTls>, error: &heed::Error) -> Self {
         let is_unusable = env.write_txn().is_err_and(|error| is_panic(&error));
-        let detail = if store.is_disk_full() {
-            DISK_FULL.to_owned()
-        } else {
-            describe(error)
+        let detail = match store.is_disk_full() {
+            true => DISK_FULL.to_owned(),
+            false => describe(error),
         };
         Self {
-            outcome: if is_unusable {
-                Outcome::unknown(detail)
-            } else {
-                Outcome::refused(detail)
+            outcome: match is_unusable {
+                true => Outcome::unknown(detail),
+                false => Outcome::refused(detail),
             },
             needs_reopen: is_unusable,
         }

@@ -141,10 +141,8 @@ impl Cluster {
             self.was_complete.store(true, Ordering::Relaxed);
         }
         let shards = state.topology.shards.iter().map(|shard| {
-            let reason = shard
-                .connection
-                .down_reason()
-                .or_else(|| shard.writer.closed_reason());
+            let reason = shard.connection.down_reason();
+            let reason = reason.or_else(|| shard.writer.closed_reason());
             Check {
                 name: format!("primary {}", shard.connection.address),
                 ok: reason.is_none(),
@@ -197,6 +195,25 @@ impl Topology {
         *self.owners.get(usize::from(partition))?
     }
 
+    /// Groups partitions by the primaries that own them. A group has the indices of its partitions;
+    /// the last ones returned are of those without a primary.
+    pub(super) fn group(
+        &self,
+        partitions: impl Iterator<Item = u16>,
+    ) -> (Vec<(&Shard, Vec<usize>)>, Vec<usize>) {
+        let shards = self.shards.iter();
+        let mut groups: Vec<_> = shards.map(|shard| (&**shard, Vec::new())).collect();
+        let mut unowned = Vec::new();
+        for (index, partition) in partitions.enumerate() {
+            match self.owner(partition) {
+                Some(shard) => groups[shard].1.push(index),
+                None => unowned.push(index),
+            }
+        }
+        groups.retain(|(_, indices)| !indices.is_empty());
+        (groups, unowned)
+    }
+
     pub(super) fn is_whole(&self) -> bool {
         !self.owners.is_empty() && self.owners.iter().all(Option::is_some)
     }
@@ -221,14 +238,10 @@ impl ClusterState {
         let mut infos = self.infos.iter();
         let (address, info) =
             infos.find(|(address, info)| info.may_evict_entries() && is_up(address))?;
-        let ServerInfo {
-            max_memory,
-            max_memory_policy,
-            ..
-        } = info;
+        let (memory, policy) = (info.max_memory, &info.max_memory_policy);
         Some(format!(
-            "redis {address} evicts entries when its memory is used up (maxmemory {max_memory}, \
-             maxmemory-policy {max_memory_policy}): set maxmemory-policy noeviction"
+            "redis {address} evicts entries when its memory is used up (maxmemory {memory}, \
+             maxmemory-policy {policy}): set maxmemory-policy noeviction"
         ))
     }
 
@@ -285,7 +298,7 @@ impl ClusterState {
                 warnings.push((address, warning.to_owned()));
             }
             let (replicas, backups) = (info.replicas, self.backups);
-            if replicas > usize::from(backups) && self.topology.has_primary(address) {
+            if replicas > u64::from(backups) && self.topology.has_primary(address) {
                 let warning = format!(
                     "has {replicas} replicas, but {backups} must hold an entry before it is \
                      acknowledged: a failover can lose it; set --backups {replicas}"

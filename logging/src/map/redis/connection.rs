@@ -2,31 +2,18 @@
 //! one that does not answer a probe is down, and requests to it fail at once until it answers.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use redis::aio::{ConnectionLike, MultiplexedConnection};
 use redis::{AsyncConnectionConfig, Client, Pipeline, RedisError, RedisResult, Value};
-use tokio::sync::{Mutex, Notify};
+use tokio::sync::{Mutex, Notify, watch};
 use tokio::time::sleep;
 
 use super::config::Address;
 
 /// The interval between probes of a server that is down.
 pub(super) const PROBE_INTERVAL: Duration = Duration::from_millis(200);
-
-/// Connects; `timeout` bounds the connection attempt and each reply.
-pub(super) async fn connect(
-    client: &Client,
-    timeout: Duration,
-) -> RedisResult<MultiplexedConnection> {
-    let config = AsyncConnectionConfig::new()
-        .set_connection_timeout(Some(timeout))
-        .set_response_timeout(Some(timeout));
-    client
-        .get_multiplexed_async_connection_with_config(&config)
-        .await
-}
 
 /// Sends a pipeline and returns all replies, errors of the server among them.
 pub(super) async fn send(
@@ -43,11 +30,12 @@ pub(super) async fn send(
 pub(super) struct ServerConnection {
     pub(super) address: Address,
     client: Client,
-    timeout: Duration,
+    /// See [`super::timeouts::answer_timeout`].
+    pub(super) timeout: Duration,
     connection: Mutex<Option<MultiplexedConnection>>,
-    down: std::sync::Mutex<Option<Down>>,
+    down: watch::Sender<Option<Down>>,
     is_probed: AtomicBool,
-    wake_discovery: Arc<Notify>,
+    pub(super) wake_discovery: Arc<Notify>,
 }
 
 /// The state of a server that is down.
@@ -69,16 +57,25 @@ impl ServerConnection {
             client,
             timeout,
             connection: Mutex::default(),
-            down: std::sync::Mutex::default(),
+            down: watch::Sender::default(),
             is_probed: AtomicBool::new(false),
             wake_discovery,
         }
     }
 
+    /// Makes another connection to the server; its timeout bounds this and each reply.
+    pub(super) async fn connect(&self) -> RedisResult<MultiplexedConnection> {
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(self.timeout))
+            .set_response_timeout(Some(self.timeout));
+        self.client
+            .get_multiplexed_async_connection_with_config(&config)
+            .await
+    }
+
     /// Why the server is down, if it is.
     pub(super) fn down_reason(&self) -> Option<String> {
-        let down = self.down.lock().unwrap_or_else(PoisonError::into_inner);
-        down.as_ref().map(|down| down.reason.clone())
+        self.down.borrow().as_ref().map(|down| down.reason.clone())
     }
 
     /// Sends a pipeline and returns all replies, errors of the server among them.
@@ -98,7 +95,7 @@ impl ServerConnection {
         }
     }
 
-    fn describe(&self, error: &RedisError) -> String {
+    pub(super) fn describe(&self, error: &RedisError) -> String {
         format!("redis {} cannot be reached: {error}", self.address)
     }
 
@@ -107,10 +104,7 @@ impl ServerConnection {
             let mut current = self.connection.lock().await;
             match &*current {
                 Some(connection) => connection.clone(),
-                None => {
-                    let connected = connect(&self.client, self.timeout).await?;
-                    current.insert(connected).clone()
-                }
+                None => current.insert(self.connect().await?).clone(),
             }
         };
         let sent = send(&mut connection, commands).await;
@@ -130,13 +124,12 @@ impl ServerConnection {
 
     /// Sends `PING` on a new connection, as slow commands may block the existing one.
     async fn ping(&self) -> RedisResult<()> {
-        let mut connection = connect(&self.client, self.timeout).await?;
+        let mut connection = self.connect().await?;
         redis::cmd("PING").query_async(&mut connection).await
     }
 
     fn set_down(&self, error: Option<&RedisError>) {
-        let mut down = self.down.lock().unwrap_or_else(PoisonError::into_inner);
-        let since = down.as_ref().map(|down| down.since);
+        let since = self.down.borrow().as_ref().map(|down| down.since);
         match (since, error) {
             (None, Some(error)) => {
                 tracing::warn!(%error, "redis {} is down: probing until it answers", self.address);
@@ -147,10 +140,10 @@ impl ServerConnection {
             }
             (None, None) | (Some(_), Some(_)) => {}
         }
-        *down = error.map(|error| Down {
+        self.down.send_replace(error.map(|error| Down {
             reason: self.describe(error),
             since: since.unwrap_or_else(Instant::now),
-        });
+        }));
     }
 }
 

@@ -181,11 +181,8 @@ impl Cursor for RedisCursor {
                 Member::Small(..) | Member::Mark(_) => None,
             });
             let large: Vec<Uuid> = large.collect();
-            let mut messages = match large.is_empty() {
-                true => Vec::new(),
-                false => read_messages(&self.cluster, &large).await?,
-            }
-            .into_iter();
+            let messages = read_messages(&self.cluster, &large).await?;
+            let mut messages = messages.into_iter();
             let mut piece = Piece::default();
             for member in picked {
                 let (uuid, message) = match member {

@@ -10,20 +10,18 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use rand::seq::IteratorRandom;
-use redis::{Client, Value};
+use redis::Value;
 use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
-use uuid::Uuid;
 
 use super::cluster::{Cluster, ClusterState, Shard, Topology};
 use super::config::{Address, RedisConfig};
 use super::connection::ServerConnection;
 use super::map_id::{self, Making, MapId};
 use super::partition::{self, PARTITIONS};
-use super::primary::Settings;
 use super::primary_writer::PrimaryWriter;
 use super::replies::{Direction, Node, ServerInfo};
-use super::timeouts::{answer_timeout, wait_timeout};
+use super::timeouts::answer_timeout;
 use crate::map::contract::Options;
 
 /// The interval between refreshes while nothing wakes discovery.
@@ -53,21 +51,13 @@ struct Discovery {
     options: Options,
     wake: Arc<Notify>,
     connections: HashMap<Address, Arc<ServerConnection>>,
-    /// The primary that owns each partition.
-    owners: Vec<Option<Owner>>,
+    /// The primary that owns each partition, by the greatest configuration epoch seen.
+    owners: Vec<Option<Node>>,
     shards: HashMap<Address, Arc<Shard>>,
     /// The primary of each replica.
     primaries: HashMap<Address, Address>,
     /// The lines logged already: each is logged once, also when its fault recurs.
     logged: HashSet<String>,
-}
-
-/// The primary that owns a partition, by the greatest configuration epoch seen.
-#[derive(Clone, Debug)]
-struct Owner {
-    epoch: u64,
-    id: String,
-    address: Address,
 }
 
 impl Discovery {
@@ -167,17 +157,14 @@ impl Discovery {
         }
         let (owners, default_backups) = if first.info.is_cluster_enabled {
             self.update_owners(&compatible);
-            let owners = self.owners.iter().map(Option::as_ref);
-            let owners = owners.map(|owner| Some(owner?.address.clone()));
-            let mut owners: Vec<Option<Address>> = owners.collect();
-            for (partition, owner) in partition::all().zip(&mut owners) {
-                if let Some(address) = &*owner
-                    && is_split(partition::slot(partition), address, answers)
-                {
-                    *owner = None;
-                }
-            }
-            (owners, CLUSTER_BACKUPS)
+            let owners = partition::all()
+                .zip(&self.owners)
+                .map(|(partition, owner)| {
+                    let owner = &owner.as_ref()?.address;
+                    let is_split = is_split(partition::slot(partition), owner, answers);
+                    (!is_split).then(|| owner.clone())
+                });
+            (owners.collect(), CLUSTER_BACKUPS)
         } else {
             (vec![Some(first.address.clone()); self.owners.len()], 0)
         };
@@ -198,11 +185,7 @@ impl Discovery {
                 best.epoch >= owner.epoch || nodes.iter().all(|node| node.id != owner.id)
             });
             if is_newer {
-                *owner = Some(Owner {
-                    epoch: best.epoch,
-                    id: best.id.clone(),
-                    address: best.address.clone(),
-                });
+                *owner = Some(best.clone());
             }
         }
         for node in &nodes {
@@ -247,7 +230,12 @@ impl Discovery {
                 {
                     return;
                 }
-                self.make_map(topology, state.backups).await
+                let making = Making {
+                    shards: &topology.shards,
+                    owner: connection,
+                    backups: state.backups,
+                };
+                making.run().await
             }
             Err(reason) => Err(reason.clone()),
         };
@@ -269,29 +257,6 @@ impl Discovery {
         }
     }
 
-    /// Creates a new map; all primaries must take entries.
-    async fn make_map(&self, topology: &Topology, backups: u16) -> Result<Uuid, String> {
-        let clients = topology.shards.iter();
-        let clients = clients.map(|shard| self.config.client(&shard.connection.address));
-        let clients: Vec<Client> = clients.collect();
-        let mut primaries: Vec<(&Client, Vec<u16>)> =
-            clients.iter().map(|client| (client, Vec::new())).collect();
-        for partition in partition::all() {
-            if let Some(owner) = topology.owner(partition) {
-                primaries[owner].1.push(partition);
-            }
-        }
-        primaries.sort_by_key(|(_, partitions)| partitions.first().copied());
-        let answer_timeout = answer_timeout(&self.options);
-        let making = Making {
-            primaries,
-            backups,
-            answer_timeout,
-            wait_timeout: wait_timeout(answer_timeout),
-        };
-        making.run().await
-    }
-
     fn topology(&mut self, owners: &[Option<Address>], backups: u16) -> Topology {
         let mut partitions: BTreeMap<&Address, Vec<u16>> = BTreeMap::new();
         for (partition, owner) in partition::all().zip(owners) {
@@ -311,9 +276,8 @@ impl Discovery {
             for partition in &partitions {
                 topology.owners[usize::from(*partition)] = Some(index);
             }
-            topology
-                .shards
-                .push(self.shard(address, partitions, backups));
+            let shard = self.shard(address, partitions, backups);
+            topology.shards.push(shard);
         }
         topology
     }
@@ -323,22 +287,8 @@ impl Discovery {
             shard.writer.set_partitions(partitions);
             return shard.clone();
         }
-        let settings = Settings {
-            store_timeout: self.options.store_timeout,
-            answer_timeout: answer_timeout(&self.options),
-            settle: self.options.settle,
-            backups,
-        };
         let connection = self.connection(address);
-        let client = self.config.client(address);
-        let wake_discovery = self.wake.clone();
-        let writer = PrimaryWriter::open(
-            connection.clone(),
-            client,
-            settings,
-            partitions,
-            wake_discovery,
-        );
+        let writer = PrimaryWriter::open(connection.clone(), &self.options, backups, partitions);
         let shard = Arc::new(Shard { connection, writer });
         self.shards.insert(address.clone(), shard.clone());
         shard
@@ -346,14 +296,11 @@ impl Discovery {
 
     fn connection(&mut self, address: &Address) -> Arc<ServerConnection> {
         let connection = self.connections.entry(address.clone()).or_insert_with(|| {
-            let client = self.config.client(address);
-            let timeout = answer_timeout(&self.options);
-            let wake_discovery = self.wake.clone();
             Arc::new(ServerConnection::new(
                 address.clone(),
-                client,
-                timeout,
-                wake_discovery,
+                self.config.client(address),
+                answer_timeout(&self.options),
+                self.wake.clone(),
             ))
         });
         connection.clone()

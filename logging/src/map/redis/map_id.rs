@@ -5,14 +5,16 @@
 //! they were emptied, or other servers have their addresses. A partition without its marks was lost
 //! and is not read as an empty one.
 
-use std::time::Duration;
+use std::sync::Arc;
 
 use futures_util::future::try_join_all;
-use redis::{Client, Pipeline, Value};
+use redis::{Pipeline, RedisError, Value};
 use uuid::Uuid;
 
-use super::connection;
+use super::cluster::Shard;
+use super::connection::{self, ServerConnection};
 use super::partition::{self, LAYOUT, Member, entries_key, fence_key};
+use super::timeouts::wait_timeout;
 use crate::map::rules::parse_id;
 
 /// The partition in whose slot the id is.
@@ -52,11 +54,11 @@ pub(super) fn parse(reply: &Value) -> Result<MapId, String> {
 }
 
 pub(super) struct Making<'a> {
-    /// The primaries and their partitions; the first one owns [`PARTITION`].
-    pub(super) primaries: Vec<(&'a Client, Vec<u16>)>,
+    /// All primaries, each of which must take entries.
+    pub(super) shards: &'a [Arc<Shard>],
+    /// The one that owns [`PARTITION`].
+    pub(super) owner: &'a ServerConnection,
     pub(super) backups: u16,
-    pub(super) answer_timeout: Duration,
-    pub(super) wait_timeout: Duration,
 }
 
 impl Making<'_> {
@@ -66,32 +68,32 @@ impl Making<'_> {
     /// # Errors
     /// Why the map has no id yet.
     pub(super) async fn run(&self) -> Result<Uuid, String> {
-        let (owner, _) = &self.primaries[0];
-        let id = self.claim(owner).await?;
-        let marked = self.primaries.iter().map(async |(client, partitions)| {
-            self.require_new(client, partitions, id).await?;
+        let id = self.claim().await?;
+        let marked = self.shards.iter().map(async |shard| {
+            let partitions = shard.writer.partitions();
+            self.require_new(&shard.connection, &partitions, id).await?;
             let mut commands = redis::pipe();
-            for partition in partitions {
+            for partition in &partitions {
                 let [first, last] = partition::marks(id);
                 let add = commands.cmd("ZADD").arg(entries_key(*partition));
                 add.arg(0).arg(first).arg(0).arg(last);
             }
-            self.send(client, commands, partitions[0]).await
+            self.send(&shard.connection, commands, partitions[0]).await
         });
         try_join_all(marked).await?;
         let mut commands = redis::pipe();
         commands.cmd("SET").arg(key()).arg(format!("{LAYOUT} {id}"));
-        self.send(owner, commands, PARTITION).await?;
+        self.send(self.owner, commands, PARTITION).await?;
         Ok(id)
     }
 
     /// The id that the map will have: ours, or the one that another instance chose first.
-    async fn claim(&self, owner: &Client) -> Result<Uuid, String> {
+    async fn claim(&self) -> Result<Uuid, String> {
         let mut commands = redis::pipe();
         let new = format!("making {LAYOUT} {}", Uuid::now_v7());
         commands.cmd("SET").arg(key()).arg(new).arg("NX");
         question(&mut commands);
-        let replies = self.send(owner, commands, PARTITION).await?;
+        let replies = self.send(self.owner, commands, PARTITION).await?;
         match parse(&replies[1])? {
             MapId::Making(id) | MapId::Made(id) => Ok(id),
             MapId::Missing => Err("the map's id was deleted while it was created".to_owned()),
@@ -101,7 +103,7 @@ impl Making<'_> {
     /// Fails when a partition has entries, or marks of another map: the id was lost.
     async fn require_new(
         &self,
-        client: &Client,
+        primary: &ServerConnection,
         partitions: &[u16],
         id: Uuid,
     ) -> Result<(), String> {
@@ -110,7 +112,7 @@ impl Making<'_> {
             let first = commands.cmd("ZRANGEBYLEX").arg(entries_key(*partition));
             first.arg("-").arg("+").arg("LIMIT").arg(0).arg(1);
         }
-        let replies = self.send(client, commands, partitions[0]).await?;
+        let replies = self.send(primary, commands, partitions[0]).await?;
         for (partition, reply) in partitions.iter().zip(replies) {
             let Value::Array(mut found) = reply else {
                 return Err(partition::unexpected_reply(&[reply]).to_string());
@@ -134,21 +136,19 @@ impl Making<'_> {
     /// of its own connection, so the partition's fence is always written.
     async fn send(
         &self,
-        client: &Client,
+        primary: &ServerConnection,
         mut commands: Pipeline,
         partition: u16,
     ) -> Result<Vec<Value>, String> {
-        let wait_millis = u64::try_from(self.wait_timeout.as_millis()).unwrap_or(u64::MAX);
+        let wait_millis = wait_timeout(primary.timeout).as_millis() as u64;
         commands.cmd("INCR").arg(fence_key(partition));
         commands
             .cmd("WAIT")
             .arg(self.backups)
             .arg(wait_millis.max(1));
         // A separate connection, as `WAIT` blocks all commands after it.
-        let connected = connection::connect(client, self.answer_timeout).await;
-        let mut connection = connected.map_err(|error| error.to_string())?;
-        let sent = connection::send(&mut connection, &commands).await;
-        let mut replies = sent.map_err(|error| error.to_string())?;
+        let sent = async { connection::send(&mut primary.connect().await?, &commands).await };
+        let mut replies = sent.await.map_err(|error: RedisError| error.to_string())?;
         for reply in &replies {
             if let Value::ServerError(error) = reply {
                 return Err(format!("the map cannot be created: {error}"));

@@ -2,13 +2,14 @@
 //! call of `put.lua` and a `WAIT` for the replicas. The script first increments a counter, the
 //! fence, so that `WAIT` has a write to wait for even when no entry is new.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use common::entry::Outcome;
 use redis::aio::MultiplexedConnection;
-use redis::{Client, Pipeline, ServerError, Value};
+use redis::{Pipeline, ServerError, Value};
+use tokio::sync::watch;
 
 use super::connection::{self, ServerConnection};
 use super::partition::{self, entries_key, fence_key, message_key};
@@ -18,56 +19,25 @@ use crate::map::queue::Job;
 
 const PUT_SCRIPT: &str = include_str!("put.lua");
 
-/// The settings of a writer.
-#[derive(Clone, Debug)]
-pub(super) struct Settings {
-    pub(super) store_timeout: Duration,
-    /// See [`super::timeouts::answer_timeout`].
-    pub(super) answer_timeout: Duration,
-    pub(super) settle: Duration,
-    /// Replicas that must hold an entry before it is acknowledged.
-    pub(super) backups: u16,
-}
-
 /// The state that a writer shares with its handle.
 #[derive(Debug)]
 pub(super) struct Shared {
     /// Why the writer is closed, as it is until its first commit; `None` while it is open.
-    pub(super) closed_reason: Mutex<Option<String>>,
+    pub(super) closed_reason: watch::Sender<Option<String>>,
     /// The primary's partitions; the fence is in the slot of one of them.
-    pub(super) partitions: Mutex<Vec<u16>>,
+    pub(super) partitions: watch::Sender<Vec<u16>>,
     /// Advances to the next partition when the fence's partition has moved to another primary.
     pub(super) fence: AtomicUsize,
 }
 
 impl Shared {
-    pub(super) fn closed_reason(&self) -> Option<String> {
-        let reason = self
-            .closed_reason
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        reason.clone()
-    }
-
     fn fence(&self) -> u16 {
-        let partitions = self
-            .partitions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let partitions = self.partitions.borrow();
         let turn = self.fence.load(Ordering::Relaxed);
         partitions
             .get(turn % partitions.len().max(1))
             .copied()
             .unwrap_or(0)
-    }
-
-    /// Returns the previous reason.
-    pub(super) fn set_closed_reason(&self, reason: Option<String>) -> Option<String> {
-        let mut current = self
-            .closed_reason
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        std::mem::replace(&mut *current, reason)
     }
 }
 
@@ -75,18 +45,17 @@ impl Shared {
 pub(super) struct Primary {
     /// The connection for reads, which may notice first that the server is down.
     pub(super) connection: Arc<ServerConnection>,
-    pub(super) client: Client,
-    pub(super) settings: Settings,
+    pub(super) settle: Duration,
+    /// Replicas that must hold an entry before it is acknowledged.
+    pub(super) backups: u16,
     pub(super) shared: Arc<Shared>,
 }
 
 impl Primary {
     /// Connects, and commits the fence to check the replicas.
     pub(super) async fn open(&self) -> Result<MultiplexedConnection, String> {
-        let address = &self.connection.address;
-        let connected = connection::connect(&self.client, self.settings.answer_timeout).await;
-        let mut connection =
-            connected.map_err(|error| format!("redis {address} cannot be reached: {error}"))?;
+        let connected = self.connection.connect().await;
+        let mut connection = connected.map_err(|error| self.connection.describe(&error))?;
         let committed = self.commit(&[], &mut connection).await;
         committed.map_err(|failure| failure.detail)?;
         Ok(connection)
@@ -116,16 +85,14 @@ impl Primary {
         if let [Value::ServerError(error), ..] = replies {
             return Err(self.refusal(error));
         }
-        let backups = i64::from(self.settings.backups);
+        let backups = i64::from(self.backups);
         let (put, replicas) = match replies {
             [put] => (put, 0),
             [put, Value::Int(replicas)] => (put, *replicas),
             _ => return Err(self.unexpected_reply(replies)),
         };
-        let Value::Array(parts) = put else {
-            return Err(self.unexpected_reply(replies));
-        };
-        let [Value::BulkString(letters), Value::BulkString(failure)] = &parts[..] else {
+        let Some([Value::BulkString(letters), Value::BulkString(failure)]) = put.as_sequence()
+        else {
             return Err(self.unexpected_reply(replies));
         };
         if letters.len() != entries {
@@ -159,8 +126,8 @@ impl Primary {
             .cmd("EVAL")
             .arg(PUT_SCRIPT)
             .arg(0)
-            .arg(millis(self.settings.settle))
-            .arg(millis(self.settings.settle + MAX_SKEW))
+            .arg(millis(self.settle))
+            .arg(millis(self.settle + MAX_SKEW))
             .arg(millis(MAX_AHEAD))
             .arg(fence_key(self.shared.fence()));
         for entry in group.iter().flat_map(|job| job.entries.iter()) {
@@ -170,11 +137,11 @@ impl Primary {
                 put.arg(message_key(entry.uuid)).arg(entry.msg.as_str());
             }
         }
-        if self.settings.backups > 0 {
+        if self.backups > 0 {
             commands
                 .cmd("WAIT")
-                .arg(self.settings.backups)
-                .arg(millis(wait_timeout(self.settings.answer_timeout)).max(1));
+                .arg(self.backups)
+                .arg(millis(wait_timeout(self.connection.timeout)).max(1));
         }
         commands
     }
@@ -253,25 +220,20 @@ mod tests {
             host: "127.0.0.1".to_owned(),
             port: 7001,
         };
-        let client = Client::open("redis://127.0.0.1:7001").expect("this is an address");
+        let client = redis::Client::open("redis://127.0.0.1:7001").expect("this is an address");
         let timeout = Duration::from_secs(1);
         Primary {
             connection: Arc::new(ServerConnection::new(
                 address,
-                client.clone(),
+                client,
                 timeout,
                 Arc::default(),
             )),
-            client,
-            settings: Settings {
-                store_timeout: timeout,
-                answer_timeout: timeout,
-                settle: timeout,
-                backups: 1,
-            },
+            settle: timeout,
+            backups: 1,
             shared: Arc::new(Shared {
-                closed_reason: Mutex::default(),
-                partitions: Mutex::default(),
+                closed_reason: watch::Sender::default(),
+                partitions: watch::Sender::default(),
                 fence: AtomicUsize::new(0),
             }),
         }

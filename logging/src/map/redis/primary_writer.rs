@@ -3,19 +3,21 @@
 //! A writer whose primary does not answer, or has too few replicas, is closed: it refuses batches
 //! at once and retries every [`PROBE_INTERVAL`] until it can commit the fence.
 
+use std::convert::Infallible;
+use std::iter;
+use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::entry::{Entry, Outcome};
-use redis::Client;
 use redis::aio::MultiplexedConnection;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
 
 use super::connection::{PROBE_INTERVAL, ServerConnection};
-use super::primary::{Primary, Settings, Shared};
-use crate::map::queue::{Job, WriteBudget, measure_commit};
+use super::primary::{Primary, Shared};
+use crate::map::contract::Options;
+use crate::map::queue::{Job, WriteBudget, answer_group, claim_group, measure_commit};
 
 /// A group commit takes no further batch beyond this, in bytes: the script blocks the primary.
 const MAX_GROUP_BYTES: usize = 512 * 1024;
@@ -32,47 +34,47 @@ impl PrimaryWriter {
     /// Starts the writer. It ends when the handle is dropped and all queued batches are answered.
     pub(super) fn open(
         connection: Arc<ServerConnection>,
-        client: Client,
-        settings: Settings,
+        options: &Options,
+        backups: u16,
         partitions: Vec<u16>,
-        wake_discovery: Arc<Notify>,
     ) -> Self {
         let (jobs, queued) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
-            closed_reason: Mutex::new(Some(format!(
+            closed_reason: watch::Sender::new(Some(format!(
                 "redis {} is not connected yet",
                 connection.address
             ))),
-            partitions: Mutex::new(partitions),
+            partitions: watch::Sender::new(partitions),
             fence: AtomicUsize::new(0),
         });
-        let store_timeout = settings.store_timeout;
         let writer = Writer {
             primary: Primary {
                 connection,
-                client,
-                settings,
+                settle: options.settle,
+                backups,
                 shared: shared.clone(),
             },
             jobs: queued,
-            wake_discovery,
         };
         tokio::spawn(writer.run());
         Self {
             jobs,
             shared,
-            store_timeout,
+            store_timeout: options.store_timeout,
         }
     }
 
     /// Why the writer is closed, if it is.
     pub(super) fn closed_reason(&self) -> Option<String> {
-        self.shared.closed_reason()
+        self.shared.closed_reason.borrow().clone()
+    }
+
+    pub(super) fn partitions(&self) -> Vec<u16> {
+        self.shared.partitions.borrow().clone()
     }
 
     pub(super) fn set_partitions(&self, partitions: Vec<u16>) {
-        let current = &self.shared.partitions;
-        *current.lock().unwrap_or_else(PoisonError::into_inner) = partitions;
+        self.shared.partitions.send_replace(partitions);
     }
 
     /// Has a batch written; an error is the outcome of all its entries. An empty batch checks that
@@ -92,11 +94,11 @@ impl PrimaryWriter {
 struct Writer {
     primary: Primary,
     jobs: mpsc::UnboundedReceiver<Job>,
-    wake_discovery: Arc<Notify>,
 }
 
 impl Writer {
-    async fn run(mut self) {
+    /// Ends when the handle is dropped.
+    async fn run(mut self) -> Option<Infallible> {
         // Batches that come before the first attempt ends wait for it.
         let mut opened = self.primary.open().await;
         loop {
@@ -104,32 +106,26 @@ impl Writer {
                 Ok(connection) => {
                     let address = &self.primary.connection.address;
                     tracing::info!("redis primary {address} takes entries");
-                    self.primary.shared.set_closed_reason(None);
+                    self.primary.shared.closed_reason.send_replace(None);
                     // Discovery creates a new map once its primaries take entries.
-                    self.wake_discovery.notify_one();
-                    match self.serve(connection).await {
-                        Some(reason) => reason,
-                        None => return,
-                    }
+                    self.primary.connection.wake_discovery.notify_one();
+                    self.serve(connection).await?
                 }
                 Err(reason) => reason,
             };
             self.close(&reason);
-            opened = match self.open_again(&reason).await {
-                Some(opened) => opened,
-                None => return,
-            };
+            opened = self.open_again(&reason).await?;
         }
     }
 
     fn close(&self, reason: &str) {
-        let shared = &self.primary.shared;
-        let previous = shared.set_closed_reason(Some(reason.to_owned()));
+        let closed_reason = &self.primary.shared.closed_reason;
+        let previous = closed_reason.send_replace(Some(reason.to_owned()));
         if previous.as_deref() != Some(reason) {
             let address = &self.primary.connection.address;
             tracing::warn!(reason, "redis primary {address} takes no entries: retrying");
         }
-        self.wake_discovery.notify_one();
+        self.primary.connection.wake_discovery.notify_one();
     }
 
     /// Retries after a pause and refuses batches until then; `None` when the handle was dropped.
@@ -151,11 +147,10 @@ impl Writer {
     async fn serve(&mut self, mut connection: MultiplexedConnection) -> Option<String> {
         loop {
             let first = self.jobs.recv().await?;
-            let group = self.gather(first);
+            let queued = iter::from_fn(|| self.jobs.try_recv().ok());
+            let group = claim_group(vec![first], queued, MAX_GROUP_BYTES);
             if let Some(reason) = self.primary.connection.down_reason() {
-                for job in group {
-                    job.answer(Err(Outcome::partition_down(&reason)));
-                }
+                answer_group(group, Err(Outcome::partition_down(&reason)));
                 return Some(reason);
             }
             let began = Instant::now();
@@ -163,48 +158,19 @@ impl Writer {
             measure_commit(&group, began);
             match committed {
                 Ok(outcomes) => {
-                    let is_refused = |outcome: &Outcome| {
-                        matches!(
-                            outcome,
-                            Outcome::PartitionDown { .. } | Outcome::Refused { .. }
-                        )
-                    };
-                    if outcomes.iter().any(is_refused) {
+                    let is_down =
+                        |outcome: &Outcome| matches!(outcome, Outcome::PartitionDown { .. });
+                    if outcomes.iter().any(is_down) {
                         // The partition may have moved to another primary.
-                        self.wake_discovery.notify_one();
+                        self.primary.connection.wake_discovery.notify_one();
                     }
-                    let mut outcomes = outcomes.into_iter();
-                    for job in group {
-                        let share = outcomes.by_ref().take(job.entries.len()).collect();
-                        job.answer(Ok(share));
-                    }
+                    answer_group(group, Ok(outcomes));
                 }
                 Err(failure) => {
-                    for job in group {
-                        job.answer(Err(failure.outcome()));
-                    }
+                    answer_group(group, Err(failure.outcome()));
                     return Some(failure.detail);
                 }
             }
         }
-    }
-
-    /// Claims queued jobs, up to [`MAX_GROUP_BYTES`].
-    fn gather(&mut self, first: Job) -> Vec<Job> {
-        let mut group = Vec::new();
-        let mut bytes = 0;
-        let mut next = Some(first);
-        while let Some(job) = next {
-            if job.claim() {
-                bytes += job.bytes;
-                group.push(job);
-            }
-            next = if bytes < MAX_GROUP_BYTES {
-                self.jobs.try_recv().ok()
-            } else {
-                None
-            };
-        }
-        group
     }
 }

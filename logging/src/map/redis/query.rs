@@ -161,46 +161,37 @@ async fn ask(
     command: impl Fn(usize) -> Cmd + Sync,
 ) -> Result<Vec<Value>, MapError> {
     let topology = cluster.topology();
-    let mut indices: Vec<Vec<usize>> = vec![Vec::new(); topology.shards.len()];
-    for (index, partition) in partitions.iter().enumerate() {
-        let owner = topology.owner(*partition).ok_or_else(|| {
-            cluster.start_discovery();
-            MapError::Unavailable(cluster.unowned_reason())
-        })?;
-        indices[owner].push(index);
+    let (groups, unowned) = topology.group(partitions.iter().copied());
+    if !unowned.is_empty() {
+        cluster.start_discovery();
+        return Err(MapError::Unavailable(cluster.unowned_reason()));
     }
-    let shards = topology.shards.iter().zip(&indices);
-    let shards = shards.filter(|(_, indices)| !indices.is_empty());
-    let asked = shards.map(async |(shard, indices)| {
+    let asked = groups.into_iter().map(async |(shard, indices)| {
         let mut commands = redis::pipe();
-        for index in indices {
+        for index in &indices {
             commands.add_command(command(*index));
         }
         let connection = &shard.connection;
-        let replies = connection
-            .ask(&commands)
-            .await
-            .map_err(MapError::Unavailable)?;
+        let replies = connection.ask(&commands).await;
+        let replies = replies.map_err(MapError::Unavailable)?;
         if replies.len() != indices.len() {
             return Err(unexpected_reply(&replies));
         }
         let mut found = Vec::with_capacity(replies.len());
-        for (index, reply) in indices.iter().zip(replies) {
-            found.push(match reply {
+        for (index, reply) in indices.into_iter().zip(replies) {
+            let reply = match reply {
                 Value::ServerError(error) => {
                     cluster.start_discovery();
-                    follow(&topology, connection, &error, command(*index)).await?
+                    follow(&topology, connection, &error, command(index)).await?
                 }
                 reply => reply,
-            });
+            };
+            found.push((index, reply));
         }
         Ok(found)
     });
-    let mut replies: Vec<(usize, Value)> = Vec::with_capacity(partitions.len());
-    let indices = indices.iter().filter(|indices| !indices.is_empty());
-    for (indices, found) in indices.zip(try_join_all(asked).await?) {
-        replies.extend(indices.iter().copied().zip(found));
-    }
+    let found = try_join_all(asked).await?;
+    let mut replies: Vec<(usize, Value)> = found.into_iter().flatten().collect();
     replies.sort_unstable_by_key(|(index, _)| *index);
     Ok(replies.into_iter().map(|(_, reply)| reply).collect())
 }

@@ -2,6 +2,8 @@
 
 use std::ops::RangeInclusive;
 
+use redis::InfoDict;
+
 use super::config::Address;
 
 /// A server's reply to `INFO`. Format: <https://redis.io/docs/latest/commands/info/>
@@ -12,7 +14,7 @@ pub(super) struct ServerInfo {
     pub(super) is_replica: bool,
     pub(super) has_append_only_file: bool,
     /// Replicas that are connected at the moment.
-    pub(super) replicas: usize,
+    pub(super) replicas: u64,
     /// In bytes; 0 is no limit.
     pub(super) max_memory: u64,
     /// What the server does when `max_memory` is used up.
@@ -29,27 +31,23 @@ pub(super) struct ServerInfo {
 }
 
 impl ServerInfo {
-    pub(super) fn parse(text: &str) -> Self {
-        let mut info = Self::default();
-        for line in text.lines() {
-            let Some((field, value)) = line.split_once(':') else {
-                continue;
-            };
-            match field {
-                "redis_version" => info.version = value.to_owned(),
-                "cluster_enabled" => info.is_cluster_enabled = value == "1",
-                "role" => info.is_replica = value == "slave",
-                "aof_enabled" => info.has_append_only_file = value == "1",
-                "used_memory" => info.used_memory = value.parse().unwrap_or(0),
-                "used_memory_dataset" => info.dataset_memory = value.parse().unwrap_or(0),
-                "maxmemory" => info.max_memory = value.parse().unwrap_or(0),
-                "maxmemory_policy" => info.max_memory_policy = value.to_owned(),
-                "evicted_keys" => info.evicted_keys = value.parse().unwrap_or(0),
-                "connected_slaves" => info.replicas = value.parse().unwrap_or(0),
-                _ => {}
-            }
+    pub(super) fn parse(reply: &str) -> Self {
+        let info = InfoDict::new(reply);
+        let text = |field| info.get::<String>(field).unwrap_or_default();
+        let number = |field| info.get::<u64>(field).unwrap_or(0);
+        Self {
+            version: text("redis_version"),
+            is_cluster_enabled: number("cluster_enabled") == 1,
+            is_replica: text("role") == "slave",
+            has_append_only_file: number("aof_enabled") == 1,
+            replicas: number("connected_slaves"),
+            max_memory: number("maxmemory"),
+            max_memory_policy: text("maxmemory_policy"),
+            used_memory: number("used_memory"),
+            dataset_memory: number("used_memory_dataset"),
+            evicted_keys: number("evicted_keys"),
+            ..Self::default()
         }
-        info
     }
 
     /// Whether the policy may evict entries, which `volatile-*` spares: they have no time to live.
@@ -122,10 +120,8 @@ impl Node {
     /// Parses the reply of the member at `asked`, which may not know its own address. Members
     /// without an address are left out.
     pub(super) fn parse_all(text: &str, asked: &Address, is_tls: bool) -> Vec<Self> {
-        let lines = text.lines();
-        lines
-            .filter_map(|line| Self::parse(line, asked, is_tls))
-            .collect()
+        let parse = |line| Self::parse(line, asked, is_tls);
+        text.lines().filter_map(parse).collect()
     }
 
     fn parse(line: &str, asked: &Address, is_tls: bool) -> Option<Self> {
@@ -148,8 +144,7 @@ impl Node {
         let has_flag = |name| flags.split(',').any(|flag| flag == name);
         // A moving slot is listed in brackets, besides the range that contains it.
         let moving = slots.iter().filter_map(|slot| MovingSlot::parse(slot));
-        let moving = moving.collect();
-        let slots = slots.iter().filter(|slots| !slots.starts_with('['));
+        let slots = slots.iter().filter_map(|slots| slot_range(slots));
         Some(Self {
             id: (*id).to_owned(),
             address: Address {
@@ -159,12 +154,8 @@ impl Node {
             epoch: epoch.parse().ok()?,
             primary_id: Some((*primary_id).to_owned()).filter(|id| id != "-"),
             is_myself: has_flag("myself"),
-            moving,
-            slots: if has_flag("master") {
-                slots.filter_map(|slots| slot_range(slots)).collect()
-            } else {
-                Vec::new()
-            },
+            moving: moving.collect(),
+            slots: slots.filter(|_| has_flag("master")).collect(),
         })
     }
 

@@ -6,28 +6,29 @@ use redis::{ErrorKind, RedisError, RedisResult, Value, from_redis_value};
 use tokio::time::timeout;
 
 use super::cluster::{Cluster, Topology};
-use super::config::{Address, RedisConfig};
-use super::connection;
-use super::partition::{self, LAYOUT, MARKS, entries_key};
+use super::config::Address;
+use super::connection::ServerConnection;
+use super::partition::{LAYOUT, MARKS, entries_key};
 use super::replies::ServerInfo;
 use crate::map::contract::STATS_TIMEOUT;
 
 /// Asks all known members at once.
-pub(super) async fn stats(config: &RedisConfig, cluster: &Cluster) -> MapStats {
+pub(super) async fn stats(cluster: &Cluster) -> MapStats {
     let state = cluster.state();
     let topology = &state.topology;
-    let mut addresses: Vec<&Address> = topology.connections.keys().collect();
-    addresses.sort();
+    let mut members: Vec<_> = topology.connections.values().collect();
+    members.sort_by_key(|member| &member.address);
     let is_cluster = state.infos.values().any(|info| info.is_cluster_enabled);
-    let rows = addresses.iter().map(async |address| {
+    let rows = members.into_iter().map(async |member| {
+        let address = &member.address;
         let own = owned(topology, address);
         let primary = topology.primaries.get(address);
         let (role, partitions) = match primary.filter(|_| own.is_empty()) {
             Some(primary) => (Role::Replica, owned(topology, primary)),
             None => (Role::Primary, own),
         };
-        let asked = ask(config, address, is_cluster, &partitions);
-        let Ok(Ok(answer)) = timeout(STATS_TIMEOUT, asked).await else {
+        let asked = ask(member, is_cluster, &partitions);
+        let Ok(Ok((info, entries))) = timeout(STATS_TIMEOUT, asked).await else {
             return MemberStats::down(address.to_string(), role);
         };
         let is_primary = role == Role::Primary;
@@ -35,8 +36,8 @@ pub(super) async fn stats(config: &RedisConfig, cluster: &Cluster) -> MapStats {
             true => (Some(number), Some(0)),
             false => (Some(0), Some(number)),
         };
-        let (entries, backups) = split(answer.entries);
-        let (entry_memory_bytes, backup_memory_bytes) = split(answer.info.dataset_memory);
+        let (entries, backups) = split(entries);
+        let (entry_memory_bytes, backup_memory_bytes) = split(info.dataset_memory);
         let gets = partitions.iter().map(|partition| cluster.gets(*partition));
         MemberStats {
             member: address.to_string(),
@@ -49,7 +50,7 @@ pub(super) async fn stats(config: &RedisConfig, cluster: &Cluster) -> MapStats {
             entry_memory_bytes,
             backups,
             backup_memory_bytes,
-            used_memory_bytes: Some(answer.info.used_memory),
+            used_memory_bytes: Some(info.used_memory),
         }
     });
     let members = join_all(rows).await;
@@ -62,28 +63,22 @@ pub(super) async fn stats(config: &RedisConfig, cluster: &Cluster) -> MapStats {
 }
 
 fn owned(topology: &Topology, primary: &Address) -> Vec<u16> {
-    let is_owner = |shard: usize| topology.shards[shard].connection.address == *primary;
-    let partitions = partition::all();
-    partitions
-        .filter(|partition| topology.owner(*partition).is_some_and(is_owner))
-        .collect()
+    let mut shards = topology.shards.iter();
+    let shard = shards.find(|shard| shard.connection.address == *primary);
+    shard.map_or_else(Vec::new, |shard| shard.writer.partitions())
 }
 
-struct Answer {
-    info: ServerInfo,
-    entries: u64,
-}
-
-/// Asks one member, on a connection for this alone: `READONLY`, which lets a replica count, would let it
-/// answer reads too.
+/// Asks one member for its `INFO` and its number of entries, on a connection for this alone:
+/// `READONLY`, which lets a replica count, would let it answer reads too.
 async fn ask(
-    config: &RedisConfig,
-    address: &Address,
+    member: &ServerConnection,
     is_cluster: bool,
     partitions: &[u16],
-) -> RedisResult<Answer> {
-    let mut connection = connection::connect(&config.client(address), STATS_TIMEOUT).await?;
+) -> RedisResult<(ServerInfo, u64)> {
+    let mut connection = member.connect().await?;
     let mut commands = redis::pipe();
+    // A user may lack the right to `READONLY`; a primary needs none.
+    commands.ignore_errors();
     if is_cluster {
         commands.cmd("READONLY").ignore();
     }
@@ -91,12 +86,8 @@ async fn ask(
     for partition in partitions {
         commands.cmd("ZCARD").arg(entries_key(*partition));
     }
-    let mut replies = connection::send(&mut connection, &commands)
-        .await?
-        .into_iter();
-    if is_cluster {
-        replies.next();
-    }
+    let replies: Vec<Value> = commands.query_async(&mut connection).await?;
+    let mut replies = replies.into_iter();
     let info: String = from_redis_value(replies.next().unwrap_or(Value::Nil))?;
     let mut entries = 0;
     for reply in replies {
@@ -106,6 +97,5 @@ async fn ask(
             RedisError::from((ErrorKind::UnexpectedReturnType, "a partition is missing"))
         })?;
     }
-    let info = ServerInfo::parse(&info);
-    Ok(Answer { info, entries })
+    Ok((ServerInfo::parse(&info), entries))
 }
