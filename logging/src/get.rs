@@ -48,14 +48,10 @@ pub(crate) async fn show(
     };
     let permit = app.reads.clone().try_acquire_owned();
     let permit = permit.map_err(|_| busy())?;
-    let found = app.map.get(uuid).instrument(map_span()).await;
-    match found.map_err(unreadable)? {
-        Some(msg) => Ok(holding(
-            JsonLine(Entry { uuid, msg }).into_response(),
-            permit,
-        )),
-        None => Err(no_entry(uuid)),
-    }
+    let msg = app.map.get(uuid).instrument(map_span()).await;
+    let msg = msg.map_err(unreadable)?.ok_or_else(|| no_entry(uuid))?;
+    let answer = JsonLine(Entry { uuid, msg }).into_response();
+    Ok(holding(answer, permit))
 }
 
 /// `GET /`: the entries within the bounds as a stream; see [`common::api::StreamEnd`].
@@ -89,11 +85,9 @@ pub(crate) async fn list(
     let body = match stream.is_finished {
         true => Body::from(first),
         false => {
-            let (pieces, received) = mpsc::channel(1);
+            let (pieces, mut received) = mpsc::channel(1);
             tokio::spawn(stream.read_ahead(pieces).instrument(span));
-            let rest = stream::unfold(received, async |mut received| {
-                Some((received.recv().await?, received))
-            });
+            let rest = stream::poll_fn(move |context| received.poll_recv(context));
             let lines = stream::iter([first]).chain(rest).map(Bytes::from);
             Body::from_stream(lines.map(Ok::<_, MapError>))
         }
@@ -155,43 +149,37 @@ impl EntryStream {
         let mut piece = self.cursor.next(limit).await?;
         let left = self.left - piece.count;
         let last = piece.last.or(self.last);
-        let next = match left {
-            0 => self
-                .cursor
-                .next(PieceLimit {
-                    entries: 1,
-                    bytes: 0,
-                })
-                .await?
-                .last
-                .and(last),
-            _ => None,
-        };
+        let mut next = None;
+        if left == 0 {
+            let one = PieceLimit {
+                entries: 1,
+                bytes: 0,
+            };
+            next = self.cursor.next(one).await?.last.and(last);
+        }
         self.count += piece.count;
         (self.left, self.last) = (left, last);
         if left == 0 || piece.count == 0 {
-            self.is_finished = true;
-            let end = StreamEnd {
-                count: self.count,
-                next,
-                go_on_elsewhere: None,
-            };
-            json::write_line(&mut piece.lines, &end);
+            self.end(&mut piece.lines, next, None);
         }
         Ok(piece.lines)
     }
 
     /// The line that ends an incomplete stream and sends the facade to another instance.
     fn hand_over(&mut self, reason: String) -> Vec<u8> {
-        self.is_finished = true;
         let mut line = Vec::new();
+        self.end(&mut line, None, Some(reason));
+        line
+    }
+
+    fn end(&mut self, lines: &mut Vec<u8>, next: Option<Uuid>, go_on_elsewhere: Option<String>) {
+        self.is_finished = true;
         let end = StreamEnd {
             count: self.count,
-            next: None,
-            go_on_elsewhere: Some(reason),
+            next,
+            go_on_elsewhere,
         };
-        json::write_line(&mut line, &end);
-        line
+        json::write_line(lines, &end);
     }
 
     fn piece_bytes(&mut self) -> usize {

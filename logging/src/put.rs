@@ -28,18 +28,12 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
     let posted = Batch::decode(&body).map_err(Problem::bad_request)?;
     let is_single = !body.trim_ascii_start().starts_with(b"[");
     drop(body);
-    let mut entries = Vec::with_capacity(posted.len());
-    let mut origins = Vec::with_capacity(posted.len());
-    for PutEntry {
-        uuid,
-        msg,
-        request_id,
-        traceparent,
-    } in posted
-    {
-        entries.push(Entry { uuid, msg });
-        origins.push(Origin::new(request_id, traceparent.as_deref()));
-    }
+    let posted = posted.into_iter().map(|put: PutEntry| {
+        let origin = Origin::new(put.request_id, put.traceparent.as_deref());
+        let (uuid, msg) = (put.uuid, put.msg);
+        (Entry { uuid, msg }, origin)
+    });
+    let (entries, origins): (Vec<Entry>, Vec<Origin>) = posted.unzip();
     let entries: Arc<[Entry]> = entries.into();
     let begin = Instant::now();
     let in_flight = app.counters.in_flight();

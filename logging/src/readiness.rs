@@ -15,16 +15,13 @@ pub(crate) async fn readyz(
 ) -> Result<Response, Problem> {
     let Query(query) = query?;
     let health = app.map.health().await;
+    let map = health.not_ready.map_or(Ok(()), Err);
     let mut checks = vec![Check {
         name: "map".to_owned(),
-        ok: health.not_ready.is_none(),
-        detail: health
-            .not_ready
-            .clone()
-            .unwrap_or_else(|| "answers".to_owned()),
+        ok: map.is_ok(),
+        detail: map.clone().err().unwrap_or("answers".to_owned()),
     }];
     checks.extend(health.checks);
-    let map = health.not_ready.map_or(Ok(()), Err);
     let ready = check_running(&app.stop).and(map);
     Ok(match query.is_verbose() {
         true => readiness(ready, &checks),

@@ -74,22 +74,15 @@ impl Transfer {
     ///
     /// # Errors
     /// Why the task failed, for the operator.
-    pub async fn run(&self, location: &Location, options: Options) -> anyhow::Result<()> {
+    pub async fn run(&self, location: &Location, mut options: Options) -> anyhow::Result<()> {
         match self {
             Self::Export { file } => {
-                let options = Options {
-                    create: false,
-                    ..options
-                };
+                options.create = false;
                 let map = map::open(location, options)?;
                 export(&*map, file.as_deref()).await
             }
             Self::Import(what) => {
-                let quiet = options.settle;
-                let options = Options {
-                    settle: ANY_AGE,
-                    ..options
-                };
+                let quiet = std::mem::replace(&mut options.settle, ANY_AGE);
                 let map = map::open(location, options)?;
                 import(&*map, what, quiet).await
             }
@@ -102,14 +95,14 @@ impl Transfer {
 /// # Errors
 /// When the map cannot be read or the file cannot be written.
 async fn export(map: &dyn DistributedMap, file: Option<&Path>) -> anyhow::Result<()> {
-    let (mut out, mut count, mut last): (Box<dyn Write>, u64, Option<Uuid>) = match file {
+    let (out, mut count, mut last): (Box<dyn Write>, u64, Option<Uuid>) = match file {
         Some(path) => {
-            let partial = Partial::open(path).with_context(|| path.display().to_string())?;
-            (Box::new(partial.file), partial.count, partial.last)
+            let begun = open_export(path).with_context(|| path.display().to_string())?;
+            (Box::new(begun.0), begun.1, begun.2)
         }
         None => (Box::new(io::stdout()), 0, None),
     };
-    let mut out = BufWriter::with_capacity(EXPORT_PIECE, &mut out);
+    let mut out = BufWriter::with_capacity(EXPORT_PIECE, out);
     let newest = newest_uuid(map).await?;
     let end = newest.map_or(0, |newest| newest.as_u128().saturating_add(1));
     let bounds = Bounds::default().ending_before(Uuid::from_u128(end));
@@ -117,7 +110,7 @@ async fn export(map: &dyn DistributedMap, file: Option<&Path>) -> anyhow::Result
         entries: u64::MAX,
         bytes: EXPORT_PIECE,
     };
-    let mut progress = Progress::begin();
+    let mut printed = Instant::now();
     let mut cursor = None;
     loop {
         let rest = last.map_or(bounds, |last| bounds.resumed_from(last));
@@ -134,7 +127,9 @@ async fn export(map: &dyn DistributedMap, file: Option<&Path>) -> anyhow::Result
         }
         count += piece.count;
         last = piece.last;
-        progress.print(|| format!("{count} entries exported"));
+        if is_due(&mut printed) {
+            eprintln!("{count} entries exported");
+        }
     }
     let mut line = Vec::new();
     let end = StreamEnd {
@@ -153,51 +148,42 @@ async fn export(map: &dyn DistributedMap, file: Option<&Path>) -> anyhow::Result
     Ok(())
 }
 
-/// A file with the first part of an export.
-struct Partial {
-    file: File,
-    count: u64,
-    last: Option<Uuid>,
-}
-
-impl Partial {
-    /// Opens a new file, or an interrupted export and removes its last line if that is incomplete.
-    fn open(path: &Path) -> anyhow::Result<Self> {
-        let mut options = File::options();
-        let options = options.read(true).write(true).create(true).truncate(false);
-        let mut lines = Lines::new(BufReader::new(options.open(path)?));
-        let (mut count, mut last, mut whole) = (0, None, 0);
-        while let Some(line) = lines.next()? {
-            let Some(line) = line.strip_suffix(b"\n") else {
-                ensure!(may_be_cut(line), "this is not an export");
-                break;
-            };
-            let Some(entry) = EntryLine::parse(line) else {
-                match serde_json::from_slice(line) {
-                    Ok(StreamEnd {
-                        go_on_elsewhere: None,
-                        ..
-                    }) => bail!("this export is finished; choose another file"),
-                    _ => bail!("line {} is not an entry; this is not an export", count + 1),
-                }
-            };
-            ensure!(
-                last < Some(entry.uuid()),
-                "line {} is out of order; this is not an export",
-                count + 1
-            );
-            last = Some(entry.uuid());
-            count += 1;
-            whole += line.len() as u64 + 1;
-        }
-        let mut file = lines.reader.into_inner();
-        file.set_len(whole)?;
-        file.seek(SeekFrom::End(0))?;
-        if count > 0 {
-            eprintln!("continuing after {count} entries");
-        }
-        Ok(Self { file, count, last })
+/// Opens a new file, or an interrupted export and removes its last line if that is incomplete.
+/// Returns it with the number of its entries and the last one's UUID.
+fn open_export(path: &Path) -> anyhow::Result<(File, u64, Option<Uuid>)> {
+    let mut options = File::options();
+    let options = options.read(true).write(true).create(true).truncate(false);
+    let mut lines = Lines::new(BufReader::new(options.open(path)?));
+    let (mut count, mut last, mut whole) = (0, None, 0);
+    while let Some(line) = lines.next()? {
+        let Some(line) = line.strip_suffix(b"\n") else {
+            ensure!(may_be_cut(line), "this is not an export");
+            break;
+        };
+        let Some(entry) = EntryLine::parse(line) else {
+            match serde_json::from_slice(line) {
+                Ok(StreamEnd {
+                    go_on_elsewhere: None,
+                    ..
+                }) => bail!("this export is finished; choose another file"),
+                _ => bail!("line {} is not an entry; this is not an export", count + 1),
+            }
+        };
+        count += 1;
+        ensure!(
+            last < Some(entry.uuid()),
+            "line {count} is out of order; this is not an export"
+        );
+        last = Some(entry.uuid());
+        whole += line.len() as u64 + 1;
     }
+    let mut file = lines.reader.into_inner();
+    file.set_len(whole)?;
+    file.seek(SeekFrom::End(0))?;
+    if count > 0 {
+        eprintln!("continuing after {count} entries");
+    }
+    Ok((file, count, last))
 }
 
 /// Whether this can be the beginning of a line of an export: it is overwritten then.
@@ -236,7 +222,7 @@ async fn import(
     };
     let (mut stored, mut duplicates, mut conflicts) = (0, 0, 0);
     let mut first_conflict = None;
-    let mut progress = Progress::begin();
+    let mut printed = Instant::now();
     loop {
         let batch = source.next_batch()?;
         let is_last = batch.is_empty();
@@ -251,15 +237,18 @@ async fn import(
                 }
             }
         }
-        let so_far = || format!("{stored} entries stored, {duplicates} were already in the map");
-        let is_check_due = progress.print(so_far) || is_last;
-        if is_check_due && !force && newest_uuid(map).await? > newest {
-            bail!("{}; {OTHERS_WRITE}", so_far());
+        if !is_last && !is_due(&mut printed) {
+            continue;
+        }
+        let so_far = format!("{stored} entries stored, {duplicates} were already in the map");
+        if !force && newest_uuid(map).await? > newest {
+            bail!("{so_far}; {OTHERS_WRITE}");
         }
         if is_last {
-            eprintln!("imported: {}", so_far());
+            eprintln!("imported: {so_far}");
             break;
         }
+        eprintln!("{so_far}");
     }
     match first_conflict {
         None => Ok(()),
@@ -465,25 +454,11 @@ async fn read_with_retries<T>(
     }
 }
 
-/// Prints progress to stderr.
-struct Progress {
-    printed: Instant,
-}
-
-impl Progress {
-    fn begin() -> Self {
-        Self {
-            printed: Instant::now(),
-        }
+/// Whether [`PROGRESS_INTERVAL`] has passed since progress was printed, which is now then.
+fn is_due(printed: &mut Instant) -> bool {
+    let is_due = printed.elapsed() >= PROGRESS_INTERVAL;
+    if is_due {
+        *printed = Instant::now();
     }
-
-    /// Prints a line, at most once in [`PROGRESS_INTERVAL`]; returns whether it did.
-    fn print(&mut self, line: impl FnOnce() -> String) -> bool {
-        let is_due = self.printed.elapsed() >= PROGRESS_INTERVAL;
-        if is_due {
-            eprintln!("{}", line());
-            self.printed = Instant::now();
-        }
-        is_due
-    }
+    is_due
 }
