@@ -77,14 +77,8 @@ fn look_up_repeatedly(host: String, port: u16) -> io::Result<mpsc::Receiver<Look
     let (found, look_ups) = mpsc::channel(1);
     let name = "look-up".to_owned();
     thread::Builder::new().name(name).spawn(move || {
-        loop {
-            let addresses = (host.as_str(), port).to_socket_addrs();
-            if found
-                .blocking_send(addresses.map(Iterator::collect))
-                .is_err()
-            {
-                return;
-            }
+        let look_up = || (&*host, port).to_socket_addrs().map(Iterator::collect);
+        while found.blocking_send(look_up()).is_ok() {
             thread::sleep(LOOK_UP_INTERVAL);
         }
     })?;

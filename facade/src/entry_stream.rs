@@ -108,9 +108,8 @@ impl EntryStream {
             return lines;
         }
         let end = memchr(b'\n', &self.chunk);
-        let rest_of_line = self
-            .chunk
-            .split_to(end.map_or(self.chunk.len(), |at| at + 1));
+        let length = end.map_or(self.chunk.len(), |at| at + 1);
+        let rest_of_line = self.chunk.split_to(length);
         self.cut_line.extend_from_slice(&rest_of_line);
         end.map(|_| std::mem::take(&mut self.cut_line).freeze())
     }

@@ -7,7 +7,7 @@ use common::escape::needs_escape;
 use common::json;
 use common::problem::Problem;
 use headers_accept::Accept;
-use mediatype::{MediaType, Name, ReadParams, names};
+use mediatype::{MediaType, Name, ReadParams};
 use memchr::memchr_iter;
 use serde::Serialize;
 use uuid::Uuid;
@@ -29,12 +29,9 @@ impl Format {
     }
 
     fn media_type(self) -> MediaType<'static> {
-        const X_NDJSON: Name<'static> = Name::new_unchecked("x-ndjson");
-        match self {
-            Self::Json => MediaType::new(names::APPLICATION, names::JSON),
-            Self::Ndjson => MediaType::new(names::APPLICATION, X_NDJSON),
-            Self::Text => MediaType::new(names::TEXT, names::PLAIN),
-        }
+        let parsed = MediaType::parse(self.content_type());
+        let MediaType { ty, subty, .. } = parsed.expect("each is a media type");
+        MediaType::new(ty, subty)
     }
 }
 

@@ -7,7 +7,7 @@ use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::{Body, BodyDataStream};
+use axum::body::Body;
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use bytes::{Bytes, BytesMut};
@@ -130,10 +130,8 @@ fn stream_results(
             match result {
                 Ok(result) => json::write_line(&mut chunk, &result),
                 Err(Broken { problem, lines }) => {
-                    json::write_line(
-                        &mut chunk,
-                        &serde_json::json!({"lines": lines, "error": problem.detail()}),
-                    );
+                    let last = serde_json::json!({"lines": lines, "error": problem.detail()});
+                    json::write_line(&mut chunk, &last);
                     end = Some(Err("the upload broke off"));
                 }
             }
@@ -162,9 +160,11 @@ fn store_lines(
     let window = Arc::new(Semaphore::new(WINDOW_BYTES));
     let limit = body_limit(app.max_message);
     let lines = read_lines(body, limit, app.body_timeout, app.stop.clone());
-    let admitted = lines
-        .filter(|line| future::ready(!line.is_blank()))
-        .then(move |line| admit(line, window.clone()));
+    let whole = lines.filter(|line| {
+        let blank = |text: &[u8]| text.trim_ascii().is_empty();
+        future::ready(!matches!(&line.content, Content::Text(text) if blank(text)))
+    });
+    let admitted = whole.then(move |line| admit(line, window.clone()));
     let stored = admitted.map(move |(line, window_permit)| {
         let app = app.clone();
         let request_id = request_id.clone();
@@ -178,11 +178,10 @@ fn store_lines(
 }
 
 async fn admit(line: Line, window: Arc<Semaphore>) -> (Line, Option<OwnedSemaphorePermit>) {
-    let bytes = match &line.content {
-        Content::Text(text) => text.len().min(WINDOW_BYTES),
+    let permits = match &line.content {
+        Content::Text(text) => text.len().min(WINDOW_BYTES) as u32,
         Content::TooLong | Content::Broken(_) => 0,
     };
-    let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
     let permit = window.acquire_many_owned(permits).await;
     (line, permit.ok())
 }
@@ -193,32 +192,21 @@ async fn store_line(
     request_id: Option<String>,
     upload_permit: Held,
 ) -> Result<LineResult, Broken> {
-    let text = match line.content {
-        Content::Text(text) => text,
-        Content::TooLong => {
-            let reason = format!("a message may have {} bytes at most", app.max_message);
-            return Ok(LineResult::failed(
-                line.number,
-                None,
-                MaybeStored::No,
-                reason,
-            ));
-        }
+    let Line { number, content } = line;
+    let parsed = match content {
+        Content::Text(text) => parse_line(&text, app.max_message),
+        Content::TooLong => Err(format!(
+            "a message may have {} bytes at most",
+            app.max_message
+        )),
         Content::Broken(problem) => {
-            let lines = line.number - 1;
+            let lines = number - 1;
             return Err(Broken { problem, lines });
         }
     };
-    let (msg, key) = match parse_line(&text, app.max_message) {
+    let (msg, key) = match parsed {
         Ok(parsed) => parsed,
-        Err(reason) => {
-            return Ok(LineResult::failed(
-                line.number,
-                None,
-                MaybeStored::No,
-                reason,
-            ));
-        }
+        Err(reason) => return Ok(LineResult::failed(number, None, MaybeStored::No, reason)),
     };
     let bytes = msg.len();
     let message = Message {
@@ -228,32 +216,30 @@ async fn store_line(
         held: upload_permit,
         overload: WhenOverloaded::Wait,
     };
-    let result = match deliver(&app.pool, message, app.deadline).await {
+    let error = match deliver(&app.pool, message, app.deadline).await {
         Ok(stored) => {
             app.counters.count_posted(bytes);
-            LineResult {
-                line: line.number,
+            return Ok(LineResult {
+                line: number,
                 uuid: Some(stored.uuid),
                 stored: "yes",
                 duplicate: stored.is_duplicate,
                 error: None,
-            }
+            });
         }
-        Err(error) => {
-            let (uuid, maybe_stored) = match (&error, key) {
-                (
-                    NotStored::GaveUp {
-                        uuid, maybe_stored, ..
-                    },
-                    _,
-                ) => (Some(*uuid), *maybe_stored),
-                (_, Key::Caller(uuid)) => (Some(uuid), MaybeStored::No),
-                (_, Key::Generated) => (None, MaybeStored::No),
-            };
-            LineResult::failed(line.number, uuid, maybe_stored, error.detail())
-        }
+        Err(error) => error,
     };
-    Ok(result)
+    let key = match key {
+        Key::Caller(uuid) => Some(uuid),
+        Key::Generated => None,
+    };
+    let (uuid, stored) = match &error {
+        NotStored::GaveUp {
+            uuid, maybe_stored, ..
+        } => (Some(*uuid), *maybe_stored),
+        NotStored::Conflict | NotStored::Stale | NotStored::Early => (key, MaybeStored::No),
+    };
+    Ok(LineResult::failed(number, uuid, stored, error.detail()))
 }
 
 impl LineResult {
@@ -313,12 +299,6 @@ enum Content {
     Broken(Problem),
 }
 
-impl Line {
-    fn is_blank(&self) -> bool {
-        matches!(&self.content, Content::Text(text) if text.trim_ascii().is_empty())
-    }
-}
-
 /// The lines of a body, of which it buffers at most one of `limit` bytes. A body that breaks off,
 /// stalls, or is cut because the process stops ends with [`Content::Broken`].
 fn read_lines(
@@ -335,7 +315,11 @@ fn read_lines(
             let piece = tokio::select! {
                 biased;
                 () = stop.cancelled() => {
-                    discard_rest(body);
+                    // A caller that is still sending would otherwise get a connection reset
+                    // instead of the answer.
+                    tokio::spawn(timeout(DISCARD_FOR, async move {
+                        while let Some(Ok(_)) = body.next().await {}
+                    }));
                     return Some((Err(STOPPING.into()), None));
                 }
                 piece = timeout(idle_timeout, body.next()) => piece,
@@ -347,7 +331,9 @@ fn read_lines(
             Some((piece, Some(body)))
         }
     });
-    let lines = FramedRead::new(StreamReader::new(pieces), LineDecoder::new(limit));
+    let newline = vec![b'\n'];
+    let codec = AnyDelimiterCodec::new_with_max_length(newline, Vec::new(), limit);
+    let lines = FramedRead::new(StreamReader::new(pieces), LineDecoder(codec));
     let numbered = lines.zip(stream::iter(1..));
     numbered.map(|(content, number)| {
         let content = content.unwrap_or_else(|error| {
@@ -364,28 +350,11 @@ fn read_lines(
 /// The kind of the error that ends an upload when the process stops. No body fails with it.
 const STOPPING: ErrorKind = ErrorKind::Interrupted;
 
-/// Keeps reading for [`DISCARD_FOR`]: a caller that is still sending would otherwise get a
-/// connection reset instead of the answer.
-fn discard_rest(mut body: BodyDataStream) {
-    tokio::spawn(timeout(DISCARD_FOR, async move {
-        while let Some(Ok(_)) = body.next().await {}
-    }));
-}
-
 /// Splits off one line after the other. One that is too long is an item too, as [`FramedRead`] ends
 /// after an error.
 struct LineDecoder(AnyDelimiterCodec);
 
 impl LineDecoder {
-    fn new(limit: usize) -> Self {
-        let newline = vec![b'\n'];
-        Self(AnyDelimiterCodec::new_with_max_length(
-            newline,
-            Vec::new(),
-            limit,
-        ))
-    }
-
     fn content(line: Result<Option<Bytes>, AnyDelimiterCodecError>) -> io::Result<Option<Content>> {
         match line {
             Ok(line) => Ok(line.map(|line| Content::Text(Box::from(&*line)))),
