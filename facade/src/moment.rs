@@ -19,7 +19,7 @@ impl TryFrom<String> for Moment {
     type Error = &'static str;
 
     fn try_from(text: String) -> Result<Self, Self::Error> {
-        if let Ok(ago) = humantime::parse_duration(&text) {
+        if let Some(ago) = duration(&text) {
             return Ok(Self::Ago(ago));
         }
         // A `+` that was not percent-encoded arrives as a space.
@@ -28,6 +28,18 @@ impl TryFrom<String> for Moment {
             |_| "write an RFC 3339 time such as 2026-11-24T20:00:00Z, or how long ago, such as 10m",
         )
     }
+}
+
+/// Longer ones are not taken for a duration: humantime panics when their sum is just too large.
+const MAX_DURATION_LENGTH: usize = 64;
+const MAX_DIGITS: usize = 10;
+
+fn duration(text: &str) -> Option<Duration> {
+    let mut numbers = text.split(|character: char| !character.is_ascii_digit());
+    if text.len() > MAX_DURATION_LENGTH || numbers.any(|number| number.len() > MAX_DIGITS) {
+        return None;
+    }
+    humantime::parse_duration(text).ok()
 }
 
 impl Moment {
@@ -70,6 +82,7 @@ mod tests {
             ("1h 30s", 996_370_000),
             ("0s", 1_000_000_000),
             ("100years", 0),
+            ("9999999999y", 0),
         ] {
             assert_eq!(millis(text), Some(expected), "{text}");
         }
@@ -80,6 +93,8 @@ mod tests {
             "yesterday",
             "2026-11-24",
             "1970-01-01T00:00:01",
+            "18446744073709551615s 1000ms",
+            "584542046090y 7month 15day 17h 31m 44s 1000ms",
         ] {
             assert_eq!(millis(text), None, "{text}");
         }
