@@ -1,10 +1,11 @@
 //! The entry of the log, its UUID, and the outcome of putting it into the map.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 /// A message of the log and its UUID. A stored entry never changes.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Entry {
     /// A version 7 UUID: its first 48 bits are the entry's time in milliseconds.

@@ -9,12 +9,13 @@ use axum::response::{IntoResponse, Response};
 use clap::Subcommand;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
+use utoipa::ToSchema;
 
 use crate::json::JsonLine;
 use crate::problem::Problem;
 
 /// One check of `/readyz?verbose`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct Check {
     /// The thing checked, for example `map` or `logging 127.0.0.1:8082`.
     pub name: String,

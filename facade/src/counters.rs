@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use axum::http::{Method, StatusCode};
 use common::api::timestamp;
 use serde::Serialize;
+use utoipa::ToSchema;
 
 /// Counts since the start of the process.
 #[derive(Debug)]
@@ -21,7 +22,7 @@ pub(crate) struct Counters {
 }
 
 /// The row of this facade.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(crate) struct FacadeStats {
     since: String,
     version: &'static str,
@@ -34,6 +35,7 @@ pub(crate) struct FacadeStats {
     /// Of the bodies of GETs of the log.
     read_bytes: u64,
     /// Answers by status, of those that are errors.
+    #[schema(value_type = BTreeMap<String, u64>)]
     errors: BTreeMap<u16, u64>,
 }
 

@@ -10,6 +10,7 @@ use headers_accept::Accept;
 use mediatype::{MediaType, Name, ReadParams};
 use memchr::memchr_iter;
 use serde::Serialize;
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,13 +123,19 @@ impl Format {
 }
 
 /// The part of an answer after the entries.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(crate) struct Tail {
+    /// Null when the messages service did not answer.
+    #[schema(required)]
     pub(crate) messages_service: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub(crate) messages_service_error: Option<String>,
+    /// The number of entries in this answer.
     pub(crate) count: u64,
+    /// The cursor to continue from, when the limit ended the answer and more follow.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub(crate) next: Option<Uuid>,
 }
 

@@ -11,6 +11,7 @@ use common::json::JsonLine;
 use common::middleware::request_id;
 use common::problem::Problem;
 use serde::Serialize;
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::delivery::{Message, Stored, WhenOverloaded, deliver};
@@ -23,9 +24,9 @@ use crate::state::App;
 use crate::upload;
 
 /// `HOST:PORT` of the logging instance that reported the message stored.
-const LOGGING_INSTANCE: HeaderName = HeaderName::from_static("x-logging-instance");
+pub(crate) const LOGGING_INSTANCE: HeaderName = HeaderName::from_static("x-logging-instance");
 
-const IDEMPOTENCY_KEY: &str = "idempotency-key";
+pub(crate) const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
 /// `POST /`, which hands NDJSON over to `upload`.
 pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<Response, Problem> {
@@ -100,14 +101,18 @@ fn announced_length(headers: &HeaderMap) -> Option<usize> {
     length.to_str().ok()?.parse().ok()
 }
 
+/// The answer to a message that is stored.
+#[derive(Serialize, ToSchema)]
+#[schema(as = StoredMessage)]
+pub(crate) struct Answer<'a> {
+    uuid: Uuid,
+    msg: &'a str,
+    /// Only when it is true: the message was stored under this `Idempotency-Key` before.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    duplicate: bool,
+}
+
 fn answer_stored(stored: &Stored, msg: &str) -> Response {
-    #[derive(Serialize)]
-    struct Answer<'a> {
-        uuid: Uuid,
-        msg: &'a str,
-        #[serde(skip_serializing_if = "std::ops::Not::not")]
-        duplicate: bool,
-    }
     let answer = Answer {
         uuid: stored.uuid,
         msg,

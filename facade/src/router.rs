@@ -1,30 +1,54 @@
 //! All routes of the service, and `/readyz`.
 
-use axum::Router;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::Response;
 use axum::routing::get;
+use axum::{Extension, Router};
 use common::health::{Check, ReadinessQuery, check_running, livez, readiness};
 use common::middleware::{RequestLog, with_middleware};
 use common::problem::Problem;
+use utoipa_axum::router::OpenApiRouter;
 use uuid::Uuid;
 
+use crate::openapi::{self, at};
 use crate::readiness::check_all;
 use crate::state::App;
-use crate::{get, metrics, post, stats};
+use crate::{docs, get, metrics, post, stats};
 
 pub fn router(app: App) -> Router {
     metrics::describe();
-    let routes = Router::new()
-        .route("/", get(get::list).post(post::create))
-        .route("/{uuid}", get(get::show).fallback(get::refuse_method))
-        .route("/stats", get(stats::show))
-        .route("/metrics", get(metrics::show))
-        .route("/livez", get(livez))
-        .route("/readyz", get(readyz))
-        .with_state(app.clone());
+    let served = openapi::Served::default();
+    let (described, description) = OpenApiRouter::with_openapi(openapi::head())
+        .routes(at(
+            "/",
+            openapi::messages(app.max_message),
+            get(get::list).post(post::create),
+        ))
+        .routes(at(
+            "/{uuid}",
+            openapi::message(),
+            get(get::show).fallback(get::refuse_method),
+        ))
+        .routes(at("/stats", openapi::stats(), get(stats::show)))
+        .routes(at("/metrics", openapi::metrics(), get(metrics::show)))
+        .routes(at("/livez", openapi::livez(), get(livez)))
+        .routes(at("/readyz", openapi::readyz(), get(readyz)))
+        .routes(at(
+            "/openapi.json",
+            openapi::itself(),
+            get(openapi::show).layer(Extension(served.clone())),
+        ))
+        .routes(at("/docs", openapi::docs(), get(docs::show)))
+        .routes(at(
+            "/docs/{file}",
+            openapi::docs_file(),
+            get(docs::show_file),
+        ))
+        .split_for_parts();
+    served.set(&description);
+    let routes = described.with_state(app.clone());
     with_middleware(routes, RequestLog::On).layer(from_fn_with_state(app, count))
 }
 
@@ -50,10 +74,10 @@ async fn readyz(
     Ok(readiness(ready, &checks))
 }
 
-/// Counts all requests but those of operators.
+/// Counts all requests but those for health and statistics.
 async fn count(State(app): State<App>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    if matches!(path, "/stats" | "/metrics" | "/livez" | "/readyz") {
+    if matches!(path, "/stats" | "/livez" | "/readyz") {
         return next.run(request).await;
     }
     if path == "/" || Uuid::try_parse(&path[1..]).is_ok() {

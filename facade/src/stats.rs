@@ -12,6 +12,7 @@ use common::problem::Problem;
 use futures_util::future::join_all;
 use serde::Serialize;
 use tokio::time::timeout;
+use utoipa::ToSchema;
 
 use crate::counters::FacadeStats;
 use crate::error::too_many;
@@ -22,17 +23,19 @@ use crate::upstream::UpstreamError;
 /// How long an instance may take; it gives each member of its map half of that.
 const INSTANCE_TIMEOUT: Duration = Duration::from_millis(800);
 
-#[derive(Serialize)]
-struct Stats {
+/// The statistics of the system.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct Stats {
     at: String,
-    /// As the instance sees it that reached most members; `None` while no instance answers.
+    /// As the instance sees it that reached most members; null while no instance answers.
     map: Option<MapRows>,
     instances: Vec<InstanceRow>,
     facade: FacadeStats,
     problems: Vec<String>,
 }
 
-#[derive(Serialize)]
+/// The map: its members and their total.
+#[derive(Serialize, ToSchema)]
 struct MapRows {
     #[serde(flatten)]
     map: MapStats,
@@ -40,7 +43,7 @@ struct MapRows {
 }
 
 /// The sums over the members that answered.
-#[derive(Default, Serialize)]
+#[derive(Default, Serialize, ToSchema)]
 struct Total {
     entries: u64,
     gets: u64,
@@ -53,7 +56,8 @@ struct Total {
     complete: Option<bool>,
 }
 
-#[derive(Serialize)]
+/// A row for a logging instance; one that does not answer has no numbers.
+#[derive(Serialize, ToSchema)]
 struct InstanceRow {
     instance: String,
     up: bool,

@@ -23,6 +23,7 @@ use tokio::time::timeout;
 use tokio_util::codec::{AnyDelimiterCodec, AnyDelimiterCodecError, Decoder, FramedRead};
 use tokio_util::io::StreamReader;
 use tokio_util::sync::CancellationToken;
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::batcher::Held;
@@ -70,8 +71,9 @@ pub(crate) async fn create(app: App, headers: &HeaderMap, body: Body) -> Result<
     Ok(holding(answer, permit))
 }
 
-#[derive(Debug, Serialize)]
-struct LineResult {
+/// What became of one line of an upload.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct LineResult {
     line: u64,
     uuid: Option<Uuid>,
     /// `yes`, `no`, or `unknown`: retry the line with this uuid.
@@ -79,14 +81,16 @@ struct LineResult {
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     duplicate: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     error: Option<String>,
 }
 
 /// The reply to an upload.
-#[derive(Debug, Default, Serialize)]
-struct Summary {
+#[derive(Debug, Default, Serialize, ToSchema)]
+pub(crate) struct Summary {
     stored: u64,
     failed: u64,
+    /// The first hundred.
     errors: Vec<LineResult>,
 }
 

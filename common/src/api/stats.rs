@@ -3,6 +3,7 @@
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// The statistics of one instance.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -28,7 +29,7 @@ pub struct InstanceStats {
 }
 
 /// The number of entries with each outcome, by its word on the wire.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize, ToSchema)]
 #[allow(missing_docs, reason = "the outcomes are explained at `Outcome`")]
 pub struct OutcomeCounts {
     pub stored: u64,
@@ -40,7 +41,7 @@ pub struct OutcomeCounts {
 }
 
 /// The statistics of a map.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
 pub struct MapStats {
     /// `lmdb`, `redis` or `redis-cluster`.
     pub engine: String,
@@ -55,7 +56,7 @@ pub struct MapStats {
 
 /// A row for a member of the map: the LMDB folder, or a Redis server. The numbers of a member that does
 /// not answer are `None`.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
 pub struct MemberStats {
     /// The folder, or `HOST:PORT`.
     pub member: String,
@@ -83,7 +84,7 @@ pub struct MemberStats {
 }
 
 /// The role of a member in the map.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// A Redis server that owns entries.

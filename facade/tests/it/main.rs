@@ -35,6 +35,8 @@ mod http;
 mod large;
 /// Metrics, and the dashboard and alerts that use them.
 mod metrics;
+/// The description of the API and its page.
+mod openapi;
 /// More messages than the instances can store.
 mod overload;
 /// POST of one message: every accepted shape, every refusal, keys.

@@ -1,0 +1,581 @@
+//! The description of the API in OpenAPI 3.1, which `GET /openapi.json` serves and `docs` shows.
+//!
+//! `router` adds each route together with its description, by [`at`]. The examples are answers of a
+//! running system: `tests/it/openapi.rs` asks for each of them. `parts` has what all of them share.
+
+mod parts;
+
+use std::sync::{Arc, OnceLock};
+
+use axum::Extension;
+use axum::http::header;
+use axum::response::IntoResponse;
+use axum::routing::MethodRouter;
+use bytes::Bytes;
+use common::json;
+use serde_json::json;
+use utoipa::openapi::link::LinkBuilder;
+use utoipa::openapi::path::{
+    HttpMethod, Operation, Parameter, ParameterIn, PathItem, PathItemBuilder, PathsBuilder,
+};
+use utoipa::openapi::request_body::{RequestBody, RequestBodyBuilder};
+use utoipa::openapi::schema::{
+    AdditionalProperties, AnyOfBuilder, KnownFormat, ObjectBuilder, OneOfBuilder, SchemaFormat,
+    Type,
+};
+use utoipa::openapi::{
+    Content, InfoBuilder, LicenseBuilder, OpenApi, OpenApiBuilder, Ref, RefOr, Required,
+    ResponseBuilder,
+};
+use utoipa_axum::router::UtoipaMethodRouter;
+
+use crate::docs;
+use crate::format::Format;
+use crate::openapi::parts::{
+    FAULT, Problems, answer, components, content, example, get_only, header_of, in_path, operation,
+    parameter, query, string, unavailable, unreadable, uuid, with,
+};
+use crate::post::{IDEMPOTENCY_KEY, LOGGING_INSTANCE};
+use crate::state::App;
+
+const JSON: &str = "application/json";
+const NDJSON: &str = "application/x-ndjson";
+const TEXT: &str = "text/plain";
+
+/// UUIDs of the examples.
+const FIRST: &str = "01a203b3-3bb1-7319-90b9-a08e864b5eeb";
+const SECOND: &str = "01a203b3-3bd3-7041-bd9b-405a081b6b3b";
+
+const ABOUT: &str = "A log of messages: posted one by one or many at once, stored through one of several \
+logging instances, and read in the order of their UUIDs.
+
+Errors are `application/problem+json` (RFC 9457) with a `detail` that says what to do. A path that is \
+not listed here is a 404, a method that a path does not take is a 405 with the header `allow`. GET \
+includes HEAD. A request that is not valid HTTP is a 400 without a body.";
+
+/// The description without its paths.
+pub(crate) fn head() -> OpenApi {
+    let info = InfoBuilder::new()
+        .title("Message log")
+        .version(env!("CARGO_PKG_VERSION"))
+        .description(Some(ABOUT))
+        .license(Some(
+            LicenseBuilder::new()
+                .name("MIT")
+                .identifier(Some("MIT"))
+                .build(),
+        ));
+    OpenApiBuilder::new()
+        .info(info.build())
+        .components(Some(components()))
+        .build()
+}
+
+/// A route and its description.
+pub(crate) fn at(
+    path: &str,
+    description: PathItem,
+    methods: MethodRouter<App>,
+) -> UtoipaMethodRouter<App> {
+    let paths = PathsBuilder::new().path(path, description).build();
+    (Vec::new(), paths, methods)
+}
+
+/// The description as it is served. It is complete only after all routes were added, of which the one
+/// that serves it is one.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Served(Arc<OnceLock<Bytes>>);
+
+impl Served {
+    pub(crate) fn set(&self, description: &OpenApi) {
+        let mut line = Vec::new();
+        json::write_line(&mut line, description);
+        self.0.get_or_init(|| line.into());
+    }
+}
+
+/// `GET /openapi.json`
+pub(crate) async fn show(Extension(served): Extension<Served>) -> impl IntoResponse {
+    let description = served.0.get().cloned().unwrap_or_default();
+    ([(header::CONTENT_TYPE, JSON)], description)
+}
+
+/// `/`, where a message has at most `max_message` bytes.
+pub(crate) fn messages(max_message: usize) -> PathItem {
+    PathItemBuilder::new()
+        .operation(HttpMethod::Get, list())
+        .operation(HttpMethod::Post, create(max_message))
+        .build()
+}
+
+fn create(max_message: usize) -> Operation {
+    let post = operation(
+        "post",
+        "Store a message, or many",
+        "A message is stored durably when the answer is a 200, and then every GET that begins later \
+         has it. An upload, `application/x-ndjson`, has a message on each line: a JSON string, or an \
+         object with `msg` and optionally a `uuid`, which is to a line what `Idempotency-Key` is to \
+         a message. Each line is stored or fails by itself.",
+    );
+    let detail = "the message was not stored, post it again: no logging instance is up: \
+                  127.0.0.1:8082 cannot be reached";
+    let not_stored = with(example(503, detail), json!({"stored": "no", "uuid": FIRST}));
+    let too_large =
+        format!("a message may have {max_message} bytes at most; split it or raise --max-message");
+    post.parameter(idempotency_key())
+        .request_body(Some(body(max_message)))
+        .response("200", stored())
+        .problem(
+            400,
+            "The body, or a header, is wrong.",
+            [
+                ("empty", "the message is empty"),
+                (
+                    "no_key",
+                    "the idempotency-key must be a version 7 UUID made for this message: \
+                     00000000-0000-0000-0000-000000000000 is not a version 7 UUID, whose first 48 \
+                     bits are the time",
+                ),
+                (
+                    "key_of_upload",
+                    "an upload of many messages takes no idempotency-key; give each line its own uuid",
+                ),
+            ],
+        )
+        .problem(
+            406,
+            "An upload is answered as JSON or NDJSON.",
+            [("text", "accept one of: application/json, application/x-ndjson")],
+        )
+        .problem(
+            408,
+            "The body stalled.",
+            [("stalled", "the body stalled; send it without long pauses")],
+        )
+        .problem(
+            409,
+            "The key is too old or in the future, and nothing is stored under it.",
+            [
+                (
+                    "too_old",
+                    "this key is too old: its message was not stored and never will be; post again \
+                     with a new key",
+                ),
+                (
+                    "in_the_future",
+                    "this key's time is in the future and nothing was stored: make keys from the \
+                     current time, and post again with a new key",
+                ),
+            ],
+        )
+        .problem(
+            413,
+            "The message is too large. A line of an upload that is too large fails alone.",
+            [("too_large", &too_large)],
+        )
+        .problem(
+            415,
+            "The content type is another one, there are several, the charset is not UTF-8, or the \
+             body is compressed.",
+            [(
+                "html",
+                "send a form with the field msg, application/json, text/plain, or \
+                 application/x-ndjson for many messages",
+            )],
+        )
+        .problem(
+            422,
+            "The key was already used for another message.",
+            [(
+                "used",
+                "this key was already used for another message; make a new one for each message",
+            )],
+        )
+        .problem(500, FAULT, [])
+        .response(
+            "503",
+            unavailable(
+                "No logging instance stored the message in time, there are too many messages at \
+                 once, or this facade is stopping.",
+                [("no_instance", not_stored)],
+            ),
+        )
+        .build()
+}
+
+fn idempotency_key() -> Parameter {
+    let uuid =
+        "[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-7[0-9a-fA-F]{3}-[89abAB][0-9a-fA-F]{3}-[0-9a-fA-F]{12}";
+    parameter(
+        IDEMPOTENCY_KEY,
+        ParameterIn::Header,
+        "A version 7 UUID, bare or in double quotes, that becomes the message's: it can be posted \
+         again with it and is stored once. Not with an upload.",
+        string().pattern(Some(format!("^({uuid}|\"{uuid}\")$"))),
+    )
+}
+
+fn body(max_message: usize) -> RequestBody {
+    let text = || string().min_length(Some(1)).max_length(Some(max_message));
+    let object = || {
+        ObjectBuilder::new()
+            .property("msg", text())
+            .required("msg")
+            .additional_properties(Some(AdditionalProperties::FreeForm(false)))
+    };
+    let json = OneOfBuilder::new().item(object()).item(text());
+    let special = "1+1=2 & more";
+    RequestBodyBuilder::new()
+        .description(Some(format!(
+            "A message of 1 to {max_message} bytes of UTF-8, or an upload of any length. Without a \
+             content type a body is plain text, and a form without any `=` too."
+        )))
+        .required(Some(Required::True))
+        .content(
+            "application/x-www-form-urlencoded",
+            content(object(), [("form", json!({"msg": special}))]),
+        )
+        .content(
+            "multipart/form-data",
+            content(object(), [("multipart", json!({"msg": special}))]),
+        )
+        .content(
+            JSON,
+            content(
+                json,
+                [
+                    ("object", json!({"msg": special})),
+                    ("string", json!("hello")),
+                ],
+            ),
+        )
+        .content(TEXT, content(text(), [("text", json!("hello"))]))
+        .content(
+            NDJSON,
+            content(
+                string(),
+                [(
+                    "upload",
+                    json!("\"hello\"\n{\"msg\":\"still here\"}\nhello\n"),
+                )],
+            ),
+        )
+        .build()
+}
+
+fn stored() -> ResponseBuilder {
+    let reason = "a line is a JSON string or {\"msg\":\"…\"} with an optional uuid: expected value at \
+                  line 1 column 1";
+    let lines = format!(
+        "{{\"line\":1,\"uuid\":\"{FIRST}\",\"stored\":\"yes\"}}\n\
+         {{\"line\":2,\"uuid\":\"{SECOND}\",\"stored\":\"yes\"}}\n\
+         {{\"line\":3,\"uuid\":null,\"stored\":\"no\",\"error\":{}}}\n",
+        json!(reason)
+    );
+    let failed = json!({"line": 3, "uuid": null, "stored": "no", "error": reason});
+    let instance = string().examples(["127.0.0.1:8082"]);
+    let read = LinkBuilder::new()
+        .operation_id("show")
+        .parameter("uuid", "$response.body#/uuid")
+        .description("The message that was stored.");
+    answer("The message is stored; of an upload, each line without an `error`.")
+        .header(
+            LOGGING_INSTANCE.as_str(),
+            header_of("The logging instance that stored it, not with an upload.", instance),
+        )
+        .content(
+            JSON,
+            content(
+                OneOfBuilder::new()
+                    .item(Ref::from_schema_name("StoredMessage"))
+                    .item(Ref::from_schema_name("Summary")),
+                [
+                    ("message", json!({"uuid": FIRST, "msg": "hello"})),
+                    ("duplicate", json!({"uuid": FIRST, "msg": "hello", "duplicate": true})),
+                    ("upload", json!({"stored": 2, "failed": 1, "errors": [failed]})),
+                ],
+            ),
+        )
+        .content(
+            NDJSON,
+            content(
+                string().description(Some(
+                    "Of an upload, with `Accept: application/x-ndjson`: a `LineResult` for each line, \
+                     in order, while the upload still runs. An upload that breaks off ends with a \
+                     line with the number of `lines` read and the `error`, and the body is cut.",
+                )),
+                [("results", json!(lines))],
+            ),
+        )
+        .link("show", RefOr::T(read.build()))
+}
+
+fn list() -> Operation {
+    let get = operation(
+        "list",
+        "Read the messages",
+        "All messages within the bounds, in the order of their UUIDs, and the reply of the messages \
+         service. The body is streamed; one that cannot be finished is cut, and one that ends \
+         properly holds everything, as its `count` proves.",
+    );
+    let order = string()
+        .enum_values(Some(["asc", "desc"]))
+        .default(Some(json!("asc")));
+    let limit = ObjectBuilder::new()
+        .schema_type(Type::Integer)
+        .minimum(Some(1))
+        .maximum(Some(u64::MAX));
+    get.parameter(query("after", "Only messages with a greater UUID.", uuid()))
+        .parameter(query("before", "Only messages with a lower UUID.", uuid()))
+        .parameter(query(
+            "since",
+            "Only messages from this time on: an RFC 3339 time, or how long ago.",
+            moment(),
+        ))
+        .parameter(query("until", "Only messages before this time.", moment()))
+        .parameter(query("order", "Oldest first, or newest first.", order))
+        .parameter(query(
+            "limit",
+            "At most so many messages. When more follow, the answer has `next`: the cursor to \
+             continue from, as `after` when ascending, as `before` when descending.",
+            limit,
+        ))
+        .response("200", merged())
+        .problem(
+            400,
+            "A query parameter is wrong, or given twice. Unknown ones are ignored.",
+            [
+                ("limit", "limit must be at least 1"),
+                (
+                    "since",
+                    "Failed to deserialize query string: since: write an RFC 3339 time such as \
+                     2026-11-24T20:00:00Z, or how long ago, such as 10m",
+                ),
+            ],
+        )
+        .problem(
+            406,
+            "The formats are JSON, which is the default, NDJSON and plain text.",
+            [(
+                "image",
+                "accept one of: application/json, application/x-ndjson, text/plain; charset=utf-8",
+            )],
+        )
+        .problem(500, FAULT, [])
+        .response("503", unreadable())
+        .build()
+}
+
+fn moment() -> AnyOfBuilder {
+    let at = string().format(Some(SchemaFormat::KnownFormat(KnownFormat::DateTime)));
+    let ago = string()
+        .pattern(Some("^(0|([0-9]{1,9} ?(ns|us|ms|s|m|h|d|w) ?){1,4})$"))
+        .examples(["10m", "1h 30s"]);
+    AnyOfBuilder::new().item(at).item(ago)
+}
+
+fn merged() -> ResponseBuilder {
+    let entries = [
+        json!({"uuid": FIRST, "msg": "hello"}),
+        json!({"uuid": SECOND, "msg": "still here"}),
+    ];
+    let reply = "Messages Service not Implemented";
+    let tail = json!({"messages_service": reply, "count": 2});
+    let lines = format!(
+        "{{\"uuid\":\"{FIRST}\",\"msg\":\"hello\"}}\n\
+         {{\"uuid\":\"{SECOND}\",\"msg\":\"still here\"}}\n\
+         {{\"messages_service\":\"{reply}\",\"count\":2}}\n"
+    );
+    answer("The messages. `next` is there when `limit` ended the answer and more follow.")
+        .content(
+            Format::Json.content_type(),
+            content(
+                Ref::from_schema_name("Messages"),
+                [
+                    ("all", with(json!({"logging_service": entries}), tail)),
+                    (
+                        "limited",
+                        json!({"logging_service": entries[..1], "messages_service": reply,
+                            "count": 1, "next": FIRST}),
+                    ),
+                    (
+                        "stub_away",
+                        json!({"logging_service": entries, "messages_service": null,
+                            "messages_service_error": "the messages service cannot be reached",
+                            "count": 2}),
+                    ),
+                ],
+            ),
+        )
+        .content(
+            Format::Ndjson.content_type(),
+            content(
+                string().description(Some(
+                    "An `Entry` a line, then a line with the rest of `Messages`.",
+                )),
+                [("all", json!(lines))],
+            ),
+        )
+        .content(
+            TEXT,
+            content(
+                string().description(Some(
+                    "A UUID and its message a line, with control characters escaped, then the count, \
+                     then the reply of the messages service.",
+                )),
+                [(
+                    "all",
+                    json!(format!("{FIRST} hello\n{SECOND} still here\n2 messages\n{reply}\n")),
+                )],
+            ),
+        )
+}
+
+/// `/{uuid}`
+pub(crate) fn message() -> PathItem {
+    let get = operation("show", "Read one message", "");
+    let entry = content(
+        Ref::from_schema_name("Entry"),
+        [("message", json!({"uuid": FIRST, "msg": "hello"}))],
+    );
+    let none = format!("there is no message {FIRST}");
+    get_only(
+        get.parameter(in_path("uuid", "The UUID of the message.", uuid()))
+            .response("200", answer("The message.").content(JSON, entry))
+            .problem(
+                404,
+                "There is no such message, or this is not a UUID.",
+                [("none", &none)],
+            )
+            .problem(500, FAULT, [])
+            .response("503", unreadable()),
+    )
+}
+
+/// `/stats`
+pub(crate) fn stats() -> PathItem {
+    let get = operation(
+        "stats",
+        "Statistics",
+        "A row for each member of the map with a total, one for each logging instance, and what this \
+         facade did. More fields may be added.",
+    );
+    let stats =
+        answer("The statistics.").content(JSON, Content::new(Some(Ref::from_schema_name("Stats"))));
+    let too_many = unavailable("There are too many such requests at once.", []);
+    get_only(
+        get.response("200", stats)
+            .problem(500, FAULT, [])
+            .response("503", too_many),
+    )
+}
+
+/// `/livez`
+pub(crate) fn livez() -> PathItem {
+    let alive = answer("It runs.").content(TEXT, content(string(), [("alive", json!("alive\n"))]));
+    let get = operation(
+        "livez",
+        "Whether this facade runs",
+        "It looks at nothing else.",
+    );
+    get_only(get.response("200", alive))
+}
+
+/// `/readyz`
+pub(crate) fn readyz() -> PathItem {
+    let get = operation(
+        "readyz",
+        "Whether this facade can serve",
+        "Ready while at least one logging instance can read and store.",
+    );
+    let check = |name: &str| json!({"name": name, "ok": true, "detail": "answers"});
+    let ready = answer("It can serve.").content(
+        JSON,
+        content(
+            Ref::from_schema_name("Ready"),
+            [
+                ("ready", json!({"status": "ready"})),
+                (
+                    "verbose",
+                    json!({"status": "ready", "checks": [
+                        check("logging 127.0.0.1:8082"),
+                        check("logging 127.0.0.1:8083"),
+                        check("logging 127.0.0.1:8084"),
+                        check("messages"),
+                    ]}),
+                ),
+            ],
+        ),
+    );
+    let stopping = example(503, "this process is stopping; use another one");
+    get_only(
+        get.parameter(query(
+            "verbose",
+            "With any value: lists each instance and the messages service.",
+            string(),
+        ))
+        .response("200", ready)
+        .problem(
+            400,
+            "A query parameter is given twice.",
+            [(
+                "twice",
+                "Failed to deserialize query string: duplicate field `verbose`",
+            )],
+        )
+        .problem(500, FAULT, [])
+        .response(
+            "503",
+            unavailable("It cannot serve, or is stopping.", [("stopping", stopping)]),
+        ),
+    )
+}
+
+/// `/openapi.json`
+pub(crate) fn itself() -> PathItem {
+    let get = operation("openapi", "This description", "");
+    let object = ObjectBuilder::new().property("openapi", string().pattern(Some("^3\\.1\\.")));
+    get_only(get.response(
+        "200",
+        answer("OpenAPI 3.1.").content(JSON, Content::new(Some(object.required("openapi")))),
+    ))
+}
+
+/// `/docs`
+pub(crate) fn docs() -> PathItem {
+    let policy = header_of("The page may load from this facade only.", string());
+    let page = answer("The page.")
+        .header(header::CONTENT_SECURITY_POLICY.as_str(), policy)
+        .content("text/html", Content::new(Some(string())));
+    let get = operation(
+        "docs",
+        "This description as a page",
+        "It needs no other host.",
+    );
+    get_only(get.response("200", page))
+}
+
+/// `/docs/{file}`
+pub(crate) fn docs_file() -> PathItem {
+    let get = operation("docs_file", "What the page consists of", "");
+    let file = in_path(
+        "file",
+        "A file that the page names.",
+        string().enum_values(Some(docs::FILES)),
+    );
+    let encoding = header_of(
+        "Of Swagger UI's files.",
+        string().enum_values(Some(["gzip"])),
+    );
+    let content = || Content::new(Some(string()));
+    let bytes = answer("The file.")
+        .header(header::CONTENT_ENCODING.as_str(), encoding)
+        .content("text/javascript", content())
+        .content("text/css", content())
+        .content("image/png", Content::default());
+    get_only(
+        get.parameter(file)
+            .response("200", bytes)
+            .problem(404, "There is no such file.", []),
+    )
+}
