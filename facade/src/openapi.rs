@@ -470,6 +470,19 @@ pub(crate) fn stats() -> PathItem {
     )
 }
 
+/// `/metrics`
+pub(crate) fn metrics() -> PathItem {
+    let numbers = answer("The metrics.")
+        .content(TEXT, content(string(), []))
+        .content("application/openmetrics-text", content(string(), []));
+    let get = operation(
+        "metrics",
+        "Numbers for Prometheus",
+        "In its text format or, for a request that accepts it, as OpenMetrics.",
+    );
+    get_only(get.response("200", numbers))
+}
+
 /// `/livez`
 pub(crate) fn livez() -> PathItem {
     let alive = answer("It runs.").content(TEXT, content(string(), [("alive", json!("alive\n"))]));

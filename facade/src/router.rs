@@ -74,10 +74,10 @@ async fn readyz(
     Ok(readiness(ready, &checks))
 }
 
-/// Counts all requests but those for health and statistics.
+/// Counts all requests but those of operators.
 async fn count(State(app): State<App>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    if matches!(path, "/stats" | "/livez" | "/readyz") {
+    if matches!(path, "/stats" | "/metrics" | "/livez" | "/readyz") {
         return next.run(request).await;
     }
     if path == "/" || Uuid::try_parse(&path[1..]).is_ok() {
