@@ -16,12 +16,11 @@ if ! [[ -x $tools/bin/schemathesis ]]; then
     python3 -m venv "$tools"
     "$tools/bin/pip" install --quiet --disable-pip-version-check "schemathesis==$version"
 fi
-[[ -n ${SKIP_BUILD:-} ]] || cargo build --release --locked
-
 source scripts/system.sh
+build_services
 folder=$(mktemp -d)
 stop_all() {
-    stop_system
+    stop TERM "${!pids[@]}"
     rm -rf "$folder"
 }
 trap stop_all EXIT
