@@ -130,6 +130,22 @@ impl RedisServer {
         }
     }
 
+    /// Ends the replication to `replica` and keeps it from being taken up again: the replica logs in as
+    /// somebody whom this server does not know. All else between them goes on.
+    pub fn cut_off(&self, replica: &Self) {
+        replica.set_primary_login("nobody", "nothing");
+        let _: i64 = self.ask(&["CLIENT", "KILL", "TYPE", "replica"]);
+        self.wait_until("the replica is cut off", |primary| {
+            primary.info("connected_slaves").as_deref() == Some("0")
+        });
+    }
+
+    /// How this server logs in at its primary; empty as at first.
+    pub fn set_primary_login(&self, user: &str, password: &str) {
+        let _: () = self.ask(&["CONFIG", "SET", "masteruser", user]);
+        let _: () = self.ask(&["CONFIG", "SET", "masterauth", password]);
+    }
+
     /// Sends a signal by its name, for example `STOP`.
     pub fn signal(&self, name: &str) {
         let arguments = [format!("-{name}"), self.pid.clone()];

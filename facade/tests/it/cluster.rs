@@ -117,7 +117,7 @@ async fn entry_that_the_backup_lacks_is_not_acknowledged() {
         let system = Processes::on_map(&flags, &["--deadline", "1s"]);
         // Only `WAIT` may keep the primary from acknowledging.
         let _: () = cluster.nodes[0].ask(&["CONFIG", "SET", "min-replicas-to-write", "0"]);
-        cut_replication(&cluster.nodes[0], &cluster.nodes[3]);
+        cluster.nodes[0].cut_off(&cluster.nodes[3]);
         let mut record = Record::default();
         for n in 0..200 {
             let url = system.facade.url();
@@ -139,15 +139,4 @@ async fn entry_that_the_backup_lacks_is_not_acknowledged() {
             record.assert_kept(&stored);
         }
     }
-}
-
-/// Ends the replication and prevents a new one: the replica logs in as a user that the primary does not
-/// have. The cluster bus between them stays open.
-fn cut_replication(primary: &RedisServer, replica: &RedisServer) {
-    let _: () = replica.ask(&["CONFIG", "SET", "masteruser", "nobody"]);
-    let _: () = replica.ask(&["CONFIG", "SET", "masterauth", "nothing"]);
-    let _: i64 = primary.ask(&["CLIENT", "KILL", "TYPE", "replica"]);
-    primary.wait_until("the replica is cut off", |primary| {
-        primary.info("connected_slaves").as_deref() == Some("0")
-    });
 }

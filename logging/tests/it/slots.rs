@@ -260,13 +260,7 @@ async fn slots_moved_by_the_script_survive_the_end_of_their_target() {
         // From here on the target's replica gets nothing, and only `WAIT` would detect it.
         let [target, replica] = [1, 4].map(|node| &cluster.nodes[node]);
         let _: () = target.ask(&["CONFIG", "SET", "min-replicas-to-write", "0"]);
-        for (setting, value) in [("masteruser", "nobody"), ("masterauth", "nothing")] {
-            let _: () = replica.ask(&["CONFIG", "SET", setting, value]);
-        }
-        let _: i64 = target.ask(&["CLIENT", "KILL", "TYPE", "replica"]);
-        target.wait_until("the replica is cut off", |target| {
-            target.info("connected_slaves").as_deref() == Some("0")
-        });
+        target.cut_off(replica);
         let moved = mover.command(&cluster, "500").output().unwrap();
         cluster.nodes[1].kill();
         if mover == Mover::RedisCli {
@@ -297,9 +291,7 @@ async fn slots_moved_by_the_script_survive_the_end_of_their_target() {
             other.cluster_info("cluster_state").is_some()
                 && other.cluster_info("cluster_slots_fail") != Some("0".to_owned())
         });
-        for (setting, value) in [("masteruser", ""), ("masterauth", "")] {
-            let _: () = cluster.nodes[4].ask(&["CONFIG", "SET", setting, value]);
-        }
+        cluster.nodes[4].set_primary_login("", "");
         cluster.nodes[1].restart();
         cluster.wait_until_whole();
         assert_eq!(cluster.nodes[4].info("role").as_deref(), Some("slave"));
