@@ -8,6 +8,7 @@ use testing::redis_servers::{RedisCluster, RedisServer};
 
 use crate::load::{Load, post};
 use crate::processes::Processes;
+use crate::stats::assert_counted;
 
 /// POSTs answered between two events, so that every phase is under load.
 const PHASE: u64 = 2000;
@@ -51,7 +52,9 @@ async fn instance_and_primary_killed_together_lose_nothing() {
         println!("pair {pair}: readable after {readable_after:.1?}; {failed}");
         record.assert_none_failed_between(readable, over);
     }
-    record.assert_kept(&system.read_all().await);
+    let stored = system.read_all().await;
+    record.assert_kept(&stored);
+    assert_counted(&system, stored.len()).await;
 }
 
 /// A paused primary neither answers nor closes a connection. POSTs go to other partitions, GETs wait for

@@ -33,6 +33,22 @@ async fn wait_for(system: &Processes, is_wanted: impl Fn(&Value) -> bool) -> Val
     }
 }
 
+/// Waits until nothing is wrong and every backup is complete; then every entry must be counted once, by its
+/// owner, and once by a replica.
+pub(crate) async fn assert_counted(system: &Processes, entries: usize) {
+    let settled = wait_for(system, |stats| {
+        let total = &stats["map"]["total"];
+        stats["problems"] == json!([]) && total["backups"] == total["entries"]
+    });
+    let stats = settled.await;
+    let total = &stats["map"]["total"];
+    assert_eq!(
+        (&total["entries"], &total["puts"]),
+        (&json!(entries), &json!(entries))
+    );
+    assert_eq!(total.get("complete"), None, "{stats:#}");
+}
+
 fn sum(rows: &Value, column: &str) -> u64 {
     let rows = rows.as_array().unwrap().iter();
     rows.map(|row| row[column].as_u64().unwrap()).sum()

@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# The cost of looking: the time of /stats and /metrics on a large map, and what a scrape costs POSTs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+rounds=${1:-10}
+count=${2:-1000000}
+duration=${3:-5}
+
+if [[ $rounds == --help || $rounds == -h ]]; then
+    cat <<'HELP'
+usage: bench/observe.sh [ROUNDS] [MESSAGES] [SECONDS]
+
+Fills an LMDB map, one Redis server and a Redis Cluster of six with MESSAGES (1000000), and prints the
+median and the longest time of 50 requests for /stats and for /metrics; on the cluster also of /stats
+while one member hangs. Then wrk posts with 256 connections for SECONDS (5), ROUNDS times (10) without
+and with a scrape of all services each second, in turn, and the CPU time of the facade and the logging
+instances (user and system, from /proc) is divided by the POSTs.
+HELP
+    exit 0
+fi
+
+for program in wrk redis-server redis-cli; do
+    command -v "$program" >/dev/null || { echo "error: please install $program" >&2; exit 1; }
+done
+build_log=$(mktemp)
+cargo build --release --locked --workspace --bins 2>"$build_log" || { cat "$build_log" >&2; exit 1; }
+rm -f "$build_log"
+
+source scripts/system.sh
+source bench/maps.sh
+folder=$(mktemp -d)
+stop_all() {
+    stop TERM "${!pids[@]}"
+    if [[ -d $folder/cluster ]]; then scripts/cluster.sh wipe "$folder/cluster"; fi
+}
+trap 'stop_all; rm -rf "$folder"' EXIT
+trap 'exit 130' INT TERM
+
+# times URL: of 50 requests, in ms, in ascending order.
+times() {
+    local request
+    for ((request = 0; request < 50; request++)); do
+        curl --silent --fail --output /dev/null --write-out '%{time_total}\n' "$1"
+    done | awk '{ printf "%.1f\n", $1 * 1000 }' | sort --numeric-sort
+}
+
+# middle_and_last NUMBER…: of sorted ones.
+middle_and_last() { echo "$(sed -n "$((($# + 1) / 2))p" <(printf '%s\n' "$@")) / ${*: -1}"; }
+
+# ticks: the CPU time of the services so far, in clock ticks.
+ticks() {
+    local name sum=0 fields
+    for name in facade "${instances[@]}"; do
+        read -ra fields <"/proc/${pids[$name]}/stat"
+        ((sum += fields[13] + fields[14]))
+    done
+    echo "$sum"
+}
+
+scrape() {
+    local name
+    while true; do
+        for name in facade "${instances[@]}"; do
+            curl --silent --output /dev/null "http://$(address "$name")/metrics"
+        done
+        sleep 1
+    done
+}
+
+# cost_of_post: microseconds of CPU time per POST.
+cost_of_post() {
+    local before posts
+    before=$(ticks)
+    posts=$(wrk -t2 -c256 -d"${duration}s" -s "$folder/post.lua" "http://$facade/" | awk '/requests in/ { print $1 }')
+    awk "BEGIN { printf \"%.2f\", ($(ticks) - $before) * 1000000 / $(getconf CLK_TCK) / $posts }"
+}
+
+cat >"$folder/post.lua" <<'LUA'
+wrk.method = "POST"
+wrk.headers["content-type"] = "application/x-www-form-urlencoded"
+wrk.body = "msg=a+message+of+the+usual+length%2C+about+sixty+five+bytes+of+text"
+LUA
+
+describe_run "bench/observe.sh $rounds $count $duration"
+echo "| map of $count | /stats, median / longest, ms | /metrics of the facade | /metrics of an instance | /stats while a member hangs |"
+echo "|---|---|---|---|---|"
+for engine in lmdb 'one Redis server' cluster; do
+    start_map "$engine"
+    start_system "$map"
+    fill "$map" 0 "$count" 65
+    row="| $engine"
+    for url in "$facade/stats" "$facade/metrics" "$(address logging-1)/metrics"; do
+        mapfile -t sorted < <(times "http://$url")
+        row+=" | $(middle_and_last "${sorted[@]}")"
+    done
+    if [[ $engine == cluster ]]; then
+        paused=$(redis-cli -u "${map%%,*}" info server | sed -n 's/^process_id:\([0-9]*\).*/\1/p')
+        kill -STOP "$paused"
+        mapfile -t sorted < <(times "http://$facade/stats")
+        kill -CONT "$paused"
+        row+=" | $(middle_and_last "${sorted[@]}") |"
+    else
+        row+=" | |"
+    fi
+    echo "$row"
+    stop_all
+done
+
+start_map lmdb
+start_system "$map"
+without=() with=()
+for ((round = 0; round < rounds; round++)); do
+    without+=("$(cost_of_post)")
+    scrape &
+    scraper=$!
+    with+=("$(cost_of_post)")
+    kill "$scraper"
+    wait "$scraper" 2>/dev/null || true
+done
+echo
+echo "CPU time of a POST on LMDB, medians of $rounds: $(median "${without[@]}") us without a scrape," \
+    "$(median "${with[@]}") us with one each second: $(ratio "$(median "${with[@]}")" "$(median "${without[@]}")")"
