@@ -133,7 +133,8 @@ pub(super) fn unavailable<const N: usize>(
 
 /// The 503 of a GET.
 pub(super) fn unreadable() -> ResponseBuilder {
-    let detail = "no logging instance answers; retry in a moment, or see /readyz?verbose";
+    let detail = "retry in a moment: no logging instance is up: \
+                  logging 127.0.0.1:8082 refuses connections";
     unavailable(
         "No logging instance can read the map now, or there are too many reads at once.",
         [("no_instance", example(503, detail))],
