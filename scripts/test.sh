@@ -107,7 +107,7 @@ if [[ -n ${TEST_ENGINE:-} ]]; then
 fi
 run --workspace -- "$@"
 # Without the tests that do not depend on the engine or choose it themselves.
-own=(compose:: cluster:: scripts:: simulated:: overload:: clock:: fates:: configuration:: large::largest)
+own=(compose:: cluster:: scripts:: simulated:: overload:: clock:: fates:: configuration:: openapi:: large::largest)
 for engine in redis cluster; do
     printf '\nthe whole system on %s\n' "$engine"
     TEST_ENGINE=$engine run --package facade --test it -- "$@" "${own[@]/#/--skip=}"

@@ -31,8 +31,9 @@ const ENTRIES: [f64; 11] = [
     1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 5000.0,
 ];
 
-/// A gauge that no scrape has set for this long is dropped: what it measured is gone.
-const GONE: Duration = Duration::from_secs(300);
+/// Each scrape sets every gauge anew; one that was set longer ago is dropped, as what it measured is gone. Not
+/// at once, or two scrapes at a time would drop each other's.
+const GONE: Duration = Duration::from_secs(2);
 
 /// How often recorded times are sorted into buckets; until then each takes some bytes.
 const UPKEEP: Duration = Duration::from_secs(1);

@@ -34,8 +34,9 @@ pub enum LogFormat {
 /// sends what is still queued.
 #[derive(Debug)]
 pub struct Telemetry {
-    _log: WorkerGuard,
+    // Dropped first, because it logs what it cannot send.
     _traces: Option<Exporter>,
+    _log: WorkerGuard,
 }
 
 /// Sets up the process's log, and its traces under the name `service`.

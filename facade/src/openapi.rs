@@ -401,7 +401,7 @@ fn merged() -> ResponseBuilder {
                     (
                         "stub_away",
                         json!({"logging_service": entries, "messages_service": null,
-                            "messages_service_error": "the messages service cannot be reached",
+                            "messages_service_error": "the messages service refuses connections",
                             "count": 2}),
                     ),
                 ],

@@ -181,10 +181,12 @@ impl Pool {
             Some(format!("logging {} {reason}", instance.name))
         });
         let reasons: Vec<String> = reasons.collect();
-        match (instances.is_empty(), reasons.is_empty()) {
-            (true, _) => "no logging instance is in DNS".to_owned(),
-            (false, true) => "no logging instance could answer; see /readyz?verbose".to_owned(),
-            (false, false) => format!("no logging instance is up: {}", reasons.join("; ")),
+        if instances.is_empty() {
+            "no logging instance is in DNS".to_owned()
+        } else if reasons.len() < instances.len() {
+            "no logging instance could answer; see /readyz?verbose".to_owned()
+        } else {
+            format!("no logging instance is up: {}", reasons.join("; "))
         }
     }
 

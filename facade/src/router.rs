@@ -80,7 +80,9 @@ async fn count(State(app): State<App>, request: Request, next: Next) -> Response
     if matches!(path, "/stats" | "/metrics" | "/livez" | "/readyz") {
         return next.run(request).await;
     }
-    if path == "/" || Uuid::try_parse(&path[1..]).is_ok() {
+    // The path of a CONNECT is empty.
+    let below_root = path.strip_prefix('/');
+    if below_root.is_some_and(|name| name.is_empty() || Uuid::try_parse(name).is_ok()) {
         app.counters.count_request(request.method());
     }
     let response = next.run(request).await;

@@ -23,6 +23,7 @@ use tokio::time::timeout;
 use tokio_util::codec::{AnyDelimiterCodec, AnyDelimiterCodecError, Decoder, FramedRead};
 use tokio_util::io::StreamReader;
 use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
@@ -163,6 +164,8 @@ fn store_lines(
 ) -> impl Stream<Item = Result<LineResult, Broken>> + Send + 'static {
     let window = Arc::new(Semaphore::new(WINDOW_BYTES));
     let limit = body_limit(app.max_message);
+    // Results may be streamed after the handler has returned.
+    let span = Span::current();
     let lines = read_lines(body, limit, app.body_timeout, app.stop.clone());
     let whole = lines.filter(|line| {
         let blank = |text: &[u8]| text.trim_ascii().is_empty();
@@ -173,10 +176,11 @@ fn store_lines(
         let app = app.clone();
         let request_id = request_id.clone();
         let upload_permit = upload_permit.clone();
-        async move {
+        let stored = async move {
             let _until_stored = window_permit;
             store_line(&app, line, request_id, upload_permit).await
-        }
+        };
+        stored.instrument(span.clone())
     });
     stored.buffered(WINDOW_LINES)
 }

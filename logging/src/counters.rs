@@ -56,11 +56,11 @@ impl Counters {
         if outcomes.is_empty() {
             return;
         }
+        histogram!(PUT_ENTRIES).record(outcomes.len() as f64);
+        histogram!(PUT_DURATION).record(took);
         let mut puts = self.puts.lock().unwrap_or_else(PoisonError::into_inner);
         puts.received += outcomes.len() as u64;
         puts.times.saturating_record(took.as_micros() as u64);
-        histogram!(PUT_ENTRIES).record(outcomes.len() as f64);
-        histogram!(PUT_DURATION).record(took);
         for outcome in outcomes {
             let counts = &mut puts.outcomes;
             *match outcome {

@@ -17,7 +17,7 @@ pub(crate) const PUT_ENTRIES: &str = "logging_put_entries";
 pub(crate) const PUT_DURATION: &str = "logging_put_duration_seconds";
 /// Entries in a group commit.
 pub(crate) const COMMIT_ENTRIES: &str = "logging_commit_entries";
-/// From claiming the batches of a group to its end.
+/// A group commit, the wait for the write lock included.
 pub(crate) const COMMIT_DURATION: &str = "logging_commit_duration_seconds";
 /// Whether a Redis server answers, by its address and role.
 pub(crate) const SERVER_UP: &str = "logging_map_server_up";

@@ -1,6 +1,7 @@
 //! What holds for every request: paths, methods, request ids, health.
 
 use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::system::{System, nobody, problem};
 
@@ -121,4 +122,18 @@ async fn every_answer_ends_with_a_newline() {
             "{url}: {text:?}"
         );
     }
+}
+
+/// A CONNECT has no path. It gets an answer like every other request.
+#[tokio::test(flavor = "multi_thread")]
+async fn request_without_a_path_is_a_problem() {
+    let system = System::start().await;
+    let address = system.url.trim_start_matches("http://");
+    let mut connection = tokio::net::TcpStream::connect(address).await.unwrap();
+    let request = "CONNECT localhost:1 HTTP/1.1\r\nhost: localhost:1\r\nconnection: close\r\n\r\n";
+    connection.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
+    assert!(answer.contains("application/problem+json"), "{answer}");
 }

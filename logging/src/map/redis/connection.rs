@@ -129,21 +129,23 @@ impl ServerConnection {
     }
 
     fn set_down(&self, error: Option<&RedisError>) {
-        let since = self.down.borrow().as_ref().map(|down| down.since);
-        match (since, error) {
-            (None, Some(error)) => {
-                tracing::warn!(%error, "redis {} is down: probing until it answers", self.address);
+        self.down.send_modify(|down| {
+            let since = down.as_ref().map(|down| down.since);
+            match (since, error) {
+                (None, Some(error)) => {
+                    tracing::warn!(%error, "redis {} is down: probing until it answers", self.address);
+                }
+                (Some(since), None) => {
+                    let away_s = since.elapsed().as_secs_f64();
+                    tracing::info!(away_s, "redis {} is up again", self.address);
+                }
+                (None, None) | (Some(_), Some(_)) => {}
             }
-            (Some(since), None) => {
-                let away_s = since.elapsed().as_secs_f64();
-                tracing::info!(away_s, "redis {} is up again", self.address);
-            }
-            (None, None) | (Some(_), Some(_)) => {}
-        }
-        self.down.send_replace(error.map(|error| Down {
-            reason: self.describe(error),
-            since: since.unwrap_or_else(Instant::now),
-        }));
+            *down = error.map(|error| Down {
+                reason: self.describe(error),
+                since: since.unwrap_or_else(Instant::now),
+            });
+        });
     }
 }
 
