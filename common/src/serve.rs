@@ -11,6 +11,7 @@ use axum::Router;
 use axum_server::Handle;
 use axum_server::accept::Accept;
 use hyper_util::rt::TokioTimer;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpStream;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_io_timeout::TimeoutStream;
@@ -49,12 +50,26 @@ async fn start(
     let _telemetry =
         telemetry::init(service, config.log_format).unwrap_or_else(|line| config::fail(&line));
     metrics::install();
+    raise_open_files();
     let stop = stop_on_signal()?;
     let router = router(stop.clone())?;
     let listener = config::bind(listen).map_err(anyhow::Error::msg)?;
     tracing::info!(address = %listener.local_addr()?, "serving requests");
     serve(listener, router, Timeouts::default(), stop, config.grace).await?;
     Ok(())
+}
+
+/// Raises the soft limit of open files to the hard one, because the soft one is often 1024 and each
+/// connection is a file. If that fails, connections beyond the limit wait.
+fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, soft = limit.current, "the limit of open files cannot be raised");
+    }
 }
 
 /// How long a connection may stall before it is cut.
