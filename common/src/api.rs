@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 pub use put::{Batch, EncodedEntry, MAX_BATCH_BYTES, PutEntry, PutResult};
 pub use stats::{InstanceStats, MapStats, MemberStats, OutcomeCounts, Role, timestamp};
-pub use stream::{EntryLine, READ_END, ReadQuery, StreamEnd, write_entry};
+pub use stream::{EntryLine, Poll, READ_END, READ_SETTLED, ReadQuery, StreamEnd, write_entry};
 
 /// The header of every response of a logging instance. Its value is a [`Mark`].
 pub const MARK: &str = "x-message-log";

@@ -76,6 +76,12 @@ pub fn unix_millis(uuid: Uuid) -> u64 {
     (uuid.as_u128() >> 80) as u64
 }
 
+/// The lowest UUID of a time in milliseconds since the Unix epoch. No entry has it, as it has no version: the
+/// entries of earlier times are below it, all others above.
+pub fn first_uuid(unix_millis: u64) -> Uuid {
+    Uuid::from_u128(u128::from(unix_millis) << 80)
+}
+
 /// Parses the UUID of a new entry.
 ///
 /// It must be version 7, because its time decides whether the entry may be added. Bounds of a read may

@@ -12,7 +12,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use common::api::{
-    Batch, InstanceStats, MARK, MAX_BATCH_BYTES, Mark, PutResult, READ_END, ReadQuery,
+    Batch, InstanceStats, MARK, MAX_BATCH_BYTES, Mark, PutResult, READ_END, READ_SETTLED, ReadQuery,
 };
 use common::entry::Entry;
 use common::middleware::REQUEST_ID;
@@ -87,6 +87,8 @@ impl Clients {
 pub struct ReadAnswer {
     /// Where an ascending read ends: see [`READ_END`].
     pub end: Option<Uuid>,
+    /// What is settled: see [`READ_SETTLED`].
+    pub settled: Option<Uuid>,
     /// The lines as they arrive. Waiting for the next byte longer than the try timeout is an error.
     pub chunks: Chunks,
 }
@@ -94,7 +96,9 @@ pub struct ReadAnswer {
 impl fmt::Debug for ReadAnswer {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut shown = formatter.debug_struct("ReadAnswer");
-        shown.field("end", &self.end).finish_non_exhaustive()
+        shown.field("end", &self.end);
+        shown.field("settled", &self.settled);
+        shown.finish_non_exhaustive()
     }
 }
 
@@ -194,10 +198,14 @@ impl LoggingApi for LoggingClient {
         };
         let asked = timeout(self.timeout, asked).await;
         let response = asked.unwrap_or(Err(UpstreamError::TimedOut))?;
-        let end = response.headers().get(READ_END).map(|end| {
-            let end = Uuid::try_parse_ascii(end.as_bytes());
-            end.map_err(|_| UpstreamError::Garbled("its end is not a UUID".to_owned()))
-        });
+        let position = |name: &str| {
+            let value = response.headers().get(name);
+            let uuid = value.map(|value| Uuid::try_parse_ascii(value.as_bytes()));
+            let reason = || format!("its {name} is not a UUID");
+            uuid.transpose()
+                .map_err(|_| UpstreamError::Garbled(reason()))
+        };
+        let (end, settled) = (position(READ_END)?, position(READ_SETTLED)?);
         let chunk_timeout = self.timeout;
         let chunks = stream::try_unfold(response, move |mut response| async move {
             let chunk = timeout(chunk_timeout, response.chunk()).await;
@@ -205,7 +213,8 @@ impl LoggingApi for LoggingClient {
             Ok(chunk.map(|chunk| (chunk, response)))
         });
         Ok(ReadAnswer {
-            end: end.transpose()?,
+            end,
+            settled,
             chunks: chunks.boxed(),
         })
     }

@@ -56,6 +56,10 @@ pub struct Config {
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     pub max_reads: u16,
 
+    /// GETs that follow the log at once, besides those; excess ones get a 503
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u16).range(1..))]
+    pub max_followers: u16,
+
     #[command(flatten)]
     pub service: ServiceConfig,
 

@@ -34,6 +34,8 @@ pub(crate) struct FacadeStats {
     posted_bytes: u64,
     /// Of the bodies of GETs of the log.
     read_bytes: u64,
+    /// GETs that follow the log now.
+    followers: usize,
     /// Answers by status, of those that are errors.
     #[schema(value_type = BTreeMap<String, u64>)]
     errors: BTreeMap<u16, u64>,
@@ -88,7 +90,7 @@ impl Counters {
         }
     }
 
-    pub(crate) fn stats(&self) -> FacadeStats {
+    pub(crate) fn stats(&self, followers: usize) -> FacadeStats {
         let errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
         FacadeStats {
             since: timestamp(self.since),
@@ -97,6 +99,7 @@ impl Counters {
             gets: self.gets.load(Ordering::Relaxed),
             posted_bytes: self.posted_bytes(),
             read_bytes: self.read_bytes(),
+            followers,
             errors: errors.clone(),
         }
     }

@@ -2,6 +2,7 @@
 
 use axum::http::{HeaderMap, StatusCode, header};
 use bytes::Bytes;
+use common::api::EntryLine;
 use common::entry::Entry;
 use common::escape::needs_escape;
 use common::json;
@@ -18,6 +19,8 @@ pub enum Format {
     Json,
     Ndjson,
     Text,
+    /// Server-sent events, for followers only.
+    EventStream,
 }
 
 impl Format {
@@ -26,6 +29,7 @@ impl Format {
             Self::Json => "application/json",
             Self::Ndjson => "application/x-ndjson",
             Self::Text => "text/plain; charset=utf-8",
+            Self::EventStream => "text/event-stream",
         }
     }
 
@@ -77,7 +81,7 @@ impl Format {
     pub(crate) fn head(self) -> &'static [u8] {
         match self {
             Self::Json => b"{\"logging_service\":[\n",
-            Self::Ndjson | Self::Text => b"",
+            Self::Ndjson | Self::Text | Self::EventStream => b"",
         }
     }
 
@@ -91,13 +95,18 @@ impl Format {
         let mut begin = 0;
         for newline in memchr_iter(b'\n', &lines) {
             let line = &lines[begin..newline];
-            if self == Self::Text {
-                write_text_line(&mut out, line);
-            } else {
-                if begin > 0 || !is_first {
-                    out.extend_from_slice(b",\n");
+            match self {
+                Self::Text => write_text_line(&mut out, line),
+                Self::EventStream => {
+                    let entry = EntryLine::parse(line).expect("the line was checked");
+                    write_event(&mut out, line, entry.uuid());
                 }
-                out.extend_from_slice(line);
+                Self::Json | Self::Ndjson => {
+                    if begin > 0 || !is_first {
+                        out.extend_from_slice(b",\n");
+                    }
+                    out.extend_from_slice(line);
+                }
             }
             begin = newline + 1;
         }
@@ -117,8 +126,29 @@ impl Format {
             }
             Self::Ndjson => json::write_line(&mut out, tail),
             Self::Text => tail.write_text(&mut out),
+            Self::EventStream => {}
         }
         out.into()
+    }
+
+    /// Writes the line of a new entry for a follower; everything up to `position` was sent before.
+    pub(crate) fn write_new(self, out: &mut Vec<u8>, line: &[u8], position: Uuid) {
+        match self {
+            Self::Text => write_text_line(out, line),
+            Self::EventStream => write_event(out, line, position),
+            Self::Json | Self::Ndjson => {
+                out.extend_from_slice(line);
+                out.push(b'\n');
+            }
+        }
+    }
+
+    /// Writes what keeps a follower's connection alive, and in an event stream the position.
+    pub(crate) fn write_keep_alive(self, out: &mut Vec<u8>, position: Uuid) {
+        if self == Self::EventStream {
+            out.extend_from_slice(format!(": everything up to here\nid: {position}\n").as_bytes());
+        }
+        out.push(b'\n');
     }
 }
 
@@ -151,6 +181,22 @@ impl Tail {
         write_escaped(out, line.map_or("", String::as_str));
         out.push(b'\n');
     }
+}
+
+/// An event (<https://html.spec.whatwg.org/multipage/server-sent-events.html>). Without a position, the
+/// follower keeps the one that it has.
+fn write_event(out: &mut Vec<u8>, line: &[u8], position: Uuid) {
+    out.extend_from_slice(b"event: message\n");
+    if !position.is_nil() {
+        let mut buffer = Uuid::encode_buffer();
+        let position = position.hyphenated().encode_lower(&mut buffer);
+        out.extend_from_slice(b"id: ");
+        out.extend_from_slice(position.as_bytes());
+        out.push(b'\n');
+    }
+    out.extend_from_slice(b"data: ");
+    out.extend_from_slice(line);
+    out.extend_from_slice(b"\n\n");
 }
 
 /// `UUID msg`, escaped so that no message can imitate or alter another line.

@@ -19,12 +19,21 @@ use tracing::{Instrument, debug_span};
 use uuid::Uuid;
 
 use crate::error::{no_message, too_many, unreadable};
+use crate::follow::{self, Follow};
 use crate::format::{Format, negotiate};
 use crate::message::body_limit;
 use crate::moment::Moment;
 use crate::pool::{Instance, is_worth_waiting};
 use crate::read::{self, Read};
 use crate::state::App;
+
+/// The formats of the log; the first is the default.
+const FORMATS: [Format; 4] = [
+    Format::Json,
+    Format::Ndjson,
+    Format::Text,
+    Format::EventStream,
+];
 
 /// Unknown fields are ignored, because the first client of this system sends some.
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -38,6 +47,9 @@ pub(crate) struct ListQuery {
     #[serde(default)]
     order: Order,
     limit: Option<u64>,
+    #[serde(default)]
+    follow: bool,
+    tail: Option<u64>,
 }
 
 impl ListQuery {
@@ -63,15 +75,65 @@ pub(crate) async fn list(
     if query.limit == Some(0) {
         return Err(Problem::bad_request("limit must be at least 1"));
     }
+    let bounds = query.bounds(SystemTime::now());
+    let format = negotiate(&headers, &FORMATS)?;
+    let request_id = request_id(&headers).map(str::to_owned);
+    if query.follow || format == Format::EventStream {
+        let follow = Follow {
+            after: bounds.after.unwrap_or_default(),
+            tail: query.tail,
+            format,
+            request_id,
+        };
+        let follow = resumed(following(follow, bounds, query.limit)?, &headers)?;
+        return follow::answer(app, follow).await;
+    }
+    if query.tail.is_some() {
+        return Err(Problem::bad_request(
+            "tail is for following: add follow=true; for the newest messages write \
+             order=desc&limit=N",
+        ));
+    }
     let read = Read {
-        bounds: query.bounds(SystemTime::now()),
+        bounds,
         limit: query.limit,
-        format: negotiate(&headers, &[Format::Json, Format::Ndjson, Format::Text])?,
-        request_id: request_id(&headers).map(str::to_owned),
+        format,
+        request_id,
     };
     let permit = app.reads.clone().try_acquire_owned();
     let permit = permit.map_err(|_| too_many("reads"))?;
     read::answer(app, read, permit).await
+}
+
+/// Checks that a follower asks for nothing that would end it, as a following body has no end.
+fn following(follow: Follow, bounds: Bounds, limit: Option<u64>) -> Result<Follow, Problem> {
+    let refusal = if follow.format == Format::Json {
+        "a JSON array cannot be followed: accept text/event-stream, application/x-ndjson or text/plain"
+    } else if limit.is_some() {
+        "limit cannot be combined with following; tail=N begins with the newest N messages"
+    } else if bounds.before.is_some() {
+        "before and until cannot be combined with following, which goes on with what is new"
+    } else if bounds.order == Order::Desc {
+        "order=desc cannot be combined with following; tail=N begins with the newest N messages"
+    } else {
+        return Ok(follow);
+    };
+    Err(Problem::bad_request(refusal))
+}
+
+/// A follower that comes back goes on behind the last id that it got, wherever it had begun.
+fn resumed(follow: Follow, headers: &HeaderMap) -> Result<Follow, Problem> {
+    let Some(id) = headers.get("last-event-id") else {
+        return Ok(follow);
+    };
+    let after = Uuid::try_parse_ascii(id.as_bytes()).map_err(|_| {
+        Problem::bad_request("Last-Event-ID is not a UUID; send back the id of the last event")
+    })?;
+    Ok(Follow {
+        after,
+        tail: None,
+        ..follow
+    })
 }
 
 /// `GET /{uuid}`: one entry.

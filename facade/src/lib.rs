@@ -39,6 +39,7 @@ mod discovery;
 mod docs;
 pub mod entry_stream;
 mod error;
+mod follow;
 pub mod format;
 mod get;
 pub mod health;
@@ -58,6 +59,7 @@ mod state;
 mod stats;
 mod upload;
 pub mod upstream;
+mod window;
 
 pub use config::Config;
 pub use router::router;

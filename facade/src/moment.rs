@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use common::entry::first_uuid;
 use serde::Deserialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -51,8 +52,7 @@ impl Moment {
             Self::Ago(ago) => now.checked_sub(ago).unwrap_or(UNIX_EPOCH),
         };
         let since_epoch = time.duration_since(UNIX_EPOCH).unwrap_or_default();
-        let millis = since_epoch.as_nanos().div_ceil(1_000_000);
-        Uuid::from_u128(millis << 80)
+        first_uuid(since_epoch.as_nanos().div_ceil(1_000_000) as u64)
     }
 }
 

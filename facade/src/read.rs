@@ -11,7 +11,7 @@ use axum::body::Body;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use common::api::ReadQuery;
+use common::api::{Poll, ReadQuery};
 use common::body::holding;
 use common::bounds::{Bounds, Order};
 use common::problem::Problem;
@@ -21,6 +21,7 @@ use metrics::counter;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, Span, debug_span};
+use uuid::Uuid;
 
 use crate::counters::Counters;
 use crate::entry_stream::{EntryStream, Part};
@@ -48,20 +49,17 @@ pub(crate) async fn answer(
     read: Read,
     permit: OwnedSemaphorePermit,
 ) -> Result<Response, Problem> {
-    let mut cursor = Cursor {
+    let query = ReadQuery {
         bounds: read.bounds,
-        left: read.limit,
-        request_id: read.request_id.clone(),
-        timeout: app.read_deadline,
-        pool: app.pool,
-        source: None,
-        span: Span::current(),
+        limit: read.limit,
+        poll: None,
     };
+    let mut cursor = Cursor::new(&app.pool, app.read_deadline, query, read.request_id.clone());
     let messages = app.messages;
     let reply = async move { messages.reply(read.request_id.as_deref()).await };
     let reply = AbortOnDropHandle::new(tokio::spawn(reply.in_current_span()));
-    let first = cursor.open(is_worth_waiting).await;
-    let first = first.map_err(|error| unreadable(&cursor.pool, &error))?;
+    let first = cursor.begin().await;
+    let first = first.map_err(|error| unreadable(&app.pool, &error))?;
     let body = MergedBody {
         cursor,
         first: Some(first),
@@ -89,13 +87,15 @@ pub(crate) async fn answer(
 
 /// The position of a read. When an instance dies, hangs or hands the read over, the read continues
 /// behind its last UUID on another instance.
-struct Cursor {
+pub(crate) struct Cursor {
     pool: Arc<Pool>,
-    bounds: Bounds,
-    left: Option<u64>,
+    /// What is still to be read.
+    rest: ReadQuery,
     request_id: Option<String>,
     timeout: Duration,
     source: Option<Source>,
+    /// What was settled when it began.
+    settled: Option<Uuid>,
     /// The span of the request, which also covers its body.
     span: Span,
 }
@@ -106,19 +106,48 @@ struct Source {
 }
 
 impl Cursor {
+    /// A read that has not begun; no silence of it lasts longer than `timeout`.
+    pub(crate) fn new(
+        pool: &Arc<Pool>,
+        timeout: Duration,
+        query: ReadQuery,
+        request_id: Option<String>,
+    ) -> Self {
+        Self {
+            pool: pool.clone(),
+            rest: query,
+            request_id,
+            timeout,
+            source: None,
+            settled: None,
+            span: Span::current(),
+        }
+    }
+
+    /// The bounds of what is still to be read.
+    pub(crate) fn bounds(&self) -> Bounds {
+        self.rest.bounds
+    }
+
+    /// What was settled when it began, if it asked and the instance could tell.
+    pub(crate) fn settled(&self) -> Option<Uuid> {
+        self.settled
+    }
+
+    /// The first part. Fails at once when no instance is worth waiting for.
+    pub(crate) async fn begin(&mut self) -> Result<Part, UpstreamError> {
+        self.open(is_worth_waiting).await
+    }
+
     /// Opens a stream on an instance and returns its first part. Retries until the read deadline,
     /// while `may_wait` accepts the error.
     async fn open(
         &mut self,
         may_wait: impl Fn(&UpstreamError) -> bool,
     ) -> Result<Part, UpstreamError> {
-        let (bounds, left, request_id) = (self.bounds, self.left, self.request_id.clone());
+        let (query, request_id) = (self.rest, self.request_id.clone());
         let begin = move |instance: Arc<Instance>| {
             let request_id = request_id.clone();
-            let query = ReadQuery {
-                bounds,
-                limit: left,
-            };
             async move {
                 let span = debug_span!(
                     target: TRACES,
@@ -128,31 +157,36 @@ impl Cursor {
                 );
                 let answer = instance.client.read(query, request_id.as_deref());
                 let answer = answer.instrument(span).await?;
-                let bounds = match (bounds.order, answer.end) {
-                    (Order::Asc, Some(end)) => bounds.ending_before(end),
-                    _ => bounds,
+                let bounds = match (query.bounds.order, answer.end) {
+                    (Order::Asc, Some(end)) => query.bounds.ending_before(end),
+                    _ => query.bounds,
                 };
-                let mut stream = EntryStream::new(answer.chunks, bounds, left);
+                let mut stream = EntryStream::new(answer.chunks, bounds, query.limit);
                 let first = stream.next().await?;
-                Ok((Source { instance, stream }, first))
+                Ok((Source { instance, stream }, answer.settled, first))
             }
         };
         let asked = self.pool.ask_until_deadline(self.timeout, may_wait, begin);
-        let (source, first) = asked.instrument(self.span.clone()).await?;
-        (self.bounds, self.left) = source.stream.rest();
+        let (source, settled, first) = asked.instrument(self.span.clone()).await?;
+        if query.poll == Some(Poll::Settle) {
+            self.settled = settled;
+            // Where it continues on another instance, more may be settled than what was read before.
+            self.rest.poll = Some(Poll::Recent);
+        }
+        (self.rest.bounds, self.rest.limit) = source.stream.rest();
         self.source = Some(source);
         Ok(first)
     }
 
     /// The next part, from another instance when the current one fails.
-    async fn next(&mut self) -> Result<Part, UpstreamError> {
+    pub(crate) async fn next(&mut self) -> Result<Part, UpstreamError> {
         let Some(Source { instance, stream }) = &mut self.source else {
             return self.open(|_| true).await;
         };
         let began = Instant::now();
         let error = match stream.next().await {
             Ok(part) => {
-                (self.bounds, self.left) = stream.rest();
+                (self.rest.bounds, self.rest.limit) = stream.rest();
                 return Ok(part);
             }
             Err(error) => error,

@@ -13,6 +13,7 @@ use crate::client::{Clients, MessagesClient};
 use crate::config::Config;
 use crate::counters::Counters;
 use crate::discovery;
+use crate::follow::Followers;
 use crate::identifiers::Identifiers;
 use crate::pool::Pool;
 use crate::readiness::Readiness;
@@ -44,6 +45,7 @@ pub struct App {
     pub(crate) uploads: Arc<Semaphore>,
     /// Permits for GETs of the log.
     pub(crate) reads: Arc<Semaphore>,
+    pub(crate) followers: Arc<Followers>,
     /// Budget for GETs of one message, in bytes.
     pub(crate) lookups: Arc<Semaphore>,
     pub(crate) readiness: Arc<Readiness>,
@@ -108,6 +110,7 @@ impl App {
             posts: Arc::new(Semaphore::new(MAX_POSTED_BYTES)),
             uploads: Arc::new(Semaphore::new(MAX_UPLOADS)),
             reads: Arc::new(Semaphore::new(config.max_reads.into())),
+            followers: Arc::new(Followers::new(config.max_followers.into())),
             lookups: Arc::new(Semaphore::new(MAX_LOOKUP_BYTES)),
             readiness: Arc::default(),
             statistics: Arc::new(Semaphore::new(MAX_STATISTICS)),

@@ -110,7 +110,7 @@ pub(crate) async fn show(State(app): State<App>) -> Result<Response, Problem> {
         instances: rows
             .map(|(instance, answer)| InstanceRow::new(instance, answer.as_ref().ok(), received))
             .collect(),
-        facade: app.counters.stats(),
+        facade: app.counters.stats(app.followers.count()),
         problems,
     };
     Ok(JsonLine(stats).into_response())

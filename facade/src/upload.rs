@@ -67,7 +67,7 @@ pub(crate) async fn create(app: App, headers: &HeaderMap, body: Body) -> Result<
     let results = store_lines(app, body, request_id, permit.clone());
     let answer = match reply {
         Format::Ndjson => stream_results(results),
-        Format::Json | Format::Text => summarize(results).await?,
+        Format::Json | Format::Text | Format::EventStream => summarize(results).await?,
     };
     Ok(holding(answer, permit))
 }

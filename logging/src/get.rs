@@ -9,10 +9,10 @@ use axum::extract::{Path, Query, State};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use common::api::{READ_END, ReadQuery, StreamEnd};
+use common::api::{Poll, READ_END, READ_SETTLED, ReadQuery, StreamEnd};
 use common::body::holding;
 use common::bounds::Order;
-use common::entry::Entry;
+use common::entry::{Entry, first_uuid};
 use common::json::{self, JsonLine};
 use common::middleware::answer_not_found;
 use common::problem::Problem;
@@ -24,7 +24,7 @@ use tracing::{Instrument, Span, debug_span};
 use uuid::Uuid;
 
 use crate::error::{busy, no_entry, unreadable};
-use crate::map::{Cursor, MapError, PieceLimit, READ_AHEAD};
+use crate::map::{Cursor, DistributedMap, MAX_AHEAD, MAX_SKEW, MapError, PieceLimit, READ_AHEAD};
 use crate::state::{App, MAX_READS};
 
 /// Budget for the pieces of all reads, in bytes: the more reads, the smaller their pieces.
@@ -59,10 +59,20 @@ pub(crate) async fn list(
     State(app): State<App>,
     query: Result<Query<ReadQuery>, QueryRejection>,
 ) -> Result<Response, Problem> {
-    let Query(ReadQuery { mut bounds, limit }) = query?;
+    let Query(query) = query?;
+    let ReadQuery {
+        mut bounds, limit, ..
+    } = query;
     let permit = app.reads.clone().try_acquire_owned();
     let permit = permit.map_err(|_| busy())?;
-    if bounds.needs_end(SystemTime::now()) {
+    let mut settled = None;
+    if let Some(poll) = query.poll {
+        if poll == Poll::Settle {
+            settled = settled_position(&*app.map).await;
+            bounds.after = bounds.after.or(settled);
+        }
+        bounds = bounds.ending_before(end_of_poll());
+    } else if bounds.needs_end(SystemTime::now()) {
         // Entries that are stored from now on are left out, or a slow reader would never finish.
         let last = app.map.last().await.map_err(unreadable)?;
         let end = last.map_or(0, |last| last.as_u128().saturating_add(1));
@@ -94,9 +104,12 @@ pub(crate) async fn list(
     };
     let content_type = [(header::CONTENT_TYPE, "application/x-ndjson")];
     let mut response = (content_type, body).into_response();
-    if let (Order::Asc, Some(end)) = (bounds.order, bounds.before) {
-        let end = HeaderValue::try_from(end.to_string()).expect("a UUID is plain ASCII");
-        response.headers_mut().insert(READ_END, end);
+    let end = bounds.before.filter(|_| bounds.order == Order::Asc);
+    for (name, uuid) in [(READ_END, end), (READ_SETTLED, settled)] {
+        if let Some(uuid) = uuid {
+            let value = HeaderValue::try_from(uuid.to_string()).expect("a UUID is plain ASCII");
+            response.headers_mut().insert(name, value);
+        }
     }
     Ok(holding(response, permit))
 }
@@ -104,6 +117,29 @@ pub(crate) async fn list(
 /// The span of the map's work on a read.
 fn map_span() -> Span {
     debug_span!(target: TRACES, "read the map")
+}
+
+/// `None` when the map cannot tell, for example because a process that hangs holds its write lock:
+/// it may still be readable.
+async fn settled_position(map: &dyn DistributedMap) -> Option<Uuid> {
+    match map.settled().await {
+        Ok(settled) => Some(first_uuid_at(settled)),
+        Err(error) => {
+            tracing::warn!(%error, "the map does not tell what is settled: followers may have to wait");
+            None
+        }
+    }
+}
+
+/// No entry can have a later time while a poll begins. So polls end, without a look at the newest
+/// entry, which costs as much as a poll.
+fn end_of_poll() -> Uuid {
+    first_uuid_at(SystemTime::now() + MAX_AHEAD + MAX_SKEW)
+}
+
+fn first_uuid_at(time: SystemTime) -> Uuid {
+    let since_epoch = time.duration_since(SystemTime::UNIX_EPOCH);
+    first_uuid(since_epoch.unwrap_or_default().as_millis() as u64)
 }
 
 struct EntryStream {

@@ -20,7 +20,24 @@ pub struct ReadQuery {
     /// The greatest number of entries to return.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<u64>,
+    /// Set when the facade polls for new entries.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub poll: Option<Poll>,
 }
+
+/// A read that the facade repeats to see new entries. It includes what is stored while it runs.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Poll {
+    /// Looks only for new entries.
+    Recent,
+    /// Also asks what is settled: see [`READ_SETTLED`]. Without `after`, the read begins there.
+    Settle,
+}
+
+/// The header of the answer to [`Poll::Settle`]: a UUID below which no entry will be added any more.
+/// All entries below it were visible before the read began. Missing when the map cannot tell now.
+pub const READ_SETTLED: &str = "x-read-settled";
 
 /// The header of a stream with the end of an ascending read: every entry that the map held when the read
 /// began has a smaller UUID. A reader that continues on another instance sends it as `before`, so that a

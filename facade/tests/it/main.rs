@@ -27,6 +27,8 @@ mod exercise;
 mod failover;
 /// Messages that are not stored at the first try.
 mod fates;
+/// GETs that follow the log.
+mod follow;
 /// GET: formats, bounds, single entries, services that are away.
 mod get;
 /// Paths, methods, request ids, health.

@@ -201,10 +201,18 @@ impl Server {
 
 /// Logging instances on an empty map.
 pub(crate) async fn instances(count: usize) -> (Vec<Server>, EmptyMap) {
+    instances_with_settle(count, Duration::from_secs(10)).await
+}
+
+/// The same, with a settle window of the test's own.
+pub(crate) async fn instances_with_settle(
+    count: usize,
+    settle: Duration,
+) -> (Vec<Server>, EmptyMap) {
     let empty = engine_under_test().empty_map();
     let options = Options {
         store_timeout: Duration::from_secs(30),
-        settle: Duration::from_secs(10),
+        settle,
         backups: None,
         create: true,
     };

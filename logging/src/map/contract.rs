@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use common::api::{MapStats, write_entry};
@@ -56,6 +56,11 @@ pub trait DistributedMap: fmt::Debug + Send + Sync {
 
     /// The greatest UUID in the map, or `None` when it is empty. Returns within the store timeout.
     async fn last(&self) -> Result<Option<Uuid>, MapError>;
+
+    /// The time before which history is settled: a read that begins after this has returned sees all
+    /// entries whose UUID's time is earlier, and none will be added. The clocks that check new
+    /// entries decide, less [`MAX_SKEW`]. Takes as long as a put.
+    async fn settled(&self) -> Result<SystemTime, MapError>;
 
     /// Checks the map. Takes as long as a put.
     async fn health(&self) -> Health;

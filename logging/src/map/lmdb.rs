@@ -12,7 +12,7 @@ mod writer;
 use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use common::api::{MapStats, MemberStats, Role};
@@ -27,6 +27,7 @@ use super::contract::{
     Cursor, DistributedMap, Health, MapError, Options, Piece, PieceLimit, STATS_TIMEOUT,
 };
 use super::queue::{Job, WriteBudget};
+use super::rules::settled_before;
 
 /// An LMDB environment with its writer thread.
 #[derive(Debug)]
@@ -35,6 +36,7 @@ pub(super) struct LmdbMap {
     jobs: mpsc::Sender<Job>,
     budget: WriteBudget,
     store_timeout: Duration,
+    settle: Duration,
 }
 
 impl LmdbMap {
@@ -54,6 +56,7 @@ impl LmdbMap {
             jobs,
             budget: WriteBudget::default(),
             store_timeout: options.store_timeout,
+            settle: options.settle,
         })
     }
 
@@ -138,6 +141,16 @@ impl DistributedMap for LmdbMap {
 
     async fn last(&self) -> Result<Option<Uuid>, MapError> {
         read_within(self.store_timeout, &self.store, Store::last).await
+    }
+
+    async fn settled(&self) -> Result<SystemTime, MapError> {
+        let now = SystemTime::now();
+        // The write lock is held from the check of an entry's time until its commit, so once this
+        // instance has had it, everything that was checked before is visible, however long a
+        // commit takes.
+        let had_the_lock = self.submit(Arc::new([])).await;
+        had_the_lock.map_err(|outcome| MapError::Unavailable(format!("{outcome:?}")))?;
+        Ok(settled_before(now, self.settle))
     }
 
     async fn health(&self) -> Health {

@@ -24,7 +24,7 @@ mod stats;
 mod timeouts;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use common::api::MapStats;
@@ -40,6 +40,7 @@ use self::cursor::RedisCursor;
 use self::timeouts::in_time;
 use super::contract::{Cursor, DistributedMap, Health, MapError, Options};
 use super::queue::WriteBudget;
+use super::rules::settled_before;
 
 /// A map whose entries are on Redis servers.
 #[derive(Debug)]
@@ -47,6 +48,7 @@ pub(super) struct RedisMap {
     cluster: Arc<Cluster>,
     budget: WriteBudget,
     store_timeout: Duration,
+    settle: Duration,
 }
 
 impl RedisMap {
@@ -54,6 +56,7 @@ impl RedisMap {
     pub(super) fn open(config: RedisConfig, options: Options) -> Self {
         Self {
             store_timeout: options.store_timeout,
+            settle: options.settle,
             cluster: Arc::new(discovery::start(config, options)),
             budget: WriteBudget::default(),
         }
@@ -100,6 +103,12 @@ impl DistributedMap for RedisMap {
 
     async fn last(&self) -> Result<Option<Uuid>, MapError> {
         in_time(self.store_timeout, query::last(&self.cluster)).await
+    }
+
+    async fn settled(&self) -> Result<SystemTime, MapError> {
+        // A script's entries are visible at once, so the clocks alone decide.
+        let clock = in_time(self.store_timeout, query::slowest_clock(&self.cluster)).await?;
+        Ok(settled_before(clock, self.settle))
     }
 
     async fn health(&self) -> Health {

@@ -24,6 +24,12 @@ pub(super) fn parse_id(text: &str, layout: u32) -> Result<Uuid, String> {
         .map_err(|_| format!("has {text:?} where the map's id should be"))
 }
 
+/// The time before which no entry can be new any more at `now`, by the map's clock.
+pub(super) fn settled_before(now: SystemTime, settle: Duration) -> SystemTime {
+    let settled = now.checked_sub(settle + MAX_SKEW);
+    settled.unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
 /// The outcome when the time in `uuid` forbids a new entry at `now`, by the map's clock.
 pub(super) fn staleness(uuid: Uuid, now: SystemTime, settle: Duration) -> Option<Outcome> {
     let time = SystemTime::UNIX_EPOCH + Duration::from_millis(entry::unix_millis(uuid));

@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use common::bounds::{Bounds, Order};
-use common::entry::{Entry, Outcome};
+use common::entry::{Entry, Outcome, first_uuid};
 use logging::map::{
     DistributedMap, Location, MAX_AHEAD, MAX_SKEW, MapError, Options, PieceLimit, open,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use testing::engine::{EmptyMap, Engine, wait_until_ready};
+use testing::process::LOOK_AGAIN;
 use uuid::{NoContext, Timestamp, Uuid};
 
 const SETTLE: Duration = Duration::from_secs(10);
@@ -193,6 +194,58 @@ async fn entry_outside_the_settle_window_is_stale() {
         use Outcome::{Early, Leaving, Stale, Stored};
         assert_eq!(outcomes, [Stale, Leaving, Stored, Stored, Early]);
         assert_eq!(all(&map).await, [old, new]);
+    }
+}
+
+/// Entries are stored at the very edge of the settle window while what is settled is read: what was
+/// read never grows, and an entry is settled in time.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_added_before_what_is_settled() {
+    const BATCHES: u64 = 300;
+    for engine in ENGINES {
+        let Subject {
+            map,
+            location,
+            _keeper,
+        } = Subject::of(engine).await;
+        drop(map);
+        let settle = Duration::from_millis(200);
+        let options = Options {
+            settle,
+            ..options()
+        };
+        let map = open_ready(&location, options).await;
+        let before = |time: SystemTime| {
+            let since_epoch = time.duration_since(SystemTime::UNIX_EPOCH).unwrap();
+            Bounds {
+                before: Some(first_uuid(since_epoch.as_millis() as u64)),
+                ..Bounds::default()
+            }
+        };
+        let writing = map.clone();
+        let writer = tokio::spawn(async move {
+            let mut last = SystemTime::now();
+            for n in 0..BATCHES {
+                last = SystemTime::now() - settle + Duration::from_millis(n % 8);
+                put(&writing, &[entry_at(last, "a")]).await;
+            }
+            last
+        });
+        let mut seen = Vec::new();
+        while !writer.is_finished() {
+            let settled = map.settled().await.unwrap();
+            let read = read(&*map, before(settled)).await.unwrap();
+            seen.push((settled, read.len()));
+        }
+        let last = writer.await.unwrap();
+        while map.settled().await.unwrap() <= last {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        assert!(seen.len() > 5, "{} reads", seen.len());
+        for (settled, count) in seen {
+            let now = read(&*map, before(settled)).await.unwrap();
+            assert_eq!(now.len(), count, "{engine:?}");
+        }
     }
 }
 

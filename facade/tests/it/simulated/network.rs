@@ -156,7 +156,9 @@ impl Network {
     /// reliable may be handed over, break off or hang.
     fn read(
         &mut self,
-        ReadQuery { mut bounds, limit }: ReadQuery,
+        ReadQuery {
+            mut bounds, limit, ..
+        }: ReadQuery,
         is_reliable: bool,
     ) -> (Option<Uuid>, Vec<Piece>) {
         let last = self.map.last_key_value();
@@ -379,7 +381,11 @@ impl LoggingApi for Simulated {
         let answer = self.call(move |network| network.read(query, is_reliable));
         let (end, pieces) = answer.await?;
         let chunks = stream::iter(pieces).then(Piece::arrive).boxed();
-        Ok(ReadAnswer { end, chunks })
+        Ok(ReadAnswer {
+            end,
+            settled: None,
+            chunks,
+        })
     }
 
     async fn get(&self, uuid: Uuid) -> Result<Option<Entry>, UpstreamError> {

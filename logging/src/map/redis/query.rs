@@ -2,10 +2,11 @@
 //! slot moves, commands follow the redirections of the servers.
 
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use common::bounds::Order;
 use futures_util::future::try_join_all;
-use redis::{Cmd, ServerError, Value};
+use redis::{Cmd, ServerError, Value, from_redis_value};
 use uuid::Uuid;
 
 use super::cluster::{Cluster, Topology};
@@ -152,6 +153,29 @@ pub(super) async fn last(cluster: &Cluster) -> Result<Option<Uuid>, MapError> {
     let found = read_parts(cluster, Order::Desc, &parts).await?;
     let entries = found.into_iter().flatten();
     Ok(entries.filter_map(|member| member.uuid()).max())
+}
+
+/// The time of the primary whose clock is furthest behind.
+pub(super) async fn slowest_clock(cluster: &Cluster) -> Result<SystemTime, MapError> {
+    let topology = cluster.topology();
+    if !topology.is_whole() {
+        cluster.start_discovery();
+        return Err(MapError::Unavailable(cluster.unowned_reason()));
+    }
+    let clocks = topology.shards.iter().map(async |shard| {
+        let mut commands = redis::pipe();
+        commands.cmd("TIME");
+        let asked = shard.connection.ask(&commands).await;
+        let replies = asked.map_err(MapError::Unavailable)?;
+        let time = <[Value; 1]>::try_from(replies).ok();
+        let time = time.and_then(|[time]| from_redis_value::<(u64, u32)>(time).ok());
+        let (seconds, micros) = time.ok_or_else(|| unexpected_reply(&[]))?;
+        let since_epoch = Duration::from_secs(seconds) + Duration::from_micros(micros.into());
+        Ok::<_, MapError>(SystemTime::UNIX_EPOCH + since_epoch)
+    });
+    let clocks = try_join_all(clocks).await?;
+    let slowest = clocks.into_iter().min();
+    slowest.ok_or_else(|| MapError::Unavailable(cluster.unowned_reason()))
 }
 
 /// Sends each partition's command to its primary; the replies have the order of `partitions`.

@@ -1,0 +1,606 @@
+//! GETs that follow the log: what is delivered, once and without a gap, and what bounds them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use axum::body::Body;
+use axum::http::Request;
+use bytes::Bytes;
+use clap::Parser;
+use common::api::{Batch, InstanceStats, Poll, PutResult, READ_SETTLED, ReadQuery};
+use common::entry::{Entry, unix_millis};
+use common::serve::Timeouts;
+use facade::client::{LoggingApi, ReadAnswer};
+use facade::identifiers::Identifiers;
+use facade::pool::Pool;
+use facade::upstream::UpstreamError;
+use facade::{App, Config, router};
+use futures_util::stream::BoxStream;
+use futures_util::{StreamExt, stream};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use reqwest::{Client, Response};
+use serde_json::Value;
+use testing::engine::Engine;
+use testing::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
+use testing::redis_servers::RedisCluster;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tower::ServiceExt;
+use uuid::{Builder, Uuid};
+
+use crate::load::Load;
+use crate::processes::Processes;
+use crate::system::{System, engine_under_test, instances_with_settle, problem};
+
+/// A follower of server-sent events, which checks the form of each.
+struct Follower {
+    body: BoxStream<'static, reqwest::Result<Bytes>>,
+    read: String,
+    /// The last id, as a browser remembers it.
+    id: Option<Uuid>,
+}
+
+impl Follower {
+    async fn start(http: &Client, url: &str, last_event_id: Option<Uuid>) -> Self {
+        let mut request = http.get(url).header("accept", "text/event-stream");
+        if let Some(id) = last_event_id {
+            request = request.header("last-event-id", id.to_string());
+        }
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        assert_eq!(response.headers()["cache-control"], "no-store");
+        assert_eq!(response.headers()["x-accel-buffering"], "no");
+        Self {
+            body: response.bytes_stream().boxed(),
+            read: String::new(),
+            id: last_event_id,
+        }
+    }
+
+    async fn of(system: &System, query: &str) -> Self {
+        Self::start(&system.http, &format!("{}/{query}", system.url), None).await
+    }
+
+    /// The next message; `None` at the end of the body, an error when it is cut.
+    async fn try_next(&mut self) -> reqwest::Result<Option<Entry>> {
+        let next = timeout(PATIENCE, self.read_next()).await;
+        next.expect("a message comes, or the end")
+    }
+
+    async fn read_next(&mut self) -> reqwest::Result<Option<Entry>> {
+        loop {
+            if let Some((block, rest)) = self.read.split_once("\n\n") {
+                let lines: Vec<String> = block.lines().map(str::to_owned).collect();
+                self.read = rest.to_owned();
+                if let Some(entry) = self.take(&lines) {
+                    return Ok(Some(entry));
+                }
+                continue;
+            }
+            match self.body.next().await {
+                Some(piece) => self.read += std::str::from_utf8(&piece?).unwrap(),
+                None => return Ok(None),
+            }
+        }
+    }
+
+    fn take(&mut self, lines: &[String]) -> Option<Entry> {
+        let field = |line: &String, name: &str| {
+            let value = line.strip_prefix(name)?.strip_prefix(": ")?;
+            Some(value.to_owned())
+        };
+        if let Some(id) = lines.iter().find_map(|line| field(line, "id")) {
+            let id = id.parse().unwrap();
+            assert!(Some(id) >= self.id, "the position goes back");
+            self.id = Some(id);
+        }
+        let data = lines.iter().find_map(|line| field(line, "data"))?;
+        assert_eq!(field(&lines[0], "event").as_deref(), Some("message"));
+        Some(serde_json::from_str(&data).unwrap())
+    }
+
+    async fn next(&mut self) -> Entry {
+        self.try_next().await.unwrap().expect("the body goes on")
+    }
+
+    async fn messages(&mut self, count: usize) -> Vec<String> {
+        let mut messages = Vec::new();
+        while messages.len() < count {
+            messages.push(self.next().await.msg);
+        }
+        messages
+    }
+}
+
+/// Posts a message under a key of so many milliseconds ago.
+async fn store_late(system: &System, millis: u64, msg: &str) -> Uuid {
+    let time = unix_millis(Uuid::now_v7()) - millis;
+    let key = Builder::from_unix_timestamp_millis(time, &[7; 10]).into_uuid();
+    let post = system.post().header("idempotency-key", key.to_string());
+    let response = post.body(msg.to_owned()).send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    key
+}
+
+/// A system whose history is settled after a second and a half.
+async fn quickly_settled() -> System {
+    let (logging, map) = instances_with_settle(3, Duration::from_millis(500)).await;
+    System::with_instances(logging, map, &[])
+}
+
+/// Waits until an entry is settled.
+async fn wait_until_settled(system: &System, uuid: Uuid) {
+    let waiting = async {
+        loop {
+            let url = format!("http://{}/?poll=settle", system.logging[0]);
+            let response = system.http.get(url).send().await.unwrap();
+            let settled: Uuid = response.headers()[READ_SETTLED]
+                .to_str()
+                .unwrap()
+                .parse()
+                .unwrap();
+            if settled > uuid {
+                return;
+            }
+            sleep(LOOK_AGAIN).await;
+        }
+    };
+    timeout(PATIENCE, waiting).await.unwrap();
+}
+
+#[tokio::test]
+async fn history_comes_first_and_then_what_is_new() {
+    let system = quickly_settled().await;
+    let mut uuids = Vec::new();
+    for msg in ["a", "b", "c"] {
+        uuids.push(system.store(msg).await);
+    }
+    wait_until_settled(&system, uuids[2]).await;
+    system.store("d").await;
+    let mut all = Follower::of(&system, "").await;
+    let mut some = Follower::of(&system, &format!("?after={}", uuids[0])).await;
+    let mut since = Follower::of(&system, "?since=1h&follow=true&order=asc").await;
+    assert_eq!(all.next().await.uuid, uuids[0]);
+    assert_eq!(all.id, Some(uuids[0]), "everything up to it was sent");
+    assert_eq!(all.messages(3).await, ["b", "c", "d"]);
+    assert_eq!(some.messages(3).await, ["b", "c", "d"]);
+    assert_eq!(since.messages(4).await, ["a", "b", "c", "d"]);
+    for n in 0..20 {
+        system.store(&n.to_string()).await;
+        for follower in [&mut all, &mut some, &mut since] {
+            assert_eq!(follower.next().await.msg, n.to_string());
+        }
+    }
+}
+
+/// An entry that is stored under an older UUID than those that were delivered comes too, and the
+/// position that is announced never passes it.
+#[tokio::test]
+async fn late_arrival_is_delivered_and_not_skipped_by_a_resumption() {
+    let system = System::start().await;
+    let mut follower = Follower::of(&system, "").await;
+    system.store("first").await;
+    let first = follower.next().await;
+    let position = follower.id;
+    let late = store_late(&system, 9_000, "late").await;
+    assert!(late < first.uuid);
+    assert_eq!(follower.next().await.msg, "late");
+    system.store("last").await;
+    assert_eq!(follower.next().await.msg, "last");
+    let all = BTreeSet::from(["late", "first", "last"].map(str::to_owned));
+    let url = format!("{}/?tail=0", system.url);
+    for id in [position, follower.id] {
+        assert!(id.is_some_and(|id| id < late));
+        let mut resumed = Follower::start(&system.http, &url, id).await;
+        let messages = resumed.messages(3).await;
+        assert_eq!(BTreeSet::from_iter(messages), all);
+    }
+}
+
+#[tokio::test]
+async fn tail_begins_with_the_newest() {
+    let system = quickly_settled().await;
+    let mut last = Uuid::nil();
+    for msg in ["a", "b", "c"] {
+        last = system.store(msg).await;
+    }
+    wait_until_settled(&system, last).await;
+    let _window = Follower::of(&system, "?tail=0").await;
+    let d = system.store("d").await;
+    system.store("e").await;
+    let mut followers = Vec::new();
+    for (query, expected) in [
+        ("?tail=0".to_owned(), ""),
+        ("?tail=1".to_owned(), "e"),
+        ("?tail=2".to_owned(), "de"),
+        ("?tail=3".to_owned(), "cde"),
+        ("?tail=5".to_owned(), "abcde"),
+        ("?tail=9".to_owned(), "abcde"),
+        (format!("?tail=9&after={last}"), "de"),
+        (format!("?tail=9&after={d}"), "e"),
+    ] {
+        let mut follower = Follower::of(&system, &query).await;
+        let begin = follower.messages(expected.len()).await.concat();
+        assert_eq!(begin, expected, "{query}");
+        followers.push(follower);
+    }
+    system.store("new").await;
+    for follower in &mut followers {
+        assert_eq!(follower.next().await.msg, "new");
+    }
+}
+
+/// What is stored after a follower began is new, whatever its UUID.
+#[tokio::test]
+async fn late_arrival_is_new_for_a_tail() {
+    let system = System::start().await;
+    system.store("old").await;
+    let mut none = Follower::of(&system, "?tail=0").await;
+    let mut one = Follower::of(&system, "?tail=1").await;
+    store_late(&system, 9_000, "late").await;
+    assert_eq!(none.next().await.msg, "late");
+    assert_eq!(one.messages(2).await, ["old", "late"]);
+}
+
+#[tokio::test]
+async fn contradictions_are_refused() {
+    let system = System::start().await;
+    let uuid = system.store("a").await;
+    let get = async |query: &str, accept: &str, id: Option<&str>| {
+        let request = system.http.get(format!("{}/{query}", system.url));
+        let mut request = request.header("accept", accept);
+        if let Some(id) = id {
+            request = request.header("last-event-id", id);
+        }
+        problem(request.send().await.unwrap(), 400).await;
+    };
+    let events = "text/event-stream";
+    for accept in [events, "application/x-ndjson", "text/plain"] {
+        get("?follow=true&limit=5", accept, None).await;
+        get("?follow=true&limit=0", accept, None).await;
+        get(&format!("?follow=true&before={uuid}"), accept, None).await;
+        get("?follow=true&until=1h", accept, None).await;
+        get("?follow=true&order=desc", accept, None).await;
+        get("?follow=true&tail=x", accept, None).await;
+        get("?follow=true&tail=-1", accept, None).await;
+        get("?follow=yes", accept, None).await;
+        get("?follow=true", accept, Some("x")).await;
+        get("?follow=true", accept, Some("")).await;
+    }
+    get("?limit=5", events, None).await;
+    get("?order=desc", events, None).await;
+    get("?follow=true", "application/json", None).await;
+    get("?follow=true", "*/*", None).await;
+    get("?tail=5", "text/plain", None).await;
+    // Neither is about following.
+    assert_eq!(system.read("?follow=false").await.count, 1);
+    let request = system.http.get(&system.url).header("last-event-id", "x");
+    assert_eq!(request.send().await.unwrap().status(), 200);
+}
+
+/// `tail -f` for curl: lines as in an ordinary body, and no last line.
+#[tokio::test]
+async fn lines_can_be_followed() {
+    let system = System::start().await;
+    let first = system.store("a").await;
+    let mut bodies = Vec::new();
+    for accept in ["application/x-ndjson", "text/plain"] {
+        let request = system.http.get(format!("{}/?follow=true", system.url));
+        let response = request.header("accept", accept).send().await.unwrap();
+        let content_type = response.headers()["content-type"].to_str().unwrap();
+        assert!(content_type.starts_with(accept), "{content_type}");
+        bodies.push(response);
+    }
+    let second = system.store("b\nc").await;
+    let ndjson = format!(
+        "{{\"uuid\":\"{first}\",\"msg\":\"a\"}}\n{{\"uuid\":\"{second}\",\"msg\":\"b\\nc\"}}\n"
+    );
+    let text = format!("{first} a\n{second} b\\nc\n");
+    for (body, expected) in bodies.iter_mut().zip([&ndjson, &text]) {
+        let mut read = String::new();
+        while read.len() < expected.len() {
+            read += std::str::from_utf8(&piece(body).await).unwrap();
+        }
+        assert_eq!(read, *expected);
+    }
+    system.stop.cancel();
+    for mut body in bodies {
+        assert_eq!(body.chunk().await.unwrap(), None);
+    }
+}
+
+async fn piece(response: &mut Response) -> Bytes {
+    let chunk = timeout(PATIENCE, response.chunk()).await.unwrap();
+    chunk.unwrap().expect("the body goes on")
+}
+
+#[tokio::test]
+async fn followers_are_bounded_and_counted() {
+    let flags = ["--max-followers", "2", "--max-reads", "1"];
+    let system = System::start_with(&flags).await;
+    let first = Follower::of(&system, "").await;
+    let _second = Follower::of(&system, "").await;
+    wait_for_followers(&system, 2).await;
+    let request = system.http.get(&system.url);
+    let request = request.header("accept", "text/event-stream");
+    let refused = request.send().await.unwrap();
+    assert!(refused.headers().contains_key("retry-after"));
+    problem(refused, 503).await;
+    assert_eq!(system.read("").await.count, 0, "a GET is no follower");
+    drop(first);
+    wait_for_followers(&system, 1).await;
+    let _third = Follower::of(&system, "").await;
+}
+
+async fn wait_for_followers(system: &System, count: u64) {
+    let waiting = async {
+        loop {
+            let stats: Value = system.get("/stats").await.json().await.unwrap();
+            if stats["facade"]["followers"] == count {
+                return;
+            }
+            sleep(LOOK_AGAIN).await;
+        }
+    };
+    let waited = timeout(PATIENCE, waiting).await;
+    waited.unwrap_or_else(|_| panic!("there are not {count} followers"));
+}
+
+/// A follower that takes nothing is cut when the window has moved on, not when it reads again; others
+/// are not delayed by it, and it resumes from its id.
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_follower_is_cut_and_resumes() {
+    const MESSAGES: usize = 48;
+    let flags = ["--max-message", "1MiB"];
+    let system = System::start_with(&flags).await;
+    let mut slow = Follower::of(&system, "").await;
+    let mut quick = Follower::of(&system, "").await;
+    wait_for_followers(&system, 2).await;
+    for round in 0..MESSAGES / 8 {
+        let mut stored = BTreeSet::new();
+        for n in 0..8 {
+            let msg = format!("{round} {n} {}", "x".repeat(1_000_000));
+            stored.insert(system.store(&msg).await);
+        }
+        while !stored.is_empty() {
+            assert!(stored.remove(&quick.next().await.uuid));
+        }
+    }
+    wait_for_followers(&system, 1).await;
+    let mut received = BTreeSet::new();
+    let cut = loop {
+        match slow.try_next().await {
+            Ok(Some(entry)) => assert!(received.insert(entry.uuid), "{} came twice", entry.uuid),
+            Ok(None) => panic!("the body ended as if it were complete"),
+            Err(error) => break error,
+        }
+    };
+    assert!(received.len() < MESSAGES, "{cut}");
+    // More is above the settled position than the window holds, so this one waits until less is.
+    let url = format!("{}/", system.url);
+    let mut resumed = Follower::start(&system.http, &url, slow.id).await;
+    while received.len() < MESSAGES {
+        received.insert(resumed.next().await.uuid);
+    }
+}
+
+/// However long the grace is.
+#[tokio::test(flavor = "multi_thread")]
+async fn followers_end_when_the_facade_stops() {
+    let mut system = Processes::start_with(&["--grace", "1h"]);
+    let mut follower = Follower::start(&system.http, &system.facade.url(), None).await;
+    system.post("a").await;
+    assert_eq!(follower.next().await.msg, "a");
+    system.facade.signal("TERM");
+    assert_eq!(follower.try_next().await.unwrap(), None);
+    let stopped = tokio::task::spawn_blocking(move || system.facade.wait().success());
+    assert!(timeout(PATIENCE, stopped).await.unwrap().unwrap());
+}
+
+/// Messages from two facades while instances are killed one after the other, and on a cluster a
+/// primary once: a follower that stays gets each exactly once, one that comes back again and again
+/// misses none. `FOLLOWED_MESSAGES` sets how many there are.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_skipped_or_repeated_while_instances_die() {
+    let messages = std::env::var("FOLLOWED_MESSAGES");
+    let messages: u64 = messages.map_or(6_000, |count| count.parse().unwrap());
+    let mut cluster = None;
+    let mut system = match engine_under_test() {
+        Engine::RedisCluster => {
+            let started = cluster.insert(RedisCluster::start());
+            Processes::on_map(&["--map", &started.url()], &[])
+        }
+        _ => Processes::start(),
+    };
+    let second = Process::start(system.another_facade(&[]), free_address());
+    let urls = [system.facade.url(), second.url()];
+    let (stayed, returned) = (Received::default(), Received::default());
+    let connections = Arc::new(AtomicU64::new(0));
+    let staying = stay(system.http.clone(), urls[0].clone(), stayed.clone());
+    let returning = come_back(
+        system.http.clone(),
+        urls[1].clone(),
+        returned.clone(),
+        connections.clone(),
+    );
+    let mut following = JoinSet::new();
+    following.spawn(staying);
+    following.spawn(returning);
+    let loads = urls.each_ref().map(|url| Load::start(&system.http, url));
+    const ROUNDS: u64 = 6;
+    for round in 0..ROUNDS {
+        for load in &loads {
+            load.wait_for_more(messages / ROUNDS / 4).await;
+        }
+        let victim = round as usize % 3;
+        system.logging[victim].kill();
+        if let Some(cluster) = cluster.as_mut().filter(|_| round == 2) {
+            cluster.nodes[0].kill();
+        }
+        for load in &loads {
+            load.wait_for_more(messages / ROUNDS / 4).await;
+        }
+        if let Some(cluster) = cluster.as_mut().filter(|_| round == 2) {
+            cluster.nodes[0].restart();
+            cluster.wait_until_whole();
+        }
+        system.restart_logging(victim);
+    }
+    let mut acknowledged = BTreeMap::new();
+    for load in loads {
+        acknowledged.extend(load.finish().await.acknowledged);
+    }
+    let connections = connections.load(Ordering::Relaxed);
+    println!(
+        "{} acknowledged; {connections} connections",
+        acknowledged.len()
+    );
+    assert!(connections > 5, "it came back {connections} times");
+    for (received, who) in [(stayed, "staying"), (returned, "returning")] {
+        let skipped = || {
+            let received = received.lock().unwrap();
+            let mut acknowledged = acknowledged.iter();
+            let skipped = acknowledged.find(|(uuid, msg)| received.get(uuid) != Some(msg));
+            skipped.map(|(uuid, _)| *uuid)
+        };
+        let waiting = async {
+            while skipped().is_some() {
+                if let Some(failed) = following.try_join_next() {
+                    let log = system.facade.log().into_iter();
+                    let cuts: Vec<String> = log.filter(|line| line.contains("cut")).collect();
+                    panic!("{failed:?}, {cuts:#?}");
+                }
+                sleep(LOOK_AGAIN).await;
+            }
+        };
+        let waited = timeout(PATIENCE, waiting).await;
+        assert!(
+            waited.is_ok(),
+            "{:?} was skipped by the {who} follower",
+            skipped()
+        );
+    }
+    assert!(following.try_join_next().is_none(), "a follower has failed");
+}
+
+type Received = Arc<Mutex<BTreeMap<Uuid, String>>>;
+
+async fn stay(http: Client, url: String, received: Received) {
+    let mut follower = Follower::start(&http, &url, None).await;
+    loop {
+        let entry = follower.next().await;
+        let before = received.lock().unwrap().insert(entry.uuid, entry.msg);
+        assert_eq!(before, None, "{} came twice", entry.uuid);
+    }
+}
+
+/// Begins a new connection after some hundred messages.
+async fn come_back(http: Client, url: String, received: Received, connections: Arc<AtomicU64>) {
+    let mut last_id = None;
+    loop {
+        connections.fetch_add(1, Ordering::Relaxed);
+        let mut follower = Follower::start(&http, &url, last_id).await;
+        let mut here = BTreeSet::new();
+        let mut news = 0;
+        while news < 400 {
+            let entry = follower.next().await;
+            assert!(here.insert(entry.uuid), "{} came twice", entry.uuid);
+            let before = received.lock().unwrap().insert(entry.uuid, entry.msg);
+            news += u32::from(before.is_none());
+        }
+        last_id = follower.id;
+    }
+}
+
+/// On tokio's paused clock: an empty line, or a comment, each 15 s; about twenty polls a second
+/// however many follow; and none once nobody does.
+#[tokio::test(start_paused = true)]
+async fn idle_followers_cost_polls_and_nobody_costs_nothing() {
+    let polls = Arc::new(AtomicU64::new(0));
+    let identifiers = Identifiers::new(SystemTime::now);
+    let pool = Arc::new(Pool::new(StdRng::seed_from_u64(1), identifiers));
+    let empty = Arc::new(EmptyInstance {
+        polls: polls.clone(),
+    });
+    pool.set_instances("instance", vec![("instance".to_owned(), empty)]);
+    let config = Config::parse_from(["facade"]);
+    let app = App::with_pool(&config, Timeouts::default(), pool, Default::default()).unwrap();
+    let facade = router(app);
+    let follow = async |query: &str, accept: &str| {
+        let request = Request::get(format!("/{query}")).header("accept", accept);
+        let request = request.body(Body::empty()).unwrap();
+        let response = facade.clone().oneshot(request).await.unwrap();
+        assert_eq!(response.status(), 200);
+        response.into_body().into_data_stream()
+    };
+    let mut events = follow("", "text/event-stream").await;
+    let mut lines = follow("?follow=true", "text/plain").await;
+    let begin = tokio::time::Instant::now();
+    let comments = async {
+        for seconds in [0, 15, 30] {
+            let comment = events.next().await.unwrap().unwrap();
+            assert!(comment.starts_with(b":") && comment.ends_with(b"\n\n"));
+            assert_eq!(begin.elapsed().as_secs(), seconds);
+        }
+    };
+    let empty_lines = async {
+        for seconds in [15, 30] {
+            assert_eq!(lines.next().await.unwrap().unwrap(), "\n");
+            assert_eq!(begin.elapsed().as_secs(), seconds);
+        }
+    };
+    tokio::join!(comments, empty_lines);
+    let polled = polls.load(Ordering::Relaxed);
+    assert!((500..=660).contains(&polled), "{polled} polls in 30 s");
+    drop((events, lines));
+    sleep(Duration::from_secs(1)).await;
+    let polled = polls.load(Ordering::Relaxed);
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(polls.load(Ordering::Relaxed), polled);
+    drop(follow("", "text/event-stream").await);
+    assert!(polls.load(Ordering::Relaxed) > polled);
+}
+
+/// An instance whose map is empty.
+#[derive(Debug)]
+struct EmptyInstance {
+    polls: Arc<AtomicU64>,
+}
+
+#[async_trait]
+impl LoggingApi for EmptyInstance {
+    async fn put(&self, _batch: Batch) -> Result<Vec<PutResult>, UpstreamError> {
+        Ok(Vec::new())
+    }
+
+    async fn read(
+        &self,
+        query: ReadQuery,
+        _request_id: Option<&str>,
+    ) -> Result<ReadAnswer, UpstreamError> {
+        self.polls.fetch_add(1, Ordering::Relaxed);
+        let settled = Uuid::from_u128(Uuid::now_v7().as_u128() - (11_000 << 80));
+        Ok(ReadAnswer {
+            end: None,
+            settled: (query.poll == Some(Poll::Settle)).then_some(settled),
+            chunks: stream::iter([Ok(Bytes::from_static(b"{\"count\":0}\n"))]).boxed(),
+        })
+    }
+
+    async fn get(&self, _uuid: Uuid) -> Result<Option<Entry>, UpstreamError> {
+        unreachable!("nobody reads one entry")
+    }
+
+    async fn stats(&self) -> Result<InstanceStats, UpstreamError> {
+        unreachable!("nobody asks for statistics")
+    }
+
+    async fn ready(&self) -> Result<(), UpstreamError> {
+        Ok(())
+    }
+}
