@@ -453,7 +453,7 @@ async fn nothing_is_skipped_or_repeated_while_instances_die() {
     }
     let mut acknowledged = BTreeMap::new();
     for load in loads {
-        acknowledged.extend(load.finish().await.acknowledged);
+        acknowledged.extend(load.finish().await.0.acknowledged);
     }
     let connections = connections.load(Ordering::Relaxed);
     println!(
