@@ -1,4 +1,5 @@
-//! `GET /stats`: the map's members and their total, the logging instances, and this facade.
+//! `GET /stats`: the map's members and their total, the logging instances, and this facade. The console
+//! shows the same.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -76,8 +77,15 @@ struct InstanceRow {
     put_p99_ms: Option<f64>,
 }
 
-/// Asks all instances at once; one that does not answer in time is a row without numbers.
 pub(crate) async fn show(State(app): State<App>) -> Result<Response, Problem> {
+    Ok(JsonLine(collect(&app).await?).into_response())
+}
+
+/// Asks all instances at once; one that does not answer in time is a row without numbers.
+///
+/// # Errors
+/// 503 while too many requests for statistics are answered.
+pub(crate) async fn collect(app: &App) -> Result<Stats, Problem> {
     let permit = app.statistics.try_acquire();
     let _permit = permit.map_err(|_| too_many("requests for statistics"))?;
     let instances = app.pool.instances();
@@ -104,7 +112,7 @@ pub(crate) async fn show(State(app): State<App>) -> Result<Response, Problem> {
     let map = map_rows(&answered, &mut problems);
     let received: u64 = answered.iter().map(|stats| stats.received).sum();
     let rows = instances.iter().zip(&answers);
-    let stats = Stats {
+    Ok(Stats {
         at: timestamp(SystemTime::now()),
         map,
         instances: rows
@@ -112,8 +120,7 @@ pub(crate) async fn show(State(app): State<App>) -> Result<Response, Problem> {
             .collect(),
         facade: app.counters.stats(app.followers.count()),
         problems,
-    };
-    Ok(JsonLine(stats).into_response())
+    })
 }
 
 fn map_rows(answered: &[&InstanceStats], problems: &mut Vec<String>) -> Option<MapRows> {
