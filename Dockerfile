@@ -26,6 +26,8 @@ RUN for crate in common common/testing facade logging messages; do \
 
 COPY common/src common/src
 COPY facade/src facade/src
+COPY facade/assets facade/assets
+COPY facade/templates facade/templates
 COPY logging/src logging/src
 COPY messages/src messages/src
 RUN cargo build --release --locked

@@ -20,6 +20,7 @@ Linux and these tools, which the script installs on Debian and Ubuntu when it is
   python3, requests         the client of the original exercise
   redis-server, redis-cli (7.0 or later), openssl
   promtool                  checks the metrics (Debian's package prometheus)
+  chromium, chromedriver    show the console
   docker, docker-compose (1.29, or Compose v2)
 The script does not install Docker.
 
@@ -47,8 +48,12 @@ if missing openssl; then packages+=(openssl); fi
 if missing cc; then packages+=(gcc libc6-dev); fi
 if missing python3; then packages+=(python3); fi
 if lacks_requests; then packages+=(python3-requests); fi
-# Only one test needs it, and the package starts a server, so an ordinary user is not asked for it.
-if missing promtool && ((EUID == 0)); then packages+=(prometheus); fi
+# Few tests need these, which are large or start a server, so an ordinary user is not asked for them.
+if ((EUID == 0)); then
+    if missing promtool; then packages+=(prometheus); fi
+    if missing chromium; then packages+=(chromium); fi
+    if missing chromedriver; then packages+=(chromium-driver); fi
+fi
 if ((${#packages[@]})); then
     if missing apt-get || ((EUID != 0)); then
         echo "error: the tests need: ${packages[*]}; on Debian and Ubuntu:" >&2
@@ -107,7 +112,10 @@ if [[ -n ${TEST_ENGINE:-} ]]; then
 fi
 run --workspace -- "$@"
 # Without the tests that do not depend on the engine or choose it themselves.
-own=(compose:: cluster:: scripts:: simulated:: overload:: clock:: fates:: configuration:: openapi:: large::largest)
+own=(
+    compose:: cluster:: scripts:: simulated:: overload:: clock:: fates:: configuration:: openapi:: console::
+    large::largest
+)
 for engine in redis cluster; do
     printf '\nthe whole system on %s\n' "$engine"
     TEST_ENGINE=$engine run --package facade --test it -- "$@" "${own[@]/#/--skip=}"

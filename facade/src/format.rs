@@ -8,7 +8,7 @@ use common::escape::needs_escape;
 use common::json;
 use common::problem::Problem;
 use headers_accept::Accept;
-use mediatype::{MediaType, Name, ReadParams};
+use mediatype::{MediaType, Name, ReadParams, names};
 use memchr::memchr_iter;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -46,26 +46,34 @@ impl Format {
 /// # Errors
 /// 406 when no offered format is acceptable.
 pub(crate) fn negotiate(headers: &HeaderMap, offer: &[Format]) -> Result<Format, Problem> {
-    let values = headers.get_all(header::ACCEPT).iter();
-    let values: Vec<&str> = values.filter_map(|value| value.to_str().ok()).collect();
-    if values.iter().all(|value| value.trim().is_empty()) {
-        return Ok(offer[0]);
-    }
-    let ranges = values.iter().flat_map(|value| value.split(','));
-    let ranges: Vec<String> = ranges.filter_map(essence_and_quality).collect();
-    let wanted: Option<Accept> = ranges.join(",").parse().ok();
     let available: Vec<MediaType<'_>> = offer.iter().map(|format| format.media_type()).collect();
-    let chosen = wanted
-        .as_ref()
-        .and_then(|wanted| wanted.negotiate(&available));
-    let format = offer
-        .iter()
-        .find(|format| chosen == Some(&format.media_type()));
-    format.copied().ok_or_else(|| {
+    let chosen = preferred(headers, &available);
+    chosen.map(|index| offer[index]).ok_or_else(|| {
         let offered: Vec<&str> = offer.iter().map(|format| format.content_type()).collect();
         let detail = format!("accept one of: {}", offered.join(", "));
         Problem::new(StatusCode::NOT_ACCEPTABLE, detail)
     })
+}
+
+/// Whether the `Accept` headers prefer `text/html` to every format.
+pub(crate) fn prefers_html(headers: &HeaderMap) -> bool {
+    let html = MediaType::new(names::TEXT, names::HTML);
+    let [json, ndjson, text] = [Format::Json, Format::Ndjson, Format::Text].map(Format::media_type);
+    preferred(headers, &[json, ndjson, text, html]) == Some(3)
+}
+
+/// The index of the type that the `Accept` headers prefer; without them the first.
+fn preferred(headers: &HeaderMap, available: &[MediaType<'_>]) -> Option<usize> {
+    let values = headers.get_all(header::ACCEPT).iter();
+    let values: Vec<&str> = values.filter_map(|value| value.to_str().ok()).collect();
+    if values.iter().all(|value| value.trim().is_empty()) {
+        return Some(0);
+    }
+    let ranges = values.iter().flat_map(|value| value.split(','));
+    let ranges: Vec<String> = ranges.filter_map(essence_and_quality).collect();
+    let wanted: Accept = ranges.join(",").parse().ok()?;
+    let chosen = wanted.negotiate(available)?;
+    available.iter().position(|one| one == chosen)
 }
 
 fn essence_and_quality(range: &str) -> Option<String> {

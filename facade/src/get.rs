@@ -18,9 +18,10 @@ use serde::Deserialize;
 use tracing::{Instrument, debug_span};
 use uuid::Uuid;
 
+use crate::console;
 use crate::error::{no_message, too_many, unreadable};
 use crate::follow::{self, Follow};
-use crate::format::{Format, negotiate};
+use crate::format::{Format, negotiate, prefers_html};
 use crate::message::body_limit;
 use crate::moment::Moment;
 use crate::pool::{Instance, is_worth_waiting};
@@ -65,12 +66,16 @@ impl ListQuery {
     }
 }
 
-/// `GET /`: all messages within the bounds, merged with the messages service's reply.
+/// `GET /`: all messages within the bounds, merged with the messages service's reply; to a browser the
+/// console.
 pub(crate) async fn list(
     State(app): State<App>,
     query: Result<Query<ListQuery>, QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
+    if prefers_html(&headers) {
+        return Ok(console::answer(&app).await);
+    }
     let Query(query) = query?;
     if query.limit == Some(0) {
         return Err(Problem::bad_request("limit must be at least 1"));

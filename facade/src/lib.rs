@@ -21,8 +21,8 @@
 //! 1. [`get`] parses the bounds, with [`moment`] for times, and chooses a [`mod@format`].
 //! 2. [`read`] streams from one instance after the other; [`entry_stream`] checks each line.
 //!
-//! [`discovery`] finds the instances, [`served_map`] decides which map is served, [`readiness`] and [`stats`]
-//! report.
+//! [`discovery`] finds the instances, [`served_map`] decides which map is served, [`readiness`], [`stats`] and
+//! [`console`], the page, report.
 
 #![allow(
     rustdoc::private_intra_doc_links,
@@ -33,6 +33,7 @@ mod backoff;
 pub mod batcher;
 pub mod client;
 mod config;
+mod console;
 mod counters;
 pub mod delivery;
 mod discovery;

@@ -2,6 +2,7 @@
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, Request, State};
+use axum::http::Method;
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::Response;
 use axum::routing::get;
@@ -15,7 +16,7 @@ use uuid::Uuid;
 use crate::openapi::{self, at};
 use crate::readiness::check_all;
 use crate::state::App;
-use crate::{docs, get, metrics, post, stats};
+use crate::{console, docs, get, metrics, post, stats};
 
 pub fn router(app: App) -> Router {
     metrics::describe();
@@ -48,7 +49,7 @@ pub fn router(app: App) -> Router {
         ))
         .split_for_parts();
     served.set(&description);
-    let routes = described.with_state(app.clone());
+    let routes = described.merge(console::routes()).with_state(app.clone());
     with_middleware(routes, RequestLog::On).layer(from_fn_with_state(app, count))
 }
 
@@ -74,15 +75,19 @@ async fn readyz(
     Ok(readiness(ready, &checks))
 }
 
-/// Counts all requests but those of operators.
+/// Counts all requests but those of operators. A POST to the console is one of a message.
 async fn count(State(app): State<App>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    if matches!(path, "/stats" | "/metrics" | "/livez" | "/readyz") {
+    let posts_message = path == "/console" && request.method() == Method::POST;
+    let is_operators = matches!(path, "/stats" | "/metrics" | "/livez" | "/readyz")
+        || path.starts_with("/console");
+    if is_operators && !posts_message {
         return next.run(request).await;
     }
     // The path of a CONNECT is empty.
     let below_root = path.strip_prefix('/');
-    if below_root.is_some_and(|name| name.is_empty() || Uuid::try_parse(name).is_ok()) {
+    let is_messages = |name: &str| name.is_empty() || Uuid::try_parse(name).is_ok();
+    if posts_message || below_root.is_some_and(is_messages) {
         app.counters.count_request(request.method());
     }
     let response = next.run(request).await;

@@ -42,7 +42,7 @@ async fn largest_messages_are_read_whole_in_constant_memory() {
     let message = |n: usize| {
         let start = format!("{n} ");
         let rest = (64 << 10) - start.len();
-        start + &"\u{1}".repeat(rest)
+        start + "\u{1}".repeat(rest).as_str()
     };
     read_within_memory(1500, message).await;
 }

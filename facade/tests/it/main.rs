@@ -21,6 +21,8 @@ mod cluster;
 mod compose;
 /// Flags, environment variables, and the subcommand `healthcheck`.
 mod configuration;
+/// The console, in a real browser and without one.
+mod console;
 /// The requirements of the exercise, on real processes.
 mod exercise;
 /// Instances that die, hang and return, as real processes.

@@ -1,0 +1,542 @@
+//! The console, in a real Chromium with and without JavaScript, and as plain HTTP.
+
+use std::io::{BufRead, BufReader};
+use std::panic::{AssertUnwindSafe, resume_unwind};
+use std::process::{Child, Command, Stdio};
+
+use futures_util::FutureExt;
+use reqwest::header::{ACCEPT, CONTENT_TYPE, LOCATION};
+use reqwest::redirect::Policy;
+use serde_json::{Value, json};
+use testing::process::{LOOK_AGAIN, PATIENCE};
+use testing::requirements::{skip, trial_run};
+use thirtyfour::prelude::*;
+use thirtyfour::{ChromeCapabilities, ChromiumLikeCapabilities, LoggingPrefsLogLevel};
+
+use crate::processes::Processes;
+use crate::system::System;
+
+const BROWSER: &str = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8";
+
+const HOSTILE: &str = "<img src=x onerror=\"window.hacked=1\"></li><script>window.hacked=1</script>\
+                       \u{202e}drawkcab\u{7}\n&lt;b&gt; ' \"";
+
+/// A chromedriver on a free port.
+struct Driver {
+    child: Child,
+    url: String,
+}
+
+impl Driver {
+    fn start() -> Self {
+        let mut child = Command::new("chromedriver")
+            .arg("--port=0")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let port = lines.find_map(|line| {
+            let line = line.unwrap();
+            let port = line.split_once("started successfully on port ")?.1;
+            Some(port.trim_end_matches('.').to_owned())
+        });
+        // Whatever it writes later is read, so that it never waits for a reader.
+        std::thread::spawn(move || lines.for_each(drop));
+        Self {
+            child,
+            url: format!("http://127.0.0.1:{}", port.unwrap()),
+        }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What is special about a browser.
+#[derive(Default)]
+struct Settings {
+    is_without_scripts: bool,
+    is_dark: bool,
+    /// The width of the page, as on a telephone.
+    width: Option<u32>,
+}
+
+/// Runs a test in a new browser, which ends with it. Without a Chromium the test is skipped.
+async fn in_browser(settings: Settings, test: impl AsyncFnOnce(&WebDriver)) {
+    for program in ["chromium", "chromedriver"] {
+        if let Err(why) = trial_run(Command::new(program).arg("--version")) {
+            return skip(&format!("no {program}: {why}"), "REQUIRE_ALL");
+        }
+    }
+    let profile = tempfile::tempdir().unwrap();
+    let mut capabilities = ChromeCapabilities::new();
+    let folder = format!("--user-data-dir={}", profile.path().display());
+    let flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--window-size=1280,1000",
+        &folder,
+    ];
+    for flag in flags {
+        capabilities.add_arg(flag).unwrap();
+    }
+    if settings.is_dark {
+        let flag = "--blink-settings=preferredColorScheme=0";
+        capabilities.add_arg(flag).unwrap();
+    }
+    if settings.is_without_scripts {
+        let preferences = json!({"profile.managed_default_content_settings.javascript": 2});
+        capabilities
+            .add_experimental_option("prefs", preferences)
+            .unwrap();
+    }
+    if let Some(width) = settings.width {
+        let metrics = json!({"width": width, "height": 740, "pixelRatio": 1.0});
+        let emulation = json!({"deviceMetrics": metrics});
+        capabilities
+            .add_experimental_option("mobileEmulation", emulation)
+            .unwrap();
+    }
+    capabilities
+        .set_browser_log_level(LoggingPrefsLogLevel::All)
+        .unwrap();
+    let chromedriver = Driver::start();
+    let browser = WebDriver::new(&chromedriver.url, capabilities).await;
+    let browser = browser.unwrap();
+    let outcome = AssertUnwindSafe(test(&browser)).catch_unwind().await;
+    browser.quit().await.unwrap();
+    if let Err(panic) = outcome {
+        resume_unwind(panic);
+    }
+}
+
+/// The value of a JavaScript expression in the page.
+async fn value(browser: &WebDriver, expression: &str) -> Value {
+    let script = format!("return {expression};");
+    let value = browser.execute(script, Vec::new()).await;
+    value.unwrap().json().clone()
+}
+
+/// Waits until an expression has a wanted value, and returns it.
+#[track_caller]
+fn wait_for(
+    browser: &WebDriver,
+    expression: &str,
+    is_wanted: impl Fn(&Value) -> bool,
+) -> impl Future<Output = Value> {
+    let caller = std::panic::Location::caller();
+    async move {
+        let looking = async {
+            loop {
+                let value = value(browser, expression).await;
+                if is_wanted(&value) {
+                    return value;
+                }
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+        };
+        match tokio::time::timeout(PATIENCE, looking).await {
+            Ok(value) => value,
+            Err(_) => panic!("{caller}: {:#}", value(browser, expression).await),
+        }
+    }
+}
+
+async fn open(browser: &WebDriver, system: &Processes) {
+    let url = format!("{}/console", system.facade.url());
+    browser.goto(url).await.unwrap();
+}
+
+async fn open_live(browser: &WebDriver, system: &Processes) {
+    open(browser, system).await;
+    let words = "document.getElementById('status-words').textContent";
+    wait_for(browser, words, |words| words == "Live").await;
+}
+
+/// The texts of all cells of a table, row by row, the header first.
+fn texts(table: &str) -> String {
+    format!(
+        "[...document.getElementById('{table}').rows]\
+         .map((row) => [...row.cells].map((cell) => cell.textContent))"
+    )
+}
+
+async fn stats(system: &Processes) -> Value {
+    let url = format!("{}/stats", system.facade.url());
+    system
+        .http
+        .get(url)
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap()
+}
+
+/// Stores many messages in one request.
+async fn upload(system: &Processes, count: usize) {
+    let lines: String = (0..count).map(|n| format!("\"message {n}\"\n")).collect();
+    let post = system.http.post(system.facade.url());
+    let post = post
+        .header(CONTENT_TYPE, "application/x-ndjson")
+        .body(lines);
+    let summary: Value = post.send().await.unwrap().json().await.unwrap();
+    assert_eq!(summary["stored"], count);
+}
+
+/// Messages or warnings of the browser, among them what the policy refused.
+async fn complaints(browser: &WebDriver) -> Vec<String> {
+    let log = browser.browser_log().await.unwrap();
+    log.into_iter().map(|entry| entry.message).collect()
+}
+
+fn without_commas(cell: &Value) -> u64 {
+    cell.as_str().unwrap().replace(',', "").parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn page_shows_the_numbers_of_stats_and_a_kill() {
+    let mut system = Processes::start();
+    upload(&system, 1234).await;
+    in_browser(Settings::default(), async |browser| {
+        open_live(browser, &system).await;
+        // The page has read the newest messages, and reads them again only when there are more.
+        let known = stats(&system).await;
+        let gets = known["map"]["total"]["gets"].to_string();
+        let is_current = |table: &Value| table[2][0] == "TOTAL" && table[2][5] == gets;
+        let members = wait_for(browser, &texts("members"), is_current).await;
+        let member = &known["map"]["members"][0];
+        assert_eq!(members[1][0], member["member"]);
+        assert_eq!(
+            (&members[1][1], &members[1][2]),
+            (&json!("folder"), &json!("up"))
+        );
+        assert_eq!(members[1][4], "1,234");
+        let columns = [
+            (3, "partitions"),
+            (4, "entries"),
+            (5, "gets"),
+            (6, "puts"),
+            (8, "backups"),
+        ];
+        for (column, key) in columns {
+            assert_eq!(without_commas(&members[1][column]), member[key], "{key}");
+            if column > 3 {
+                let total = &known["map"]["total"][key];
+                assert_eq!(without_commas(&members[2][column]), *total, "{key}");
+            }
+        }
+        let kibibytes = member["entry_memory_bytes"].as_f64().unwrap() / 1024.0;
+        assert_eq!(members[1][7], format!("{kibibytes:.1} KiB"));
+        let instances = value(browser, &texts("instances")).await;
+        for (index, row) in known["instances"].as_array().unwrap().iter().enumerate() {
+            let cells = &instances[index + 1];
+            assert_eq!(cells[0], row["instance"]);
+            assert_eq!(without_commas(&cells[2]), row["received"]);
+            let share = 100.0 * row["share"].as_f64().unwrap();
+            assert_eq!(cells[3], format!("{share:.1} %"));
+            assert_eq!(without_commas(&cells[4]), row["outcomes"]["stored"]);
+            assert_eq!(
+                cells[12],
+                format!("{:.1}", row["put_p99_ms"].as_f64().unwrap())
+            );
+        }
+
+        let name = system.logging[1].address.to_string();
+        system.logging[1].kill();
+        let state = "document.getElementById('instances').tBodies[0].rows[1].cells[1].textContent";
+        wait_for(browser, state, |state| state == "no answer").await;
+        let problems = value(browser, "document.getElementById('problems').textContent").await;
+        let problem = format!("logging {name} refuses connections");
+        assert!(problems.as_str().unwrap().contains(&problem), "{problems}");
+        let timeline = "document.getElementById('timeline').textContent";
+        let timeline_now = value(browser, timeline).await;
+        let gone = format!("logging {name} does not answer");
+        assert!(
+            timeline_now.as_str().unwrap().contains(&gone),
+            "{timeline_now}"
+        );
+
+        system.restart_logging(1);
+        wait_for(browser, state, |state| state == "up").await;
+        let timeline_now = value(browser, timeline).await;
+        let back = format!("logging {name} is back");
+        assert!(
+            timeline_now.as_str().unwrap().contains(&back),
+            "{timeline_now}"
+        );
+        let problems = value(browser, "document.getElementById('problems').innerText").await;
+        assert_eq!(problems, "No problems.");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn form_posts_with_and_without_scripts() {
+    let system = Processes::start();
+    for is_without_scripts in [false, true] {
+        let settings = Settings {
+            is_without_scripts,
+            ..Settings::default()
+        };
+        let msg = format!("1+1=2 & more, {is_without_scripts}");
+        in_browser(settings, async |browser| {
+            open(browser, &system).await;
+            let field = browser.find(By::Id("msg")).await.unwrap();
+            field.send_keys(msg.as_str() + Key::Enter).await.unwrap();
+            let answer = "document.getElementById('answer')?.textContent ?? ''";
+            let is_stored = |answer: &Value| answer.as_str().unwrap().contains("Stored as");
+            let answer = wait_for(browser, answer, is_stored).await;
+            let by = system.logging.iter().any(|instance| {
+                let by = format!(" by {} in ", instance.address);
+                answer.as_str().unwrap().contains(&by)
+            });
+            assert_eq!(by, !is_without_scripts, "{answer}");
+            let newest = "document.querySelector('#newest .msg')?.textContent ?? null";
+            wait_for(browser, newest, |newest| *newest == msg).await;
+            assert_eq!(system.messages_in_log().await.last(), Some(&msg));
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_are_sorted_by_keyboard() {
+    let system = Processes::start();
+    upload(&system, 100).await;
+    in_browser(Settings::default(), async |browser| {
+        open_live(browser, &system).await;
+        let header = "#instances th[data-key='/received']";
+        let button = format!("{header} button");
+        let button = browser.find(By::Css(button)).await.unwrap();
+        let direction = format!("document.querySelector(\"{header}\").getAttribute('aria-sort')");
+        let received = "[...document.querySelectorAll('#instances tbody tr')]\
+                        .map((row) => Number(row.cells[2].textContent))";
+        let known = stats(&system).await;
+        let known = known["instances"].as_array().unwrap().iter();
+        let mut known: Vec<u64> = known.map(|row| row["received"].as_u64().unwrap()).collect();
+        known.sort_unstable();
+        assert_eq!(value(browser, &direction).await, Value::Null);
+        button.send_keys(Key::Enter).await.unwrap();
+        assert_eq!(value(browser, &direction).await, "descending");
+        let descending: Vec<u64> = known.iter().copied().rev().collect();
+        assert_eq!(value(browser, received).await, json!(descending));
+        button.send_keys(Key::Space).await.unwrap();
+        assert_eq!(value(browser, &direction).await, "ascending");
+        assert_eq!(value(browser, received).await, json!(known));
+        let of_members = browser.find(By::Css("#members th[data-key='/entries'] button"));
+        of_members
+            .await
+            .unwrap()
+            .send_keys(Key::Enter)
+            .await
+            .unwrap();
+        let last = "[...document.getElementById('members').rows].at(-1).cells[0].textContent";
+        assert_eq!(value(browser, last).await, "TOTAL");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hostile_messages_are_text_and_the_browser_has_no_complaint() {
+    let system = Processes::start();
+    assert_eq!(system.post(HOSTILE).await.status(), 200);
+    for is_without_scripts in [true, false] {
+        let settings = Settings {
+            is_without_scripts,
+            ..Settings::default()
+        };
+        in_browser(settings, async |browser| {
+            match is_without_scripts {
+                true => open(browser, &system).await,
+                false => {
+                    open_live(browser, &system).await;
+                    // The message came once from the server and once from the script.
+                    assert_eq!(system.post(HOSTILE).await.status(), 200);
+                    let count = "document.querySelectorAll('#newest li').length";
+                    wait_for(browser, count, |count| *count == 2).await;
+                }
+            }
+            let shown = "document.querySelector('#newest .msg').textContent";
+            let expected = HOSTILE
+                .replace('\u{202e}', "\\u{202e}")
+                .replace('\u{7}', "\\u{7}")
+                .replace('\n', "\\n");
+            assert_eq!(value(browser, shown).await, expected);
+            let escapes = "[...document.querySelectorAll('#newest li:first-child mark')]\
+                           .map((mark) => mark.textContent)";
+            let expected = json!(["\\u{202e}", "\\u{7}", "\\n"]);
+            assert_eq!(value(browser, escapes).await, expected);
+            let inner = "document.querySelectorAll('#newest :is(script, img, b)').length";
+            assert_eq!(value(browser, inner).await, 0);
+            assert_eq!(value(browser, "window.hacked ?? null").await, Value::Null);
+            assert_eq!(complaints(browser).await, Vec::<String>::new());
+        })
+        .await;
+    }
+}
+
+/// The contrast of all texts against what is behind them, the least first: AA wants 4.5.
+const CONTRASTS: &str = r#"(() => {
+    const parse = (text) => {
+        const numbers = text.match(/[\d.]+/g).map(Number);
+        return { rgb: numbers.slice(0, 3), alpha: numbers[3] ?? 1 };
+    };
+    const luminance = (rgb) => {
+        const [r, g, b] = rgb.map((part) => {
+            const scaled = part / 255;
+            return scaled <= 0.04045 ? scaled / 12.92 : ((scaled + 0.055) / 1.055) ** 2.4;
+        });
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const behind = (element) => {
+        for (let one = element; one !== null; one = one.parentElement) {
+            const color = parse(getComputedStyle(one).backgroundColor);
+            if (color.alpha === 1) return color.rgb;
+        }
+        return [255, 255, 255];
+    };
+    const hasText = (element) => [...element.childNodes].some(
+        (node) => node.nodeType === Node.TEXT_NODE && node.data.trim() !== "");
+    const found = [...document.body.querySelectorAll("*")].filter(hasText).map((element) => {
+        const [a, b] = [parse(getComputedStyle(element).color).rgb, behind(element)].map(luminance);
+        const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        return [contrast, element.tagName, element.textContent];
+    });
+    return found.sort((one, other) => one[0] - other[0]);
+})()"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn page_fits_a_telephone_and_both_color_schemes() {
+    let mut system = Processes::start();
+    assert_eq!(system.post(HOSTILE).await.status(), 200);
+    assert_eq!(system.post(&"long".repeat(1000)).await.status(), 200);
+    system.logging[0].kill();
+    for is_dark in [false, true] {
+        let settings = Settings {
+            is_dark,
+            width: Some(360),
+            ..Settings::default()
+        };
+        in_browser(settings, async |browser| {
+            open_live(browser, &system).await;
+            let width = "[innerWidth, document.documentElement.scrollWidth]";
+            assert_eq!(value(browser, width).await, json!([360, 360]));
+            let prefers = "matchMedia('(prefers-color-scheme: dark)').matches";
+            assert_eq!(value(browser, prefers).await, is_dark);
+            let contrasts = value(browser, CONTRASTS).await;
+            let contrasts = contrasts.as_array().unwrap();
+            assert!(contrasts.len() > 50);
+            assert!(contrasts[0][0].as_f64() >= Some(4.5), "{}", contrasts[0]);
+        })
+        .await;
+    }
+}
+
+/// Only a client that prefers HTML gets it, and what it gets is small and locked down.
+#[tokio::test]
+async fn page_is_for_browsers() {
+    let system = System::start().await;
+    system.store(HOSTILE).await;
+    let get = async |path: &str, accept: &str| {
+        let request = system.http.get(format!("{}{path}", system.url));
+        request.header(ACCEPT, accept).send().await.unwrap()
+    };
+    for (accept, content_type) in [
+        (BROWSER, "text/html; charset=utf-8"),
+        ("text/html", "text/html; charset=utf-8"),
+        ("*/*", "application/json"),
+        ("", "application/json"),
+        ("application/json, text/html", "application/json"),
+        (
+            "text/html;q=0.5, application/x-ndjson",
+            "application/x-ndjson",
+        ),
+        ("text/*", "text/plain; charset=utf-8"),
+    ] {
+        let response = get("/?msg=HELLO", accept).await;
+        assert_eq!(response.headers()[CONTENT_TYPE], content_type, "{accept}");
+    }
+    let mut transferred = 0;
+    for path in [
+        "/",
+        "/console",
+        "/console/console.css",
+        "/console/console.js",
+    ] {
+        let response = get(path, BROWSER).await;
+        assert_eq!(response.status(), 200);
+        let headers = response.headers();
+        assert_eq!(headers["x-content-type-options"], "nosniff");
+        assert_eq!(
+            headers["content-security-policy"],
+            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; \
+             connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+        );
+        let body = response.text().await.unwrap();
+        assert!(
+            !body.contains("style=") && !body.contains("onerror=\""),
+            "{path}"
+        );
+        transferred += body.len();
+    }
+    assert!(transferred < 100 * 1024, "{transferred}");
+    let page = get("/console", BROWSER).await.text().await.unwrap();
+    assert!(
+        !page.contains('\u{202e}') && page.contains("\\u{202e}"),
+        "{page}"
+    );
+    // Each GET of `/` counts as one of the log, those of the console do not.
+    let stats: Value = system.get("/stats").await.json().await.unwrap();
+    assert_eq!(stats["facade"]["gets"], 8);
+}
+
+#[tokio::test]
+async fn form_leads_back_to_the_page() {
+    let system = System::start().await;
+    let browser = reqwest::Client::builder().redirect(Policy::none());
+    let browser = browser.build().unwrap();
+    let url = format!("{}/console", system.url);
+    let post = async |form: &str| {
+        let request = browser.post(&url).body(form.to_owned());
+        let form = "application/x-www-form-urlencoded";
+        request.header(CONTENT_TYPE, form).send().await.unwrap()
+    };
+    let stored = post("msg=from+a+form").await;
+    assert_eq!(stored.status(), 303);
+    let uuid = system.read("").await.logging_service[0].uuid;
+    assert_eq!(
+        stored.headers()[LOCATION],
+        format!("/console?posted={uuid}")
+    );
+    let page = system.get(&format!("/console?posted={uuid}")).await;
+    let page = page.text().await.unwrap();
+    assert!(
+        page.contains(&format!("Stored as <a href=\"/{uuid}\">")),
+        "{page}"
+    );
+    let refused = post("msg=").await;
+    assert_eq!(refused.status(), 400);
+    let page = refused.text().await.unwrap();
+    assert!(
+        page.contains("Not stored:</strong> the message is empty"),
+        "{page}"
+    );
+    let stats: Value = system.get("/stats").await.json().await.unwrap();
+    assert_eq!(stats["facade"]["posts"], 2);
+    assert_eq!(stats["facade"]["errors"], json!({"400": 1}));
+    assert_eq!(system.messages().await, ["from a form"]);
+}
