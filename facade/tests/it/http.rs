@@ -1,5 +1,6 @@
 //! What holds for every request: paths, methods, request ids, health.
 
+use reqwest::header::{HOST, ORIGIN};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -136,4 +137,38 @@ async fn request_without_a_path_is_a_problem() {
     connection.read_to_string(&mut answer).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
     assert!(answer.contains("application/problem+json"), "{answer}");
+}
+
+/// A page of another site cannot make a browser post.
+#[tokio::test]
+async fn posts_of_other_origins_are_refused() {
+    let system = System::start().await;
+    let host = system.url.strip_prefix("http://").unwrap();
+    let own = system.url.clone();
+    let cases = [
+        ("sec-fetch-site", "cross-site", 403),
+        ("sec-fetch-site", "same-site", 403),
+        ("sec-fetch-site", "same-origin", 200),
+        ("sec-fetch-site", "none", 200),
+        (ORIGIN.as_str(), "https://example.org", 403),
+        (ORIGIN.as_str(), "http://127.0.0.1:1", 403),
+        (ORIGIN.as_str(), "null", 403),
+        (ORIGIN.as_str(), own.as_str(), 200),
+    ];
+    let mut stored = 0;
+    for path in ["", "/console"] {
+        for (header, value, status) in cases {
+            let post = system.http.post(format!("{}{path}", system.url));
+            let post = post.header(header, value).header(HOST, host).body("x");
+            let response = post.send().await.unwrap();
+            assert_eq!(response.status(), status, "{path} {header}: {value}");
+            stored += usize::from(status == 200);
+        }
+    }
+    assert_eq!(system.messages().await.len(), stored);
+    let read = system
+        .http
+        .get(&system.url)
+        .header(ORIGIN, "https://example.org");
+    assert_eq!(read.send().await.unwrap().status(), 200);
 }

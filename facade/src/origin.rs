@@ -1,0 +1,40 @@
+//! Refuses requests that change something and come from a page of another origin. Browsers say where a
+//! request comes from; other clients send neither header and are served.
+
+use axum::extract::Request;
+use axum::http::uri::Authority;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
+use axum::middleware::Next;
+use axum::response::Response;
+use common::problem::Problem;
+
+const SEC_FETCH_SITE: &str = "sec-fetch-site";
+
+/// Without this, a page on any site could post messages through a browser that can reach the facade.
+pub(crate) async fn refuse_others(request: Request, next: Next) -> Result<Response, Problem> {
+    if !request.method().is_safe() && is_from_another_origin(request.headers()) {
+        let detail = "a page of another origin sent this request; nothing was done: post from the \
+                      facade's own page, or from a program that is not a browser";
+        return Err(Problem::new(StatusCode::FORBIDDEN, detail));
+    }
+    Ok(next.run(request).await)
+}
+
+fn is_from_another_origin(headers: &HeaderMap) -> bool {
+    let mut sites = headers.get_all(SEC_FETCH_SITE).iter();
+    if sites.any(|site| site == "cross-site" || site == "same-site") {
+        return true;
+    }
+    let host = headers.get(header::HOST).and_then(authority);
+    let mut origins = headers.get_all(header::ORIGIN).iter();
+    origins.any(|origin| {
+        let origin: Option<Uri> = origin.to_str().ok().and_then(|text| text.parse().ok());
+        let origin = origin.and_then(|uri| uri.into_parts().authority);
+        // `null`, the origin of a sandboxed page, is no host of a facade.
+        origin.is_none() || origin != host
+    })
+}
+
+fn authority(host: &HeaderValue) -> Option<Authority> {
+    host.to_str().ok()?.parse().ok()
+}
