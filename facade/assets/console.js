@@ -243,8 +243,10 @@ const WIDTH = 300;
 const HEIGHT = 60;
 
 class Chart {
-  // Each series has a label and a function from two samples of /stats and the seconds between them.
-  constructor(title, series, format) {
+  // Each series has a label and a function from two answers of /stats and the seconds between them; `floor`
+  // gives the lower end of the scale from all values.
+  constructor(title, series, format, floor) {
+    this.floor = floor;
     this.series = series.map((one) => ({ ...one, samples: [] }));
     this.format = format;
     const figure = make("figure");
@@ -256,8 +258,9 @@ class Chart {
     this.svg.setAttribute("role", "img");
     this.svg.setAttribute("aria-labelledby", `${caption.id} ${caption.id}-text`);
     this.top = make("span", "", "top");
+    this.bottom = make("span", "", "bottom");
     const plot = make("div", undefined, "plot");
-    plot.append(this.svg, this.top);
+    plot.append(this.svg, this.top, this.bottom);
     this.text = make("p");
     this.text.id = `${caption.id}-text`;
     this.series.forEach((one, index) => {
@@ -278,16 +281,19 @@ class Chart {
       while (one.samples.length > 0 && one.samples[0].now < now - CHART_MS) one.samples.shift();
     }
     const values = this.series.flatMap((one) => one.samples.map((sample) => sample.value));
-    const highest = Math.max(...values, 0) || 1;
+    if (values.length === 0) return;
+    const lowest = this.floor(...values);
+    const highest = Math.max(...values);
     setText(this.top, this.format(highest));
-    for (const one of this.series) this.draw(one, highest, now);
+    setText(this.bottom, this.format(lowest));
+    for (const one of this.series) this.draw(one, lowest, highest - lowest || 1, now);
   }
 
-  draw(one, highest, now) {
+  draw(one, lowest, span, now) {
     let last = -Infinity;
     const points = one.samples.map((sample) => {
       const x = WIDTH * (1 - (now - sample.now) / CHART_MS);
-      const y = HEIGHT - 1 - (HEIGHT - 3) * (sample.value / highest);
+      const y = HEIGHT - 1 - (HEIGHT - 3) * ((sample.value - lowest) / span);
       const step = sample.now - last > GAP_MS ? "M" : "L";
       last = sample.now;
       return `${step}${x.toFixed(1)} ${y.toFixed(1)}`;
@@ -303,6 +309,8 @@ class Chart {
 const rate = (key) => (before, after, elapsed) =>
   before.facade.since === after.facade.since ? (at(after, key) - at(before, key)) / elapsed : null;
 
+const zero = () => 0;
+
 const perSecond = (value) => `${value < 10 ? value.toFixed(1) : grouped(value)}/s`;
 
 const charts = [
@@ -310,6 +318,7 @@ const charts = [
     "Entries in the map",
     [{ label: "Entries", value: (_, after) => at(after, "/map/total/entries") }],
     grouped,
+    Math.min,
   ),
   new Chart(
     "Requests to this facade",
@@ -318,6 +327,7 @@ const charts = [
       { label: "GETs", value: rate("/facade/gets") },
     ],
     perSecond,
+    zero,
   ),
   new Chart(
     "99th percentile of a put, slowest instance",
@@ -331,6 +341,7 @@ const charts = [
       },
     ],
     (ms) => `${ms.toFixed(1)} ms`,
+    zero,
   ),
 ];
 
@@ -382,7 +393,7 @@ function showStats(stats) {
 }
 
 function showStatus() {
-  const asOf = page.stats === null ? "no numbers yet" : `as of ${seconds(page.stats.at)} UTC`;
+  const asOf = page.stats === null ? "no numbers yet" : `as of ${page.stats.at.slice(11, 19)} UTC`;
   const status = byId("status");
   document.body.classList.toggle("old", page.failure !== null || page.isPaused);
   // The time is not read out each second: only a change of the words before it is.

@@ -94,14 +94,13 @@ const INSTANCES: [Column; 13] = [
 ];
 
 /// The facade's own numbers; their keys begin at the root of `/stats`.
-const FACADE: [Column; 7] = [
-    column("/map/total/entries", "Entries in the map", "number"),
+const FACADE: [Column; 6] = [
+    column("/map/total/entries", "Entries", "number"),
     column("/facade/posts", "POSTs", "number"),
     column("/facade/gets", "GETs", "number"),
     column("/facade/posted_bytes", "Stored", "bytes"),
     column("/facade/read_bytes", "Read", "bytes"),
     column("/facade/errors", "Errors by status", "counts"),
-    column("/facade/since", "Counted since, UTC", "time"),
 ];
 
 /// What to do about a problem, by the beginning of its text; the first that fits counts.
@@ -380,6 +379,7 @@ fn shown(object: &Value, column: &Column) -> String {
             counts.join(", ")
         }
         (Value::String(time), "time") => seconds(time),
+        (Value::String(time), "clock") => seconds(time).split_off(11),
         (Value::String(text), _) => text.clone(),
         (other, _) => other.to_string(),
     }
