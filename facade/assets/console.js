@@ -347,27 +347,24 @@ const charts = [
 
 // Polling.
 
+// The answer as { value }, or why there is none as { failure }.
 async function readJson(path) {
-  const response = await fetch(path, {
-    headers: { accept: "application/json" },
-    signal: AbortSignal.timeout(TIMEOUT_MS),
-  });
-  if (!response.ok) {
-    const problem = await response.json().catch(() => ({}));
-    throw new Error(problem.detail ?? `the facade answers ${response.status}`);
+  const headers = { accept: "application/json" };
+  try {
+    const response = await fetch(path, { headers, signal: AbortSignal.timeout(TIMEOUT_MS) });
+    const value = await response.json();
+    if (response.ok) return { value };
+    return { failure: value.detail ?? `this facade answers ${response.status}` };
+  } catch {
+    return { failure: "this facade does not answer" };
   }
-  return response.json();
 }
 
 async function poll() {
-  let failure = null;
-  try {
-    showStats(await readJson("/stats"));
+  const { value: stats, failure = null } = await readJson("/stats");
+  if (stats !== undefined) {
+    showStats(stats);
     await updateNewest();
-  } catch (error) {
-    // fetch throws a TypeError when there is no answer at all.
-    const isSilent = error instanceof TypeError || error.name === "TimeoutError";
-    failure = isSilent ? "this facade does not answer" : error.message;
   }
   if (failure !== page.failure) {
     if (failure !== null) note("down", failure);
@@ -425,10 +422,14 @@ async function pollWhileActive() {
 
 async function updateNewest() {
   const total = page.stats.map?.total;
-  const isKnown = total !== undefined && total.complete !== false;
-  if (isKnown && total.entries === page.entriesRead) return;
-  const answer = await readJson(`/?order=desc&limit=${NEWEST}`);
-  page.entriesRead = total?.entries ?? null;
+  // Without an answer of any instance there is nobody to read from.
+  if (total === undefined) return;
+  if (total.complete !== false && total.entries === page.entriesRead) return;
+  const { value: answer, failure } = await readJson(`/?order=desc&limit=${NEWEST}`);
+  const title = "The newest, newest first";
+  setText(byId("newest-title"), failure === undefined ? title : `${title}; now: ${failure}`);
+  if (answer === undefined) return;
+  page.entriesRead = total.entries;
   showNewest(answer.logging_service);
 }
 

@@ -107,7 +107,8 @@ const FACADE: [Column; 6] = [
 const ADVICE: [(&str, &str); 5] = [
     (
         "logging ",
-        "Start this instance again if its process ended; else its /readyz?verbose says what it lacks. The other instances take its messages meanwhile.",
+        "Start this instance again if its process ended; else its /readyz?verbose says what it lacks. \
+         The other instances take its messages meanwhile.",
     ),
     (
         "member ",
