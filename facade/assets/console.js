@@ -21,6 +21,8 @@ const page = {
   // What failed at the last request, in words.
   failure: null,
   isPaused: false,
+  // Whether the newest messages are being read.
+  isReading: false,
   // The entries when the newest messages were read, and the UUIDs that are shown.
   entriesRead: null,
   shownUuids: null,
@@ -364,7 +366,8 @@ async function poll() {
   const { value: stats, failure = null } = await readJson("/stats");
   if (stats !== undefined) {
     showStats(stats);
-    await updateNewest();
+    // Not awaited: while no instance can read, as in a failover, the numbers go on.
+    updateNewest();
   }
   if (failure !== page.failure) {
     if (failure !== null) note("down", failure);
@@ -421,11 +424,14 @@ async function pollWhileActive() {
 // `message` events are { uuid, msg }, each of which goes to the head of the list.
 
 async function updateNewest() {
+  if (page.isReading) return;
   const total = page.stats.map?.total;
   // Without an answer of any instance there is nobody to read from.
   if (total === undefined) return;
   if (total.complete !== false && total.entries === page.entriesRead) return;
+  page.isReading = true;
   const { value: answer, failure } = await readJson(`/?order=desc&limit=${NEWEST}`);
+  page.isReading = false;
   const title = "The newest, newest first";
   setText(byId("newest-title"), failure === undefined ? title : `${title}; now: ${failure}`);
   if (answer === undefined) return;
@@ -489,7 +495,7 @@ async function post(event) {
     const answer = await response.json();
     if (!response.ok) {
       if (answer.stored === "unknown") page.unknown = { uuid: answer.uuid, msg };
-      showAnswer("Not stored:", answer.detail);
+      showAnswer("Not acknowledged:", answer.detail);
       return;
     }
     page.unknown = null;

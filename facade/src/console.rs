@@ -156,7 +156,8 @@ impl Page {
 /// The outcome of the form.
 enum Notice {
     Stored(Uuid),
-    NotStored(String),
+    /// Why; it may be stored all the same.
+    NotAcknowledged(String),
 }
 
 struct Newest {
@@ -207,15 +208,15 @@ async fn post(State(app): State<App>, request: Request) -> Response {
         uuid: Uuid,
     }
     let limit = body_limit(app.max_message) + MAX_ANSWER_OVERHEAD;
-    let posted = post::create(State(app.clone()), request).await;
-    let notice = match posted {
+    let answer = match post::create(State(app.clone()), request).await {
+        Ok(answer) => answer,
         Err(problem) => {
-            let notice = Notice::NotStored(problem.detail().to_owned());
+            let notice = Notice::NotAcknowledged(problem.detail().to_owned());
             return page(&app, problem.into_response().status(), Some(notice)).await;
         }
-        Ok(answer) => to_bytes(answer.into_body(), limit).await.ok(),
     };
-    let stored = notice.and_then(|body| serde_json::from_slice(&body).ok());
+    let body = to_bytes(answer.into_body(), limit).await.ok();
+    let stored = body.and_then(|body| serde_json::from_slice(&body).ok());
     let target = match stored {
         Some(Stored { uuid }) => format!("/console?posted={uuid}"),
         None => "/console".to_owned(),

@@ -213,7 +213,9 @@ async fn page_shows_the_numbers_of_stats_and_a_kill() {
     upload(&system, 1234).await;
     in_browser(Settings::default(), async |browser| {
         open_live(browser, &system).await;
-        // The page has read the newest messages, and reads them again only when there are more.
+        // The server renders ten. The page reads twenty, and again only when there are more entries.
+        let count = "document.querySelectorAll('#newest li').length";
+        wait_for(browser, count, |count| *count == 20).await;
         let known = stats(&system).await;
         let gets = known["map"]["total"]["gets"].to_string();
         let is_current = |table: &Value| table[2][0] == "TOTAL" && table[2][5] == gets;
@@ -532,7 +534,7 @@ async fn form_leads_back_to_the_page() {
     assert_eq!(refused.status(), 400);
     let page = refused.text().await.unwrap();
     assert!(
-        page.contains("Not stored:</strong> the message is empty"),
+        page.contains("Not acknowledged:</strong> the message is empty"),
         "{page}"
     );
     let stats: Value = system.get("/stats").await.json().await.unwrap();
