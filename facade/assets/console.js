@@ -420,9 +420,8 @@ async function pollWhileActive() {
   isPolling = false;
 }
 
-// The newest messages. `GET /?tail=20` as an event stream would take the place of this: an EventSource whose
-// `message` events are { uuid, msg }, each of which goes to the head of the list.
-
+// The newest messages are read once a second and not followed: thousands a second would cost the page more than it
+// can show.
 async function updateNewest() {
   if (page.isReading) return;
   const total = page.stats.map?.total;

@@ -143,6 +143,11 @@ fn create(max_message: usize) -> Operation {
             ],
         )
         .problem(
+            403,
+            "A browser says that a page of another origin sent it; nothing was done.",
+            [],
+        )
+        .problem(
             406,
             "An upload is answered as JSON or NDJSON.",
             [("text", "accept one of: application/json, application/x-ndjson")],
@@ -316,7 +321,10 @@ fn list() -> Operation {
         "Read the messages",
         "All messages within the bounds, in the order of their UUIDs, and the reply of the messages \
          service. The body is streamed; one that cannot be finished is cut, and one that ends \
-         properly holds everything, as its `count` proves.",
+         properly holds everything, as its `count` proves. A client that prefers `text/html` gets the \
+         page at `/console`. One that accepts `text/event-stream`, or sends `follow=true` with NDJSON or \
+         text, gets the messages and then new ones as they are stored, a body without end; `tail=N` \
+         begins it with the newest N.",
     );
     let order = string()
         .enum_values(Some(["asc", "desc"]))

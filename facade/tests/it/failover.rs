@@ -213,8 +213,7 @@ async fn failures_can_be_seen_in_the_log() {
         assert_eq!(system.post(&n.to_string()).await.status(), 200);
     }
     system.facade.wait_for_line(|line| {
-        line.contains("a POST was continued on logging")
-            && line.contains(&format!("why=\"{first} "))
+        line.contains("a POST was continued on logging") && line.contains(&format!("{first} "))
     });
     let down = format!("{first} is down: it ");
     system.facade.wait_for_line(|line| line.contains(&down));
@@ -229,8 +228,7 @@ async fn failures_can_be_seen_in_the_log() {
         assert_eq!(system.read_all().await.len(), 40);
     }
     system.facade.wait_for_line(|line| {
-        line.contains("a GET was continued on logging")
-            && line.contains(&format!("why=\"{second} "))
+        line.contains("a GET was continued on logging") && line.contains(&format!("{second} "))
     });
 
     for index in [0, 2] {
