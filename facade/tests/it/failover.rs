@@ -11,7 +11,7 @@ use futures_util::{StreamExt, stream};
 use reqwest::{Body, Client};
 use serde_json::Value;
 use testing::engine::Engine;
-use testing::process::{OnSmallDisk, Process, free_address};
+use testing::process::{LOOK_AGAIN, OnSmallDisk, PATIENCE, Process, free_address};
 use testing::requirements::unshare;
 use uuid::Uuid;
 
@@ -234,12 +234,19 @@ async fn failures_can_be_seen_in_the_log() {
     for index in [0, 2] {
         system.logging[index].kill();
     }
-    let refused = system.get().await;
-    assert_eq!(refused.status(), 503);
-    let refused = refused.text().await.unwrap();
-    for index in 0..3 {
-        let reason = format!("{} refuses connections", name(&system, index));
-        assert!(refused.contains(&reason), "{refused}");
+    // What was lost in the middle is only known to refuse connections after the next trial.
+    let begin = Instant::now();
+    loop {
+        let refused = system.get().await;
+        assert_eq!(refused.status(), 503);
+        let refused = refused.text().await.unwrap();
+        let is_named =
+            |index| refused.contains(&format!("{} refuses connections", name(&system, index)));
+        if (0..3).all(is_named) {
+            break;
+        }
+        assert!(begin.elapsed() < PATIENCE, "{refused}");
+        tokio::time::sleep(LOOK_AGAIN).await;
     }
 }
 
