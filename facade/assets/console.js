@@ -198,6 +198,8 @@ function events(before, after) {
     ["logging", "instance", (stats) => stats.instances],
     ["member", "member", membersOf],
   ]) {
+    // While no instance answers, nothing is known about the members.
+    if (kind === "member" && (before.map === null || after.map === null)) continue;
     const known = new Map(rowsOf(before).map((row) => [row[key], row]));
     for (const row of rowsOf(after)) {
       const name = `${kind} ${row[key]}`;
@@ -206,8 +208,6 @@ function events(before, after) {
       if (old === undefined) found.push(["up", `${name} is new`]);
       else found.push(...changes(name, old, row));
     }
-    // While no instance answers, nothing is known about the members.
-    if (kind === "member" && after.map === null) continue;
     for (const name of known.keys()) found.push(["down", `${kind} ${name} is gone`]);
   }
   if (before.facade.since !== after.facade.since) found.push(["up", "this facade was restarted"]);
@@ -494,6 +494,8 @@ async function post(event) {
     const answer = await response.json();
     if (!response.ok) {
       if (answer.stored === "unknown") page.unknown = { uuid: answer.uuid, msg };
+      // It was not stored and its UUID has become too old: the next try gets another one.
+      if (response.status === 409) page.unknown = null;
       showAnswer("Not acknowledged:", answer.detail);
       return;
     }

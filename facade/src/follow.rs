@@ -85,7 +85,8 @@ pub(crate) async fn answer(app: App, follow: Follow) -> Result<Response, Problem
         Some(_) => Freshness::FromNowOn,
         None => Freshness::Any,
     };
-    let polled = window.polled(freshness).await;
+    let polled = timeout(app.read_deadline, window.polled(freshness)).await;
+    let polled = polled.unwrap_or_else(|_| Err(Arc::new(UpstreamError::TimedOut)));
     polled.map_err(|error| unreadable(&app.pool, &error))?;
     let stop = app.stop.clone();
     let mut follower = Follower {
@@ -97,6 +98,8 @@ pub(crate) async fn answer(app: App, follow: Follow) -> Result<Response, Problem
         app,
     };
     if let Some(count) = follow.tail {
+        let turn = turn_to_read_history(&follower.app).await;
+        let _turn = turn.ok_or_else(|| too_many("followers that read history"))?;
         let begun = follower.begin_with_newest(count).await;
         begun.map_err(|error| unreadable(&follower.app.pool, &error))?;
     }
@@ -226,9 +229,7 @@ impl Follower {
     }
 
     async fn begin_history(&mut self, until: Uuid) -> Result<(), Cut> {
-        let turn = self.app.followers.catching_up.clone().acquire_owned();
-        let turn = timeout(self.app.read_deadline, turn).await;
-        let turn = turn.map_err(|_| Cut::NoTurn)?;
+        let turn = turn_to_read_history(&self.app).await.ok_or(Cut::NoTurn)?;
         let bounds = Bounds {
             after: Some(self.position),
             before: Some(until),
@@ -237,7 +238,7 @@ impl Follower {
         self.phase = Phase::History {
             cursor: Box::new(self.cursor(bounds, None)),
             until,
-            _turn: turn.expect("the semaphore is never closed"),
+            _turn: turn,
         };
         Ok(())
     }
@@ -271,6 +272,12 @@ impl Follower {
             sending: Arc::new(Semaphore::new(1)),
         }
     }
+}
+
+/// `None` when there is none until the read deadline.
+async fn turn_to_read_history(app: &App) -> Option<OwnedSemaphorePermit> {
+    let turn = app.followers.catching_up.clone().acquire_owned();
+    timeout(app.read_deadline, turn).await.ok()?.ok()
 }
 
 /// The part of a body that comes from the window.

@@ -55,11 +55,17 @@ pub(crate) fn negotiate(headers: &HeaderMap, offer: &[Format]) -> Result<Format,
     })
 }
 
-/// Whether the `Accept` headers prefer `text/html` to every format.
+/// Whether the `Accept` headers prefer `text/html` to every format of a GET of the log.
 pub(crate) fn prefers_html(headers: &HeaderMap) -> bool {
     let html = MediaType::new(names::TEXT, names::HTML);
-    let [json, ndjson, text] = [Format::Json, Format::Ndjson, Format::Text].map(Format::media_type);
-    preferred(headers, &[json, ndjson, text, html]) == Some(3)
+    let formats = [
+        Format::Json,
+        Format::Ndjson,
+        Format::Text,
+        Format::EventStream,
+    ];
+    let [json, ndjson, text, events] = formats.map(Format::media_type);
+    preferred(headers, &[json, ndjson, text, events, html]) == Some(4)
 }
 
 /// The index of the type that the `Accept` headers prefer; without them the first.

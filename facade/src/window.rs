@@ -145,11 +145,17 @@ impl Window {
         while let Part::Entries(lines, _) = part {
             bytes += lines.len();
             self.state.send_if_modified(|state| state.add(&lines));
+            if self.has_failed() {
+                return Ok(bytes);
+            }
             part = cursor.next().await?;
         }
         if poll == Poll::Settle {
             self.state.send_modify(|state| {
-                state.settle(cursor.settled());
+                // No further than it has read: each instance ends a poll by its own clock.
+                let end = cursor.bounds().before;
+                let settled = cursor.settled();
+                state.settle(settled.map(|settled| end.map_or(settled, |end| settled.min(end))));
                 if state.settled.is_some() {
                     state.completed = number;
                 }
@@ -382,7 +388,8 @@ impl State {
             return;
         };
         if self.settled.is_none() {
-            self.floor = settled;
+            // Above it if the first poll found more than the window holds.
+            self.floor = self.floor.max(settled);
         }
         self.settled = self.settled.max(Some(settled));
         self.unsettled = self.unsettled.split_off(&self.settled());
@@ -438,6 +445,21 @@ mod tests {
         state.add(&lines(numbers, 1));
         state.settle(Some(uuid(settled)));
         state
+    }
+
+    /// The first poll of a busy log: what it found and could not keep must be read as history.
+    #[test]
+    fn what_the_first_poll_could_not_keep_is_not_skipped() {
+        let mut state = State::default();
+        state.add(&lines(&[11], MAX_BYTES));
+        state.add(&lines(&[12], MAX_BYTES));
+        state.settle(Some(uuid(10)));
+        assert_eq!(state.next_after(uuid(10)), Next::Wait);
+        let history = Newest::History {
+            count: 0,
+            settled: uuid(10),
+        };
+        assert_eq!(state.newest(1, uuid(0)), history);
     }
 
     #[test]

@@ -24,7 +24,7 @@ use tracing::{Instrument, Span, debug_span};
 use uuid::Uuid;
 
 use crate::error::{busy, no_entry, unreadable};
-use crate::map::{Cursor, DistributedMap, MAX_AHEAD, MAX_SKEW, MapError, PieceLimit, READ_AHEAD};
+use crate::map::{Cursor, MAX_AHEAD, MAX_SKEW, MapError, PieceLimit, READ_AHEAD};
 use crate::state::{App, MAX_READS};
 
 /// Budget for the pieces of all reads, in bytes: the more reads, the smaller their pieces.
@@ -68,10 +68,18 @@ pub(crate) async fn list(
     let mut settled = None;
     if let Some(poll) = query.poll {
         if poll == Poll::Settle {
-            settled = settled_position(&*app.map).await;
+            settled = match (app.map.settled().await, bounds.after) {
+                (Ok(settled), _) => Some(first_uuid_at(settled)),
+                // A process that hangs holds the map's write lock, for example: it is readable all the same.
+                (Err(error), Some(_)) => {
+                    tracing::warn!(%error, "the map does not tell what is settled");
+                    None
+                }
+                (Err(error), None) => return Err(unreadable(error)),
+            };
             bounds.after = bounds.after.or(settled);
         }
-        bounds = bounds.ending_before(end_of_poll());
+        bounds = bounds.ending_before(end_of_poll().max(settled.unwrap_or_default()));
     } else if bounds.needs_end(SystemTime::now()) {
         // Entries that are stored from now on are left out, or a slow reader would never finish.
         let last = app.map.last().await.map_err(unreadable)?;
@@ -117,18 +125,6 @@ pub(crate) async fn list(
 /// The span of the map's work on a read.
 fn map_span() -> Span {
     debug_span!(target: TRACES, "read the map")
-}
-
-/// `None` when the map cannot tell, for example because a process that hangs holds its write lock:
-/// it may still be readable.
-async fn settled_position(map: &dyn DistributedMap) -> Option<Uuid> {
-    match map.settled().await {
-        Ok(settled) => Some(first_uuid_at(settled)),
-        Err(error) => {
-            tracing::warn!(%error, "the map does not tell what is settled: followers may have to wait");
-            None
-        }
-    }
 }
 
 /// No entry can have a later time while a poll begins. So polls end, without a look at the newest
