@@ -321,10 +321,8 @@ fn list() -> Operation {
         "Read the messages",
         "All messages within the bounds, in the order of their UUIDs, and the reply of the messages \
          service. The body is streamed; one that cannot be finished is cut, and one that ends \
-         properly holds everything, as its `count` proves. A client that prefers `text/html` gets the \
-         page at `/console`. One that accepts `text/event-stream`, or sends `follow=true` with NDJSON or \
-         text, gets the messages and then new ones as they are stored, a body without end; `tail=N` \
-         begins it with the newest N.",
+         properly holds everything, as its `count` proves. With `text/event-stream`, or `follow`, \
+         new messages come after these, as they are stored, and the body has no end.",
     );
     let order = string()
         .enum_values(Some(["asc", "desc"]))
@@ -348,6 +346,24 @@ fn list() -> Operation {
              continue from, as `after` when ascending, as `before` when descending.",
             limit,
         ))
+        .parameter(query(
+            "follow",
+            "Go on with new messages, in NDJSON or text; not with `before`, `until`, `limit` and `desc`.",
+            ObjectBuilder::new().schema_type(Type::Boolean),
+        ))
+        .parameter(query(
+            "tail",
+            "When following: begin with so many of the newest messages.",
+            ObjectBuilder::new()
+                .schema_type(Type::Integer)
+                .minimum(Some(0)),
+        ))
+        .parameter(parameter(
+            "last-event-id",
+            ParameterIn::Header,
+            "When following: the `id` of the last event, behind which to go on.",
+            uuid(),
+        ))
         .response("200", merged())
         .problem(
             400,
@@ -363,10 +379,11 @@ fn list() -> Operation {
         )
         .problem(
             406,
-            "The formats are JSON, which is the default, NDJSON and plain text.",
+            "The formats are JSON, which is the default, NDJSON, plain text and events.",
             [(
                 "image",
-                "accept one of: application/json, application/x-ndjson, text/plain; charset=utf-8",
+                "accept one of: application/json, application/x-ndjson, text/plain; charset=utf-8, \
+                 text/event-stream",
             )],
         )
         .problem(500, FAULT, [])
@@ -435,6 +452,23 @@ fn merged() -> ResponseBuilder {
                     "all",
                     json!(format!("{FIRST} hello\n{SECOND} still here\n2 messages\n{reply}\n")),
                 )],
+            ),
+        )
+        .content(
+            Format::EventStream.content_type(),
+            content(
+                string().description(Some(
+                    "An event `message` for each message, an `Entry`, with a settled position as its `id`: \
+                     everything up to that has been sent on this connection.",
+                )),
+                [],
+            ),
+        )
+        .content(
+            "text/html",
+            content(
+                string().description(Some("The page at `/console`, for who prefers it.")),
+                [],
             ),
         )
 }
