@@ -263,6 +263,7 @@ impl Follower {
             format: self.format,
             position: self.position,
             next,
+            taken: Bytes::new(),
             wanted: Wanted::All,
             // The first comment gives a position before there is a message.
             keep_alive: match self.format {
@@ -288,6 +289,9 @@ struct NewMessages {
     position: Uuid,
     /// The number of the next arrival.
     next: u64,
+    /// What was taken of the arrivals before it and is not sent yet. A large message is sent in pieces: with a
+    /// whole one on its way, hyper would not ask for more, and the follower could not be cut.
+    taken: Bytes,
     wanted: Wanted,
     /// When the next line that says nothing is due.
     keep_alive: Instant,
@@ -319,8 +323,11 @@ impl NewMessages {
         };
         let turn = turn.expect("the semaphore is never closed");
         loop {
-            let bytes = self.take_arrivals()?;
-            if !bytes.is_empty() {
+            if self.taken.is_empty() {
+                self.taken = self.take_arrivals()?.into();
+            }
+            if !self.taken.is_empty() {
+                let bytes = self.taken.split_to(self.taken.len().min(PIECE));
                 return Ok(Bytes::from_owner(Piece { bytes, _turn: turn }));
             }
             tokio::select! {
@@ -370,7 +377,7 @@ fn require_kept(state: &State, next: u64) -> Result<(), Cut> {
 
 /// Bytes that keep a follower's turn until they are sent, so that only one piece of it is in memory.
 struct Piece {
-    bytes: Vec<u8>,
+    bytes: Bytes,
     _turn: OwnedSemaphorePermit,
 }
 
