@@ -1,8 +1,13 @@
 //! GETs that follow the log: what is delivered, once and without a gap, and what bounds them.
 
-use std::collections::{BTreeMap, BTreeSet};
+/// While instances and primaries die.
+mod failover;
+/// A follower that checks each event.
+mod follower;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
@@ -18,104 +23,19 @@ use facade::identifiers::Identifiers;
 use facade::pool::Pool;
 use facade::upstream::UpstreamError;
 use facade::{App, Config, router};
-use futures_util::stream::BoxStream;
 use futures_util::{StreamExt, stream};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use reqwest::{Client, Response};
+use reqwest::Response;
 use serde_json::Value;
-use testing::engine::Engine;
-use testing::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
-use testing::redis_servers::RedisCluster;
-use tokio::task::JoinSet;
+use testing::process::{LOOK_AGAIN, PATIENCE};
 use tokio::time::{sleep, timeout};
 use tower::ServiceExt;
 use uuid::{Builder, Uuid};
 
-use crate::load::Load;
+use self::follower::Follower;
 use crate::processes::Processes;
-use crate::system::{System, engine_under_test, instances_with_settle, problem};
-
-/// A follower of server-sent events, which checks the form of each.
-struct Follower {
-    body: BoxStream<'static, reqwest::Result<Bytes>>,
-    read: String,
-    /// The last id, as a browser remembers it.
-    id: Option<Uuid>,
-}
-
-impl Follower {
-    async fn start(http: &Client, url: &str, last_event_id: Option<Uuid>) -> Self {
-        let mut request = http.get(url).header("accept", "text/event-stream");
-        if let Some(id) = last_event_id {
-            request = request.header("last-event-id", id.to_string());
-        }
-        let response = request.send().await.unwrap();
-        assert_eq!(response.status(), 200);
-        assert_eq!(response.headers()["content-type"], "text/event-stream");
-        assert_eq!(response.headers()["cache-control"], "no-store");
-        assert_eq!(response.headers()["x-accel-buffering"], "no");
-        Self {
-            body: response.bytes_stream().boxed(),
-            read: String::new(),
-            id: last_event_id,
-        }
-    }
-
-    async fn of(system: &System, query: &str) -> Self {
-        Self::start(&system.http, &format!("{}/{query}", system.url), None).await
-    }
-
-    /// The next message; `None` at the end of the body, an error when it is cut.
-    async fn try_next(&mut self) -> reqwest::Result<Option<Entry>> {
-        let next = timeout(PATIENCE, self.read_next()).await;
-        next.expect("a message comes, or the end")
-    }
-
-    async fn read_next(&mut self) -> reqwest::Result<Option<Entry>> {
-        loop {
-            if let Some((block, rest)) = self.read.split_once("\n\n") {
-                let lines: Vec<String> = block.lines().map(str::to_owned).collect();
-                self.read = rest.to_owned();
-                if let Some(entry) = self.take(&lines) {
-                    return Ok(Some(entry));
-                }
-                continue;
-            }
-            match self.body.next().await {
-                Some(piece) => self.read += std::str::from_utf8(&piece?).unwrap(),
-                None => return Ok(None),
-            }
-        }
-    }
-
-    fn take(&mut self, lines: &[String]) -> Option<Entry> {
-        let field = |line: &String, name: &str| {
-            let value = line.strip_prefix(name)?.strip_prefix(": ")?;
-            Some(value.to_owned())
-        };
-        if let Some(id) = lines.iter().find_map(|line| field(line, "id")) {
-            let id = id.parse().unwrap();
-            assert!(Some(id) >= self.id, "the position goes back");
-            self.id = Some(id);
-        }
-        let data = lines.iter().find_map(|line| field(line, "data"))?;
-        assert_eq!(field(&lines[0], "event").as_deref(), Some("message"));
-        Some(serde_json::from_str(&data).unwrap())
-    }
-
-    async fn next(&mut self) -> Entry {
-        self.try_next().await.unwrap().expect("the body goes on")
-    }
-
-    async fn messages(&mut self, count: usize) -> Vec<String> {
-        let mut messages = Vec::new();
-        while messages.len() < count {
-            messages.push(self.next().await.msg);
-        }
-        messages
-    }
-}
+use crate::system::{System, instances_with_settle, problem};
 
 /// Posts a message under a key of so many milliseconds ago.
 async fn store_late(system: &System, millis: u64, msg: &str) -> Uuid {
@@ -401,121 +321,6 @@ async fn followers_end_when_the_facade_stops() {
     assert_eq!(follower.try_next().await.unwrap(), None);
     let stopped = tokio::task::spawn_blocking(move || system.facade.wait().success());
     assert!(timeout(PATIENCE, stopped).await.unwrap().unwrap());
-}
-
-/// Messages from two facades while instances are killed one after the other, and on a cluster a
-/// primary once: a follower that stays gets each exactly once, one that comes back again and again
-/// misses none. `FOLLOWED_MESSAGES` sets how many there are.
-#[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_skipped_or_repeated_while_instances_die() {
-    let messages = std::env::var("FOLLOWED_MESSAGES");
-    let messages: u64 = messages.map_or(6_000, |count| count.parse().unwrap());
-    let mut cluster = None;
-    let mut system = match engine_under_test() {
-        Engine::RedisCluster => {
-            let started = cluster.insert(RedisCluster::start());
-            Processes::on_map(&["--map", &started.url()], &[])
-        }
-        _ => Processes::start(),
-    };
-    let second = Process::start(system.another_facade(&[]), free_address());
-    let urls = [system.facade.url(), second.url()];
-    let (stayed, returned) = (Received::default(), Received::default());
-    let connections = Arc::new(AtomicU64::new(0));
-    let staying = stay(system.http.clone(), urls[0].clone(), stayed.clone());
-    let returning = come_back(
-        system.http.clone(),
-        urls[1].clone(),
-        returned.clone(),
-        connections.clone(),
-    );
-    let mut following = JoinSet::new();
-    following.spawn(staying);
-    following.spawn(returning);
-    let loads = urls.each_ref().map(|url| Load::start(&system.http, url));
-    const ROUNDS: u64 = 6;
-    for round in 0..ROUNDS {
-        for load in &loads {
-            load.wait_for_more(messages / ROUNDS / 4).await;
-        }
-        let victim = round as usize % 3;
-        system.logging[victim].kill();
-        if let Some(cluster) = cluster.as_mut().filter(|_| round == 2) {
-            cluster.nodes[0].kill();
-        }
-        for load in &loads {
-            load.wait_for_more(messages / ROUNDS / 4).await;
-        }
-        if let Some(cluster) = cluster.as_mut().filter(|_| round == 2) {
-            cluster.nodes[0].restart();
-            cluster.wait_until_whole();
-        }
-        system.restart_logging(victim);
-    }
-    let mut acknowledged = BTreeMap::new();
-    for load in loads {
-        acknowledged.extend(load.finish().await.0.acknowledged);
-    }
-    let connections = connections.load(Ordering::Relaxed);
-    println!(
-        "{} acknowledged; {connections} connections",
-        acknowledged.len()
-    );
-    assert!(connections > 5, "it came back {connections} times");
-    for (received, who) in [(stayed, "staying"), (returned, "returning")] {
-        let skipped = || {
-            let received = received.lock().unwrap();
-            let mut acknowledged = acknowledged.iter();
-            let skipped = acknowledged.find(|(uuid, msg)| received.get(uuid) != Some(msg));
-            skipped.map(|(uuid, _)| *uuid)
-        };
-        let waiting = async {
-            while skipped().is_some() {
-                if let Some(failed) = following.try_join_next() {
-                    let log = system.facade.log().into_iter();
-                    let cuts: Vec<String> = log.filter(|line| line.contains("cut")).collect();
-                    panic!("{failed:?}, {cuts:#?}");
-                }
-                sleep(LOOK_AGAIN).await;
-            }
-        };
-        let waited = timeout(PATIENCE, waiting).await;
-        assert!(
-            waited.is_ok(),
-            "{:?} was skipped by the {who} follower",
-            skipped()
-        );
-    }
-    assert!(following.try_join_next().is_none(), "a follower has failed");
-}
-
-type Received = Arc<Mutex<BTreeMap<Uuid, String>>>;
-
-async fn stay(http: Client, url: String, received: Received) {
-    let mut follower = Follower::start(&http, &url, None).await;
-    loop {
-        let entry = follower.next().await;
-        let before = received.lock().unwrap().insert(entry.uuid, entry.msg);
-        assert_eq!(before, None, "{} came twice", entry.uuid);
-    }
-}
-
-/// Begins a new connection after some hundred messages.
-async fn come_back(http: Client, url: String, received: Received, connections: Arc<AtomicU64>) {
-    let mut last_id = None;
-    loop {
-        connections.fetch_add(1, Ordering::Relaxed);
-        let mut follower = Follower::start(&http, &url, last_id).await;
-        let mut here = BTreeSet::new();
-        let mut news = 0;
-        while news < 400 {
-            let entry = follower.next().await;
-            assert!(here.insert(entry.uuid), "{} came twice", entry.uuid);
-            let before = received.lock().unwrap().insert(entry.uuid, entry.msg);
-            news += u32::from(before.is_none());
-        }
-        last_id = follower.id;
-    }
 }
 
 /// On tokio's paused clock: an empty line, or a comment, each 15 s; about twenty polls a second

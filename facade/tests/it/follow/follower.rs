@@ -1,0 +1,93 @@
+//! A follower of server-sent events.
+
+use bytes::Bytes;
+use common::entry::Entry;
+use futures_util::StreamExt;
+use futures_util::stream::BoxStream;
+use reqwest::Client;
+use testing::process::PATIENCE;
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use crate::system::System;
+
+/// A follower of server-sent events, which checks the form of each.
+pub(super) struct Follower {
+    body: BoxStream<'static, reqwest::Result<Bytes>>,
+    read: String,
+    /// The last id, as a browser remembers it.
+    pub(super) id: Option<Uuid>,
+}
+
+impl Follower {
+    pub(super) async fn start(http: &Client, url: &str, last_event_id: Option<Uuid>) -> Self {
+        let mut request = http.get(url).header("accept", "text/event-stream");
+        if let Some(id) = last_event_id {
+            request = request.header("last-event-id", id.to_string());
+        }
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        assert_eq!(response.headers()["cache-control"], "no-store");
+        assert_eq!(response.headers()["x-accel-buffering"], "no");
+        Self {
+            body: response.bytes_stream().boxed(),
+            read: String::new(),
+            id: last_event_id,
+        }
+    }
+
+    pub(super) async fn of(system: &System, query: &str) -> Self {
+        Self::start(&system.http, &format!("{}/{query}", system.url), None).await
+    }
+
+    /// The next message; `None` at the end of the body, an error when it is cut.
+    pub(super) async fn try_next(&mut self) -> reqwest::Result<Option<Entry>> {
+        let next = timeout(PATIENCE, self.read_next()).await;
+        next.expect("a message comes, or the end")
+    }
+
+    async fn read_next(&mut self) -> reqwest::Result<Option<Entry>> {
+        loop {
+            if let Some((block, rest)) = self.read.split_once("\n\n") {
+                let lines: Vec<String> = block.lines().map(str::to_owned).collect();
+                self.read = rest.to_owned();
+                if let Some(entry) = self.take(&lines) {
+                    return Ok(Some(entry));
+                }
+                continue;
+            }
+            match self.body.next().await {
+                Some(piece) => self.read += std::str::from_utf8(&piece?).unwrap(),
+                None => return Ok(None),
+            }
+        }
+    }
+
+    fn take(&mut self, lines: &[String]) -> Option<Entry> {
+        let field = |line: &String, name: &str| {
+            let value = line.strip_prefix(name)?.strip_prefix(": ")?;
+            Some(value.to_owned())
+        };
+        if let Some(id) = lines.iter().find_map(|line| field(line, "id")) {
+            let id = id.parse().unwrap();
+            assert!(Some(id) >= self.id, "the position goes back");
+            self.id = Some(id);
+        }
+        let data = lines.iter().find_map(|line| field(line, "data"))?;
+        assert_eq!(field(&lines[0], "event").as_deref(), Some("message"));
+        Some(serde_json::from_str(&data).unwrap())
+    }
+
+    pub(super) async fn next(&mut self) -> Entry {
+        self.try_next().await.unwrap().expect("the body goes on")
+    }
+
+    pub(super) async fn messages(&mut self, count: usize) -> Vec<String> {
+        let mut messages = Vec::new();
+        while messages.len() < count {
+            messages.push(self.next().await.msg);
+        }
+        messages
+    }
+}
