@@ -14,14 +14,14 @@ use std::str::FromStr;
 
 use uuid::Uuid;
 
-pub use put::{Batch, EncodedEntry, MAX_BATCH_BYTES, PutEntry, PutResult};
+pub use put::{Batch, EncodedEntry, MAX_BATCH_BYTES, Posted, PutEntry, PutResult};
 pub use stats::{InstanceStats, MapStats, MemberStats, OutcomeCounts, Role, timestamp};
 pub use stream::{EntryLine, Poll, READ_END, READ_SETTLED, ReadQuery, StreamEnd, write_entry};
 
 /// The header of every response of a logging instance. Its value is a [`Mark`].
 pub const MARK: &str = "x-message-log";
 
-/// The version of the wire.
+/// The version of the wire. Raise it when one side would misread the other of the version before.
 pub const WIRE_VERSION: u32 = 2;
 
 /// Proves that a logging instance that speaks [`WIRE_VERSION`] wrote the response, and names the map

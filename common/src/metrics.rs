@@ -9,7 +9,7 @@ use axum::extract::{MatchedPath, Request};
 use axum::http::{HeaderMap, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use metrics::{Unit, describe_histogram, histogram};
+use metrics::{describe_gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use metrics_process::Collector;
 use metrics_util::MetricKindMask;
@@ -56,11 +56,10 @@ static RECORDER: LazyLock<PrometheusHandle> = LazyLock::new(|| {
 /// before. Must be called within a runtime, which keeps the recorder's memory bounded.
 pub fn install() {
     LazyLock::force(&RECORDER);
-    describe_histogram!(
+    describe(&[(
         REQUEST_DURATION,
-        Unit::Seconds,
-        "Time until the head of an answer, by method, route and status."
-    );
+        "Time until the head of an answer, by method, route and status.",
+    )]);
     Collector::default().describe();
     tokio::spawn(async {
         let mut ticks = tokio::time::interval(UPKEEP);
@@ -69,6 +68,14 @@ pub fn install() {
             RECORDER.run_upkeep();
         }
     });
+}
+
+/// Gives each metric, by its name, a sentence that a scrape shows. Its unit is in its name.
+pub fn describe(metrics: &[(&'static str, &'static str)]) {
+    for (name, sentence) in metrics {
+        // The recorder keeps one sentence for a name and takes the kind from what is recorded.
+        describe_gauge!(*name, *sentence);
+    }
 }
 
 /// The answer to `GET /metrics`: Prometheus's text format, or OpenMetrics if the request accepts it.

@@ -211,14 +211,9 @@ async fn send_batches(client: Arc<dyn LoggingApi>, health: Arc<Health>, shared: 
     let batch_entries = histogram!(BATCH_ENTRIES, "upstream" => health.name().to_owned());
     let batch_duration = histogram!(BATCH_DURATION, "upstream" => health.name().to_owned());
     while let Some(batch) = shared.next_batch().await {
-        // Each entry has a separator, the last one the end.
-        let bytes: usize = batch.iter().map(|queued| queued.entry.len() + 1).sum();
-        let mut body = Batch::with_capacity(bytes + 1);
-        let mut replies = Vec::with_capacity(batch.len());
-        for queued in batch {
-            body.push(&queued.entry);
-            replies.push(queued.reply);
-        }
+        let body = Batch::of(batch.iter().map(|queued| &queued.entry));
+        let bytes = body.len();
+        let replies: Vec<Reply> = batch.into_iter().map(|queued| queued.reply).collect();
         let began = Instant::now();
         let answer = require_all(client.put(body).await, replies.len());
         batch_entries.record(replies.len() as f64);

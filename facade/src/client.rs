@@ -177,7 +177,7 @@ impl LoggingApi for LoggingClient {
             .clients
             .requests
             .post(self.base.clone())
-            .header(header::CONTENT_TYPE, "application/json")
+            .header(header::CONTENT_TYPE, Batch::CONTENT_TYPE)
             .body(batch.into_body());
         let response = require_success(self.send(request).await?).await?;
         let body = read_body(response, MAX_OUTCOMES_BODY).await?;

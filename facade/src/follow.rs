@@ -266,9 +266,9 @@ impl Follower {
             taken: Bytes::new(),
             wanted: Wanted::All,
             // The first comment gives a position before there is a message.
-            keep_alive: match self.format {
-                Format::EventStream => Instant::now(),
-                Format::Json | Format::Ndjson | Format::Text => Instant::now() + KEEP_ALIVE,
+            keep_alive: match self.format == Format::EventStream {
+                true => Instant::now(),
+                false => Instant::now() + KEEP_ALIVE,
             },
             sending: Arc::new(Semaphore::new(1)),
         }

@@ -24,6 +24,18 @@ pub enum Format {
 }
 
 impl Format {
+    /// Those of a GET of the log; the first is the default.
+    pub(crate) const OF_THE_LOG: [Self; 4] =
+        [Self::Json, Self::Ndjson, Self::Text, Self::EventStream];
+
+    /// Whether a body can go on without an end.
+    pub(crate) fn can_be_followed(self) -> bool {
+        match self {
+            Self::Json => false,
+            Self::Ndjson | Self::Text | Self::EventStream => true,
+        }
+    }
+
     pub fn content_type(self) -> &'static str {
         match self {
             Self::Json => "application/json",
@@ -48,24 +60,22 @@ impl Format {
 pub(crate) fn negotiate(headers: &HeaderMap, offer: &[Format]) -> Result<Format, Problem> {
     let available: Vec<MediaType<'_>> = offer.iter().map(|format| format.media_type()).collect();
     let chosen = preferred(headers, &available);
-    chosen.map(|index| offer[index]).ok_or_else(|| {
-        let offered: Vec<&str> = offer.iter().map(|format| format.content_type()).collect();
-        let detail = format!("accept one of: {}", offered.join(", "));
-        Problem::new(StatusCode::NOT_ACCEPTABLE, detail)
-    })
+    let chosen = chosen.map(|index| offer[index]);
+    chosen.ok_or_else(|| Problem::new(StatusCode::NOT_ACCEPTABLE, accept_one_of(offer)))
+}
+
+/// The detail of a 406.
+pub(crate) fn accept_one_of(offer: &[Format]) -> String {
+    let offered: Vec<&str> = offer.iter().map(|format| format.content_type()).collect();
+    format!("accept one of: {}", offered.join(", "))
 }
 
 /// Whether the `Accept` headers prefer `text/html` to every format of a GET of the log.
 pub(crate) fn prefers_html(headers: &HeaderMap) -> bool {
     let html = MediaType::new(names::TEXT, names::HTML);
-    let formats = [
-        Format::Json,
-        Format::Ndjson,
-        Format::Text,
-        Format::EventStream,
-    ];
-    let [json, ndjson, text, events] = formats.map(Format::media_type);
-    preferred(headers, &[json, ndjson, text, events, html]) == Some(4)
+    let mut available = Format::OF_THE_LOG.map(Format::media_type).to_vec();
+    available.push(html);
+    preferred(headers, &available) == Some(Format::OF_THE_LOG.len())
 }
 
 /// The index of the type that the `Accept` headers prefer; without them the first.

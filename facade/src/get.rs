@@ -28,14 +28,6 @@ use crate::pool::{Instance, is_worth_waiting};
 use crate::read::{self, Read};
 use crate::state::App;
 
-/// The formats of the log; the first is the default.
-const FORMATS: [Format; 4] = [
-    Format::Json,
-    Format::Ndjson,
-    Format::Text,
-    Format::EventStream,
-];
-
 /// Unknown fields are ignored, because the first client of this system sends some.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub(crate) struct ListQuery {
@@ -81,7 +73,7 @@ pub(crate) async fn list(
         return Err(Problem::bad_request("limit must be at least 1"));
     }
     let bounds = query.bounds(SystemTime::now());
-    let format = negotiate(&headers, &FORMATS)?;
+    let format = negotiate(&headers, &Format::OF_THE_LOG)?;
     let request_id = request_id(&headers).map(str::to_owned);
     if query.follow || format == Format::EventStream {
         let follow = Follow {
@@ -112,8 +104,9 @@ pub(crate) async fn list(
 
 /// Checks that a follower asks for nothing that would end it, as a following body has no end.
 fn following(follow: Follow, bounds: Bounds, limit: Option<u64>) -> Result<Follow, Problem> {
-    let refusal = if follow.format == Format::Json {
-        "a JSON array cannot be followed: accept text/event-stream, application/x-ndjson or text/plain"
+    let refusal = if !follow.format.can_be_followed() {
+        "this format has an end and cannot be followed: accept text/event-stream, application/x-ndjson or \
+         text/plain"
     } else if limit.is_some() {
         "limit cannot be combined with following; tail=N begins with the newest N messages"
     } else if bounds.before.is_some() {

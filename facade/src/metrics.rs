@@ -1,7 +1,7 @@
 //! `GET /metrics`: what the facade measures besides requests. What only a scrape needs is read then;
 //! the rest is counted where it happens.
 
-use ::metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge};
+use ::metrics::{counter, gauge};
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::Response;
@@ -10,21 +10,15 @@ use common::metrics;
 use crate::judge::Trouble;
 use crate::state::App;
 
-/// Entries in a batch, by instance.
 pub(crate) const BATCH_ENTRIES: &str = "facade_batch_entries";
-/// From sending a batch to its answer or failure, by instance.
 pub(crate) const BATCH_DURATION: &str = "facade_batch_duration_seconds";
-/// Further tries of messages, by the reason: a [`Trouble`], or [`HEDGE`].
+/// By the reason: a [`Trouble`], or [`HEDGE`].
 pub(crate) const REPEATS: &str = "facade_repeats_total";
 /// The reason of a second try beside a slow first one.
 pub(crate) const HEDGE: &str = "hedge";
-/// How often an instance went down.
 pub(crate) const INSTANCE_FAILURES: &str = "facade_instance_failures_total";
-/// GETs that went on in the middle on another instance.
 pub(crate) const READS_RESUMED: &str = "facade_reads_resumed_total";
-/// GETs whose body was aborted.
 pub(crate) const READS_ABORTED: &str = "facade_reads_aborted_total";
-
 const INSTANCE_UP: &str = "facade_instance_up";
 const QUEUE: &str = "facade_queue_bytes";
 const FREE_PERMITS: &str = "facade_free_permits";
@@ -32,45 +26,34 @@ const FREE_MEMORY: &str = "facade_free_memory_bytes";
 const POSTED: &str = "facade_posted_bytes_total";
 const READ: &str = "facade_read_bytes_total";
 
-/// Gives each metric its unit and a sentence, and the counters that alerts look at a first value.
+/// Describes the metrics, and gives the counters that alerts look at a first value.
 pub(crate) fn describe() {
-    let none = Unit::Count;
-    describe_histogram!(BATCH_ENTRIES, none, "Entries in a batch to an instance.");
-    describe_histogram!(
-        BATCH_DURATION,
-        Unit::Seconds,
-        "Time from sending a batch to an instance to its answer or failure."
-    );
-    describe_counter!(
-        REPEATS,
-        none,
-        "Further tries of messages, by the reason; hedge is a second one beside a slow first."
-    );
-    describe_counter!(INSTANCE_FAILURES, none, "How often an instance went down.");
-    describe_counter!(READS_RESUMED, none, "GETs continued on another instance.");
-    describe_counter!(READS_ABORTED, none, "GETs that no instance could continue.");
-    describe_gauge!(
-        INSTANCE_UP,
-        none,
-        "1 while an instance gets messages, or 0."
-    );
-    describe_gauge!(QUEUE, Unit::Bytes, "Entries that wait for a batch.");
-    describe_gauge!(
-        FREE_PERMITS,
-        none,
-        "Further requests of a kind that would be served now."
-    );
-    describe_gauge!(
-        FREE_MEMORY,
-        Unit::Bytes,
-        "What is left of the memory for single messages."
-    );
-    describe_counter!(
-        POSTED,
-        Unit::Bytes,
-        "Bytes of the messages that were stored."
-    );
-    describe_counter!(READ, Unit::Bytes, "Bytes of GETs of the log.");
+    metrics::describe(&[
+        (BATCH_ENTRIES, "Entries in a batch to an instance."),
+        (
+            BATCH_DURATION,
+            "Time from sending a batch to an instance to its answer or failure.",
+        ),
+        (
+            REPEATS,
+            "Further tries of messages, by the reason; hedge is a second one beside a slow first.",
+        ),
+        (INSTANCE_FAILURES, "How often an instance went down."),
+        (READS_RESUMED, "GETs continued on another instance."),
+        (READS_ABORTED, "GETs that no instance could continue."),
+        (INSTANCE_UP, "1 while an instance gets messages, or 0."),
+        (QUEUE, "Entries that wait for a batch."),
+        (
+            FREE_PERMITS,
+            "Further requests of a kind that would be served now.",
+        ),
+        (
+            FREE_MEMORY,
+            "What is left of the memory for single messages.",
+        ),
+        (POSTED, "Bytes of the messages that were stored."),
+        (READ, "Bytes of GETs of the log."),
+    ]);
     for name in [READS_RESUMED, READS_ABORTED] {
         counter!(name).increment(0);
     }

@@ -51,6 +51,9 @@ const DISCARD_FOR: Duration = Duration::from_secs(2);
 /// The most results in one chunk of a streamed reply.
 const RESULTS_PER_CHUNK: usize = 256;
 
+/// The formats of a reply: the summary, or a result for each line.
+pub(crate) const REPLY_FORMATS: [Format; 2] = [Format::Json, Format::Ndjson];
+
 /// Stores each line of the body. The reply is a summary after the last line, because many clients
 /// read nothing before they have sent everything; as NDJSON it streams each line's result at once.
 pub(crate) async fn create(app: App, headers: &HeaderMap, body: Body) -> Result<Response, Problem> {
@@ -62,12 +65,12 @@ pub(crate) async fn create(app: App, headers: &HeaderMap, body: Body) -> Result<
     let permit = app.uploads.clone().try_acquire_owned();
     let permit = permit.map_err(|_| too_many("uploads").with("stored", "no"))?;
     let permit: Held = Arc::new(permit);
-    let reply = negotiate(headers, &[Format::Json, Format::Ndjson])?;
+    let reply = negotiate(headers, &REPLY_FORMATS)?;
     let request_id = request_id(headers).map(str::to_owned);
     let results = store_lines(app, body, request_id, permit.clone());
-    let answer = match reply {
-        Format::Ndjson => stream_results(results),
-        Format::Json | Format::Text | Format::EventStream => summarize(results).await?,
+    let answer = match reply == Format::Ndjson {
+        true => stream_results(results),
+        false => summarize(results).await?,
     };
     Ok(holding(answer, permit))
 }

@@ -65,7 +65,8 @@ impl Config {
     /// # Errors
     /// When flags contradict each other, as a line for the operator.
     pub fn map_options(&self) -> Result<Options, String> {
-        if matches!(self.map, Location::Lmdb(_)) && self.backups.is_some_and(|count| count > 0) {
+        let has_replicas = matches!(self.map, Location::Redis(_));
+        if !has_replicas && self.backups.is_some_and(|count| count > 0) {
             return Err("an lmdb map keeps no replicas; write --backups 0".to_owned());
         }
         Ok(Options {

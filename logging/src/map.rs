@@ -41,7 +41,7 @@ impl FromStr for Location {
     }
 }
 
-/// Opens the map at `location`, on Redis without waiting for a server.
+/// Opens the map at `location`, on Redis without waiting for a server. All that open one location share a map.
 ///
 /// # Errors
 /// Why the map cannot be opened, for the operator.

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
-use common::api::{Batch, MAX_BATCH_BYTES, PutEntry, PutResult};
+use common::api::{Batch, MAX_BATCH_BYTES, Posted, PutEntry, PutResult};
 use common::body::{BodyError, NoMemory, Reservation, holding, read_body};
 use common::entry::{Entry, Outcome};
 use common::json::JsonLine;
@@ -25,10 +25,9 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
         BodyError::NoMemory => busy(),
         BodyError::TooLarge(_) | BodyError::TooSlow | BodyError::Broken => error.into(),
     })?;
-    let posted = Batch::decode(&body).map_err(Problem::bad_request)?;
-    let is_single = !body.trim_ascii_start().starts_with(b"[");
+    let Posted { entries, is_single } = Batch::decode(&body).map_err(Problem::bad_request)?;
     drop(body);
-    let posted = posted.into_iter().map(|put: PutEntry| {
+    let posted = entries.into_iter().map(|put: PutEntry| {
         let origin = Origin::new(put.request_id, put.traceparent.as_deref());
         let (uuid, msg) = (put.uuid, put.msg);
         (Entry { uuid, msg }, origin)

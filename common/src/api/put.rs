@@ -45,7 +45,7 @@ impl EncodedEntry {
     }
 }
 
-/// A batch of entries as the body of a request: a JSON array.
+/// A batch of entries as the body of a request: a JSON array. Nobody else knows its encoding.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
     array: Vec<u8>,
@@ -53,22 +53,25 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// An empty batch with memory for `bytes`.
-    pub fn with_capacity(bytes: usize) -> Self {
-        Self {
-            array: Vec::with_capacity(bytes),
+    /// The content type of the body.
+    pub const CONTENT_TYPE: &str = "application/json";
+
+    /// A batch of these entries.
+    pub fn of<'entry>(entries: impl Iterator<Item = &'entry EncodedEntry> + Clone) -> Self {
+        let bytes: usize = entries.clone().map(|entry| entry.len() + 1).sum();
+        let mut batch = Self {
+            array: Vec::with_capacity(bytes + 1),
             count: 0,
+        };
+        for entry in entries {
+            batch.array.push(if batch.count == 0 { b'[' } else { b',' });
+            batch.array.extend_from_slice(&entry.0);
+            batch.count += 1;
         }
+        batch
     }
 
-    /// Appends an entry.
-    pub fn push(&mut self, entry: &EncodedEntry) {
-        self.array.push(if self.count == 0 { b'[' } else { b',' });
-        self.array.extend_from_slice(&entry.0);
-        self.count += 1;
-    }
-
-    /// The bytes of the batch so far.
+    /// The bytes of its entries and their separators.
     #[allow(
         clippy::len_without_is_empty,
         reason = "an empty batch is sent as a trial"
@@ -93,12 +96,11 @@ impl Batch {
     /// # Errors
     /// When the body is malformed, has a UUID of another version, or an empty message: a sentence for
     /// the sender.
-    pub fn decode(body: &[u8]) -> Result<Vec<PutEntry>, String> {
-        let is_array = body.trim_ascii_start().starts_with(b"[");
-        let decoded = if is_array {
-            serde_json::from_slice(body)
-        } else {
-            serde_json::from_slice(body).map(|entry| vec![entry])
+    pub fn decode(body: &[u8]) -> Result<Posted, String> {
+        let is_single = !body.trim_ascii_start().starts_with(b"[");
+        let decoded = match is_single {
+            false => serde_json::from_slice(body),
+            true => serde_json::from_slice(body).map(|entry| vec![entry]),
         };
         let entries: Vec<PutEntry> = decoded.map_err(|error| {
             format!(
@@ -113,8 +115,17 @@ impl Batch {
                 return Err(format!("the message of {uuid} is empty"));
             }
         }
-        Ok(entries)
+        Ok(Posted { entries, is_single })
     }
+}
+
+/// What a request brings.
+#[derive(Clone, Debug)]
+pub struct Posted {
+    /// The entries, in order.
+    pub entries: Vec<PutEntry>,
+    /// Whether it is a single entry, whose response is a single result and not a list.
+    pub is_single: bool,
 }
 
 /// The result of a logging instance for one entry.
@@ -281,18 +292,20 @@ mod tests {
 
     #[test]
     fn batch_is_read_as_it_was_built() {
-        let mut batch = Batch::default();
-        assert_eq!(batch.clone().into_body(), b"[]");
+        assert_eq!(Batch::default().into_body(), b"[]");
         let entries = ["a", "b"].map(|msg| PutEntry {
             uuid: Uuid::now_v7(),
             msg: msg.to_owned(),
             request_id: None,
             traceparent: None,
         });
-        for entry in &entries {
-            batch.push(&entry.encode());
-        }
-        let read = Batch::decode(&batch.into_body()).expect("a batch");
+        let encoded = entries.each_ref().map(PutEntry::encode);
+        let batch = Batch::of(encoded.iter());
+        let Posted {
+            entries: read,
+            is_single,
+        } = Batch::decode(&batch.into_body()).expect("a batch");
+        assert!(!is_single);
         let parts = |entry: &PutEntry| (entry.uuid, entry.msg.clone());
         assert_eq!(
             read.iter().map(parts).collect::<Vec<_>>(),

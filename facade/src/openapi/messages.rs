@@ -17,8 +17,9 @@ use super::parts::{
     query, string, unavailable, unreadable, uuid, with,
 };
 use super::{FIRST, JSON, NDJSON, SECOND, TEXT};
-use crate::format::Format;
+use crate::format::{Format, accept_one_of};
 use crate::post::{IDEMPOTENCY_KEY, LOGGING_INSTANCE};
+use crate::upload::REPLY_FORMATS;
 
 /// `/`, where a message has at most `max_message` bytes.
 pub(crate) fn messages(max_message: usize) -> PathItem {
@@ -70,7 +71,7 @@ fn create(max_message: usize) -> Operation {
         .problem(
             406,
             "An upload is answered as JSON or NDJSON.",
-            [("text", "accept one of: application/json, application/x-ndjson")],
+            [("text", &accept_one_of(&REPLY_FORMATS))],
         )
         .problem(
             408,
@@ -300,11 +301,7 @@ fn list() -> Operation {
         .problem(
             406,
             "The formats are JSON, which is the default, NDJSON, plain text and events.",
-            [(
-                "image",
-                "accept one of: application/json, application/x-ndjson, text/plain; charset=utf-8, \
-                 text/event-stream",
-            )],
+            [("image", &accept_one_of(&Format::OF_THE_LOG))],
         )
         .problem(500, FAULT, [])
         .response("503", unreadable())

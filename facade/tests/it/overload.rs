@@ -100,7 +100,7 @@ struct Slow {
 #[async_trait]
 impl LoggingApi for Slow {
     async fn put(&self, batch: Batch) -> Result<Vec<PutResult>, UpstreamError> {
-        let entries = Batch::decode(&batch.into_body()).unwrap();
+        let entries = Batch::decode(&batch.into_body()).unwrap().entries;
         let count = u32::try_from(entries.len()).unwrap();
         self.sent.fetch_add(count.into(), Ordering::Relaxed);
         let storing = timeout(TRY_TIMEOUT, sleep(COST * count));

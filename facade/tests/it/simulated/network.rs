@@ -368,7 +368,7 @@ fn unmarked<T>(status: StatusCode) -> Result<T, UpstreamError> {
 #[async_trait]
 impl LoggingApi for Simulated {
     async fn put(&self, batch: Batch) -> Result<Vec<PutResult>, UpstreamError> {
-        let entries = Batch::decode(&batch.into_body()).unwrap();
+        let entries = Batch::decode(&batch.into_body()).unwrap().entries;
         self.call(move |network| network.put(&entries)).await
     }
 
