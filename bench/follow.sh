@@ -21,25 +21,19 @@ fi
 cargo build --release --locked --workspace --examples --bins
 
 source scripts/system.sh
+source bench/maps.sh
 folder=$(mktemp -d)
 stop_all() {
-    stop_system
-    if [[ $engine == cluster ]]; then scripts/cluster.sh wipe "$folder/cluster"; fi
+    stop TERM "${!pids[@]}"
+    if [[ -d $folder/cluster ]]; then scripts/cluster.sh wipe "$folder/cluster"; fi
     rm -rf "$folder"
 }
 trap stop_all EXIT
 
-case $engine in
-    lmdb) map=lmdb:$folder/map ;;
-    cluster) map=$(scripts/cluster.sh start "$folder/cluster" $((10000 + RANDOM % 10000))) ;;
-    *)
-        echo "error: $engine is no engine; write lmdb or cluster" >&2
-        exit 2
-        ;;
-esac
+start_map "$engine"
 start_system "$map"
-facade_pid=${pids[-1]}
-logging_pid=${pids[-2]}
+facade_pid=${pids[facade]}
+logging_pid=${pids[logging-1]}
 followers=target/release/examples/followers
 
 # In hundredths of a second.

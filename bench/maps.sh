@@ -34,6 +34,10 @@ start_map() {
             map=redis://127.0.0.1:$redis_port
             ;;
         cluster) map=$(scripts/cluster.sh start "$folder/cluster" $((10000 + RANDOM % 10000)) 2>"$folder/cluster.log") ;;
+        *)
+            echo "error: $1 is not an engine; write lmdb or cluster" >&2
+            exit 2
+            ;;
     esac
 }
 

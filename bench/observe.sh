@@ -72,15 +72,9 @@ scrape() {
 cost_of_post() {
     local before posts
     before=$(ticks)
-    posts=$(wrk -t2 -c256 -d"${duration}s" -s "$folder/post.lua" "http://$facade/" | awk '/requests in/ { print $1 }')
+    posts=$(wrk -t2 -c256 -d"${duration}s" -s bench/post.lua "http://$facade/" 2>/dev/null | awk '/requests in/ { print $1 }')
     awk "BEGIN { printf \"%.2f\", ($(ticks) - $before) * 1000000 / $(getconf CLK_TCK) / $posts }"
 }
-
-cat >"$folder/post.lua" <<'LUA'
-wrk.method = "POST"
-wrk.headers["content-type"] = "application/x-www-form-urlencoded"
-wrk.body = "msg=a+message+of+the+usual+length%2C+about+sixty+five+bytes+of+text"
-LUA
 
 describe_run "bench/observe.sh $rounds $count $duration"
 echo "| map of $count | /stats, median / longest, ms | /metrics of the facade | /metrics of an instance | /stats while a member hangs |"

@@ -22,23 +22,16 @@ command -v wrk >/dev/null || { echo "error: please install wrk (apt-get install 
 cargo build --release --locked --workspace --examples --bins
 
 source scripts/system.sh
+source bench/maps.sh
 folder=$(mktemp -d)
 stop_all() {
     stop TERM "${!pids[@]}"
-    if [[ $engine == cluster ]]; then scripts/cluster.sh wipe "$folder/cluster"; fi
+    if [[ -d $folder/cluster ]]; then scripts/cluster.sh wipe "$folder/cluster"; fi
     rm -rf "$folder"
 }
 trap stop_all EXIT
 
-case $engine in
-    lmdb) map=lmdb:$folder/map ;;
-    cluster) map=$(scripts/cluster.sh start "$folder/cluster" $((10000 + RANDOM % 10000))) ;;
-    *)
-        echo "error: $engine is not an engine; write lmdb or cluster" >&2
-        exit 2
-        ;;
-esac
-
+start_map "$engine"
 start_system "$map"
 ports[bare]=$(free_port)
 bare=$(address bare)
@@ -46,18 +39,7 @@ start bare target/release/examples/bare "$bare"
 curl --silent --output /dev/null --retry 100 --retry-delay 1 --retry-connrefused \
     --data warm-up "http://$facade/" --output /dev/null "http://$bare/"
 
-cat >"$folder/post.lua" <<'LUA'
-wrk.method = "POST"
-wrk.headers["content-type"] = "application/x-www-form-urlencoded"
-wrk.body = "msg=a+message+of+the+usual+length%2C+about+sixty+five+bytes+of+text"
-function done(summary, latency)
-    local errors = summary.errors
-    local failed = errors.connect + errors.read + errors.write + errors.status + errors.timeout
-    io.stderr:write(string.format("%.0f %d %.1f\n", summary.requests / summary.duration * 1e6,
-        failed, latency:percentile(99) / 1000))
-end
-LUA
-rate() { wrk -t2 -c256 -d"${seconds}s" -s "$folder/post.lua" "http://$1/" 2>&1 >/dev/null; }
+rate() { wrk -t2 -c256 -d"${seconds}s" -s bench/post.lua "http://$1/" 2>&1 >/dev/null; }
 
 describe_run "bench/post.sh $rounds $seconds $engine"
 echo "| bare, req/s | facade, req/s | facade p99, ms | failed | share |"

@@ -20,11 +20,11 @@ url=http://$facade
 seq --format='"message %.0f"' 12345 |
     curl --silent --fail -H 'content-type: application/x-ndjson' --data-binary @- "$url"
 
-# The browser's clock runs ahead of the machine's: five minutes of polling take a fraction of that.
-chromium --headless=new --no-sandbox --disable-gpu --hide-scrollbars --disable-background-networking \
+# The browser's clock runs ahead of the machine's: minutes of polling take a fraction of that.
+start browser chromium --headless=new --no-sandbox --disable-gpu --hide-scrollbars --disable-background-networking \
     --user-data-dir="$folder/profile" --window-size=1200,960 --virtual-time-budget=200000 \
-    --screenshot=docs/console.webp "$url/console" 2>"$folder/chromium.log" &
-browser=$!
+    --screenshot=docs/console.webp "$url/console"
+browser=${pids[browser]}
 for ((n = 1; n <= 200; n++)); do
     if ! kill -0 "$browser" 2>/dev/null; then break; fi
     if ((n == 100)); then stop KILL logging-2; fi
@@ -32,4 +32,5 @@ for ((n = 1; n <= 200; n++)); do
     if ((n % 3 == 0)); then curl --silent --fail --output /dev/null "$url/?limit=5"; fi
 done
 wait "$browser"
+unset 'pids[browser]'
 ls -l docs/console.webp
