@@ -1,3 +1,5 @@
+//! Writers that put load on a system, and the record of what was acknowledged.
+
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
