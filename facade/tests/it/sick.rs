@@ -450,7 +450,7 @@ async fn facade_that_begins_with_two_maps_serves_neither() {
     let (first, mut second) = (start("first"), start("second"));
     let mut command = std::process::Command::new(binary("facade"));
     let logging = format!("{},{}", first.url(), second.url());
-    command.args(["--logging", &logging, "--deadline", "300ms"]);
+    command.args(["--logging", &logging, "--deadline", "2s"]);
     let facade = Process::start(command, free_address());
     let http = reqwest::Client::new();
     let get = async |path: &str| {
