@@ -153,7 +153,7 @@ impl<'pool> Delivery<'pool> {
 
     async fn run(&mut self) -> Result<Stored, NotStored> {
         let first = self.first_instance().await?;
-        self.pool.repeats.deposit();
+        self.pool.retry_budget.deposit();
         let mut tries = FuturesUnordered::new();
         tries.push(self.try_on(first));
         loop {
@@ -222,7 +222,7 @@ impl<'pool> Delivery<'pool> {
     /// Another instance to try while the first has not answered, if the retry budget allows it.
     fn hedge(&self) -> Option<Arc<Instance>> {
         let second = self.pool.choose_up(&self.tried)?;
-        self.pool.repeats.withdraw().then_some(second)
+        self.pool.retry_budget.withdraw().then_some(second)
     }
 
     /// Waits until the next try may begin and returns its instance; `None` if a pending try may
@@ -249,7 +249,7 @@ impl<'pool> Delivery<'pool> {
             }
             self.backoff.pause().await;
             self.tried.clear();
-            if pace != Pace::OnBudget || self.pool.repeats.withdraw() {
+            if pace != Pace::OnBudget || self.pool.retry_budget.withdraw() {
                 pace = Pace::Now;
             }
         }
@@ -276,7 +276,9 @@ impl<'pool> Delivery<'pool> {
                 }
                 Ok(Pace::Now)
             }
-            Trouble::NotTaken | Trouble::Refused if self.pool.repeats.withdraw() => Ok(Pace::Now),
+            Trouble::NotTaken | Trouble::Refused if self.pool.retry_budget.withdraw() => {
+                Ok(Pace::Now)
+            }
             Trouble::Refused if self.overload == WhenOverloaded::GiveUp => Err(self.give_up()),
             Trouble::NotTaken | Trouble::Refused => Ok(Pace::OnBudget),
         }

@@ -62,7 +62,7 @@ pub struct Pool {
     members: RwLock<Vec<Member>>,
     random: Mutex<StdRng>,
     /// The retry budget of POSTs.
-    pub repeats: TpsBudget,
+    pub retry_budget: TpsBudget,
     /// Wakes messages that wait for a healthy instance.
     readmitted: Arc<Notify>,
     pub served_map: Arc<ServedMap>,
@@ -82,7 +82,7 @@ impl Pool {
         Self {
             members: RwLock::default(),
             random: Mutex::new(random),
-            repeats: TpsBudget::new(BUDGET_SPAN, FREE_RETRIES_PER_SECOND, RETRY_SHARE),
+            retry_budget: TpsBudget::new(BUDGET_SPAN, FREE_RETRIES_PER_SECOND, RETRY_SHARE),
             readmitted: Arc::default(),
             served_map: Arc::default(),
             identifiers,
