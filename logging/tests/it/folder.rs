@@ -1,6 +1,8 @@
 //! The folder of an LMDB map, which several processes share: processes that must be refused, a folder that
 //! is deleted, and readers that die or do not end.
 
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -55,6 +57,26 @@ fn refused_second(mut command: Command, folder: &Path) -> String {
     let output = command.args(["--listen", "127.0.0.1:0"]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     one_line(&output)
+}
+
+/// Another user of the machine who could open the file of the write lock could hold it and stop all writes.
+#[test]
+fn folder_and_files_are_closed_to_other_users() {
+    let outer = tempfile::tempdir().unwrap();
+    let folder = outer.path().join("map");
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    let check = || {
+        let _instance = Process::start(logging(outer.path()), free_address());
+        for file in fs::read_dir(&folder).unwrap() {
+            let file = file.unwrap().path();
+            assert_eq!(mode(&file), 0o600, "{}", file.display());
+        }
+    };
+    check();
+    assert_eq!(mode(&folder), 0o700);
+    // As an earlier version left it.
+    fs::set_permissions(folder.join("turns"), Permissions::from_mode(0o644)).unwrap();
+    check();
 }
 
 /// The mark of an instance's responses, which names its map.

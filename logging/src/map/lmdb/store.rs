@@ -1,8 +1,9 @@
 //! The folder on disk: opens and reopens the LMDB environment, reads from it, and encodes entries.
 
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{Read, Seek, Write};
 use std::ops::Bound;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{OnceLock, PoisonError, RwLock};
@@ -34,6 +35,10 @@ const DATA_FILE: &str = "data.mdb";
 
 /// The version of the storage format.
 pub(super) const LAYOUT: u32 = 1;
+
+/// Only the user of the instances may open the files: who can open the write lock can hold it. LMDB
+/// gives its own files the same mode.
+const FILE_MODE: u32 = 0o600;
 
 const CHECKSUM_BYTES: usize = 4;
 
@@ -76,7 +81,10 @@ impl Store {
         if !create && !folder.join(DATA_FILE).exists() {
             bail!("there is no map in the folder {}", folder.display());
         }
-        fs::create_dir_all(folder)
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)
             .with_context(|| format!("cannot create the map's folder {}", folder.display()))?;
         let namespace = claim_namespace(folder)?;
         let turns = lock_file(folder, "turns")?;
@@ -357,13 +365,19 @@ fn claim_namespace(folder: &Path) -> anyhow::Result<File> {
 
 /// Opens a file of the map's folder that is there to be locked.
 fn lock_file(folder: &Path, name: &str) -> anyhow::Result<File> {
-    File::options()
+    let opened = File::options()
         .read(true)
         .write(true)
         .create(true)
         .truncate(false)
-        .open(folder.join(name))
-        .with_context(|| format!("cannot write to the map's folder {}", folder.display()))
+        .mode(FILE_MODE)
+        .open(folder.join(name));
+    let restricted = opened.and_then(|file| {
+        // An earlier version left it open to everyone.
+        file.set_permissions(Permissions::from_mode(FILE_MODE))?;
+        Ok(file)
+    });
+    restricted.with_context(|| format!("cannot write to the map's folder {}", folder.display()))
 }
 
 /// A stored value: the CRC-32 of key and message, big-endian, then the message.
