@@ -1,6 +1,8 @@
 //! The flags of a logging instance.
 
+use std::fs;
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
@@ -28,6 +30,11 @@ pub struct Config {
         hide_env_values = true
     )]
     pub map: Location,
+
+    /// File whose first line is the password of the user in --map redis://USER@HOST:PORT, so that it
+    /// is not in the list of processes or the environment
+    #[arg(long, global = true)]
+    pub map_password_file: Option<PathBuf>,
 
     /// Replicas that must hold an entry before it is acknowledged; an lmdb map has none
     /// [default: 1 on a Redis Cluster, otherwise 0]
@@ -60,20 +67,35 @@ pub enum Task {
 }
 
 impl Config {
-    /// The options for serving the map.
+    /// The map's location, with its password, and the options for serving it.
     ///
     /// # Errors
-    /// When flags contradict each other, as a line for the operator.
-    pub fn map_options(&self) -> Result<Options, String> {
+    /// When flags contradict each other or the password cannot be read, as a line for the operator.
+    pub fn map(&self) -> Result<(Location, Options), String> {
         let has_replicas = matches!(self.map, Location::Redis(_));
         if !has_replicas && self.backups.is_some_and(|count| count > 0) {
             return Err("an lmdb map keeps no replicas; write --backups 0".to_owned());
         }
-        Ok(Options {
+        let file = self.map_password_file.as_deref();
+        let password = file.map(read_password).transpose()?;
+        let options = Options {
             store_timeout: self.store_timeout,
             settle: self.settle,
             backups: self.backups,
             create: true,
-        })
+        };
+        Ok((self.map.clone().with_password(password)?, options))
+    }
+}
+
+fn read_password(file: &Path) -> Result<String, String> {
+    let text = fs::read_to_string(file);
+    let text = text.map_err(|error| {
+        let file = file.display();
+        format!("cannot read --map-password-file {file}: {error}")
+    })?;
+    match text.lines().next() {
+        Some(password) if !password.is_empty() => Ok(password.to_owned()),
+        _ => Err("--map-password-file has no password in its first line".to_owned()),
     }
 }

@@ -9,19 +9,17 @@ use logging::{App, Config, Task, map, router};
 #[tokio::main]
 async fn main() -> ExitCode {
     let config: Config = config::parse();
-    let options = config
-        .map_options()
-        .unwrap_or_else(|line| config::fail(&line));
+    let (location, options) = config.map().unwrap_or_else(|line| config::fail(&line));
     let task = match config.task {
         Some(Task::Transfer(transfer)) => {
-            return config::exit_code(transfer.run(&config.map, options).await);
+            return config::exit_code(transfer.run(&location, options).await);
         }
         Some(Task::Service(task)) => Some(task),
         None => None,
     };
     let service = |stop| {
-        let map = map::open(&config.map, options)?;
-        tracing::info!(map = ?config.map, "opened the map");
+        let map = map::open(&location, options)?;
+        tracing::info!(map = ?location, "opened the map");
         Ok(router(App::new(map, Timeouts::default(), stop)))
     };
     serve::run(

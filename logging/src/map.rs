@@ -27,6 +27,22 @@ pub enum Location {
     Redis(RedisConfig),
 }
 
+impl Location {
+    /// The location with the password that was not given in its text.
+    ///
+    /// # Errors
+    /// When the two contradict each other, as a line for the operator.
+    pub fn with_password(self, password: Option<String>) -> Result<Self, String> {
+        match self {
+            Self::Redis(config) => config.with_password(password).map(Self::Redis),
+            Self::Lmdb(_) if password.is_some() => {
+                Err("an lmdb map has no password; leave --map-password-file out".to_owned())
+            }
+            Self::Lmdb(_) => Ok(self),
+        }
+    }
+}
+
 impl FromStr for Location {
     type Err = String;
 

@@ -133,12 +133,10 @@ async fn messages_outlive_containers_that_are_stopped_or_removed() {
     let Some(compose) = Compose::new() else {
         return;
     };
-    compose.up(&MEMBERS);
-    let first = compose.container("redis-1");
-    let second = format!("{}.12", compose.subnet);
-    let redis = |command: &[&str]| docker(&[&["exec", &first, "redis-cli"], command].concat());
-    assert_eq!(redis(&["cluster", "meet", &second, "6379"]), "OK");
-    assert_eq!(redis(&["cluster", "addslotsrange", "0", "5460"]), "OK");
+    compose.up(&["cluster"]);
+    let cluster = compose.container("cluster");
+    wait_for_log(&cluster, "gets the slots").await;
+    docker(&["kill", &cluster]);
 
     compose.up(&[]);
     compose.wait_until_ready().await;
@@ -194,7 +192,7 @@ async fn messages_outlive_containers_that_are_stopped_or_removed() {
     let backup = tempfile::tempdir().unwrap();
     for member in MEMBERS {
         let file = File::create(backup.path().join(member)).unwrap();
-        let mut tar = compose.with_volume(member, &["tar", "-c", "-C", "/data", "."]);
+        let mut tar = compose.with_volume("0:0", member, &["tar", "-c", "-C", "/data", "."]);
         assert!(tar.stdout(file).status().unwrap().success());
     }
     compose.run(&["down", "--volumes"]);
@@ -206,12 +204,24 @@ async fn messages_outlive_containers_that_are_stopped_or_removed() {
     compose.run(&[&["up", "--no-start", "--no-build"], &MEMBERS[..]].concat());
     for member in MEMBERS {
         let file = File::open(backup.path().join(member)).unwrap();
-        let mut tar = compose.with_volume(member, &["tar", "-x", "-C", "/data"]);
+        let mut tar = compose.with_volume("0:0", member, &["tar", "-x", "-C", "/data"]);
         assert!(tar.stdin(file).status().unwrap().success());
     }
     compose.up(&[]);
     compose.wait_until_ready().await;
     assert_eq!(compose.messages().await, expected);
+}
+
+/// Waits until a container has logged `text`.
+async fn wait_for_log(container: &str, text: &str) {
+    let begin = Instant::now();
+    while !docker(&["logs", container]).contains(text) {
+        assert!(
+            begin.elapsed() < PATIENCE,
+            "{container} does not log {text:?}"
+        );
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
 }
 
 /// Sends Ctrl-C, as a terminal does to the whole process group, and waits for the end of the process.
@@ -225,8 +235,53 @@ async fn interrupt(process: &mut Child) {
     }
 }
 
-/// No container runs as root, may write outside the volumes, or may gain a privilege; only the facade's
-/// port is published, on loopback.
+/// Each project has passwords of its own. A logging instance cannot read the administrator's, and no command
+/// line or environment shows one.
+#[tokio::test(flavor = "multi_thread")]
+async fn members_take_no_command_without_a_password() {
+    let Some(compose) = Compose::new() else {
+        return;
+    };
+    compose.up(&[]);
+    let read = |user, file| {
+        compose
+            .with_volume(user, "passwords", &["sed", "", file])
+            .output()
+    };
+    let [admin, logging] = ["/data/admin", "/data/logging"].map(|file| {
+        let read = read("999:999", file).unwrap();
+        String::from_utf8(read.stdout).unwrap().trim().to_owned()
+    });
+    let passwords = [&admin, &logging];
+    let of_instances = read("65532:65532", "/data/admin").unwrap();
+    assert!(of_instances.stdout.is_empty());
+    assert!(String::from_utf8_lossy(&of_instances.stderr).contains("Permission denied"));
+    assert_ne!(passwords[0], passwords[1]);
+    assert_eq!([admin.len(), logging.len()], [36, 36]);
+    let first = compose.container("redis-1");
+    let refused = docker(&["exec", &first, "redis-cli", "cluster", "nodes"]);
+    assert!(refused.starts_with("NOAUTH"), "{refused}");
+    assert_eq!(compose.redis("redis-1", &["ping"]), "PONG");
+    let as_logging = format!("redis-cli --user logging --pass {logging} flushall");
+    let refused = docker(&["exec", &first, "sh", "-c", &as_logging]);
+    assert!(refused.contains("NOPERM"), "{refused}");
+    for (service, id) in compose.all_containers() {
+        if service == "cluster" {
+            continue;
+        }
+        let processes = docker(&["top", &id, "-eo", "pid,args"]);
+        let visible = format!("{}{processes}", inspect(&id));
+        assert!(
+            !passwords
+                .iter()
+                .any(|password| visible.contains(password.as_str())),
+            "{service}"
+        );
+    }
+}
+
+/// No container runs as root, may write outside the volumes, may gain a privilege, or may take all memory or
+/// processes of the machine; only the facade's port is published, on loopback.
 #[tokio::test(flavor = "multi_thread")]
 async fn containers_have_no_privilege_that_they_do_not_need() {
     let Some(compose) = Compose::new() else {
@@ -242,6 +297,8 @@ async fn containers_have_no_privilege_that_they_do_not_need() {
         assert_eq!(host["CapDrop"], json!(["ALL"]), "{service}");
         assert_eq!(host["CapAdd"], Value::Null, "{service}");
         assert_eq!(host["Privileged"], false, "{service}");
+        assert!(host["Memory"].as_u64().unwrap() > 0, "{service}");
+        assert!(host["PidsLimit"].as_u64().unwrap() > 0, "{service}");
         let published = match service.as_str() {
             "facade" => {
                 json!({"8086/tcp": [{"HostIp": "127.0.0.1", "HostPort": compose.port.to_string()}]})

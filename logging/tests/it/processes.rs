@@ -269,6 +269,15 @@ fn wrong_configuration_is_one_line_and_exit_code_2() {
     assert_refused(binary, &["--map", "redis://host/1"], "database 0");
     assert_refused(binary, &["--map", "redis://user@host"], "USER:PASSWORD");
     assert_refused(binary, &["--backups", "1"], "write --backups 0");
+    let missing = ["--map-password-file", "/no/such/file"];
+    assert_refused(binary, &missing, "cannot read --map-password-file");
+    let empty = ["--map-password-file", "/dev/null"];
+    assert_refused(binary, &empty, "no password in its first line");
+    assert_refused(
+        binary,
+        &["--map-password-file", "/etc/hostname"],
+        "lmdb map has no password",
+    );
     assert_refused(binary, &["--log-format", "xml"], "text, json");
     assert_refused(binary, &["--no-such-flag"], "--help");
     let output = Command::new(binary)
@@ -330,6 +339,7 @@ fn help_names_each_flag_with_its_environment_variable() {
     let flags = [
         ("--listen", "LOGGING_LISTEN", "127.0.0.1:8082"),
         ("--map", "LOGGING_MAP", "lmdb:data/map"),
+        ("--map-password-file", "LOGGING_MAP_PASSWORD_FILE", ""),
         (
             "--backups",
             "LOGGING_BACKUPS",

@@ -112,10 +112,19 @@ impl Compose {
         containers.remove(0)
     }
 
+    /// The answer of a member to a command of its administrator.
+    pub(super) fn redis(&self, service: &str, command: &[&str]) -> String {
+        let container = self.container(service);
+        let with_password =
+            "read -r REDISCLI_AUTH </passwords/admin; export REDISCLI_AUTH; redis-cli \"$@\"";
+        let shell = ["exec", &container, "sh", "-c", with_password, "redis-cli"];
+        docker(&[&shell, command].concat())
+    }
+
     /// The container of a member, which must be a primary now.
     pub(super) fn primary(&self, service: &str) -> String {
         let container = self.container(service);
-        let role = docker(&["exec", &container, "redis-cli", "role"]);
+        let role = self.redis(service, &["role"]);
         assert!(role.starts_with("master"), "{service}: {role}");
         container
     }
@@ -216,12 +225,20 @@ impl Compose {
         }
     }
 
-    /// A command that runs in a container with a member's volume.
-    pub(super) fn with_volume(&self, member: &str, command: &[&str]) -> Command {
-        let volume = format!("{}_{member}:/data", self.project);
-        let image = inspect(&self.container(member))["Config"]["Image"].clone();
+    /// A command that runs as `user` in a container with a volume at `/data`.
+    pub(super) fn with_volume(&self, user: &str, volume: &str, command: &[&str]) -> Command {
+        let volume = format!("{}_{volume}:/data", self.project);
+        let image = inspect(&self.container("redis-1"))["Config"]["Image"].clone();
         let mut docker = Command::new("docker");
-        docker.args(["run", "--rm", "--interactive", "--volume", &volume]);
+        docker.args([
+            "run",
+            "--rm",
+            "--interactive",
+            "--user",
+            user,
+            "--volume",
+            &volume,
+        ]);
         docker.arg(image.as_str().unwrap()).args(command);
         docker
     }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use redis::io::tcp::TcpSettings;
 use redis::{Client, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisConnectionInfo};
 
-const WRITE_INSTEAD: &str = "write redis://[USER:PASSWORD@]HOST:PORT[,HOST:PORT…]";
+const WRITE_INSTEAD: &str = "write redis://[USER[:PASSWORD]@]HOST:PORT[,HOST:PORT…]";
 
 /// One Redis server, or some members of a Redis Cluster; discovery finds the others.
 #[derive(Clone)]
@@ -17,6 +17,32 @@ pub struct RedisConfig {
 }
 
 impl RedisConfig {
+    /// The configuration with the password that its text does not have.
+    ///
+    /// # Errors
+    /// When both or neither have one for its user, as a line for the operator.
+    pub(in crate::map) fn with_password(
+        mut self,
+        password: Option<String>,
+    ) -> Result<Self, String> {
+        let user = self.login.username();
+        match (self.login.password(), password) {
+            (Some(_), Some(_)) => Err(
+                "--map has a password, too; write it in --map-password-file alone".to_owned(),
+            ),
+            (None, None) if user.is_some() => Err(
+                "the user in --map has no password; write redis://USER:PASSWORD@HOST:PORT, or name a \
+                 --map-password-file"
+                    .to_owned(),
+            ),
+            (None, Some(password)) => {
+                self.login = self.login.set_password(password);
+                Ok(self)
+            }
+            (_, None) => Ok(self),
+        }
+    }
+
     /// A client for a server, which does not connect yet.
     pub(super) fn client(&self, address: &Address) -> Client {
         let Address { host, port } = address.clone();
@@ -61,9 +87,9 @@ impl FromStr for RedisConfig {
     }
 }
 
-/// Parses `USER:PASSWORD` or `:PASSWORD`.
+/// Parses `USER:PASSWORD`, `:PASSWORD` or `USER`.
 fn parse_login(login: &str) -> Result<RedisConnectionInfo, &'static str> {
-    if !login.contains(':') {
+    if login.is_empty() {
         return Err(WRITE_INSTEAD);
     }
     let info = match login.contains(['/', '?', '#']) {
@@ -71,10 +97,10 @@ fn parse_login(login: &str) -> Result<RedisConnectionInfo, &'static str> {
         false => format!("redis://{login}@host").into_connection_info().ok(),
     };
     let info = info.ok_or("the user and password must be UTF-8, percent-encoded")?;
-    let login = info.redis_settings().clone();
-    Ok(match login.password() {
-        Some(_) => login,
-        None => login.set_password(""),
+    let parsed = info.redis_settings().clone();
+    Ok(match parsed.password() {
+        None if login.contains(':') => parsed.set_password(""),
+        _ => parsed,
     })
 }
 
@@ -161,6 +187,22 @@ mod tests {
     }
 
     #[test]
+    fn user_has_one_password() {
+        let with = |text: &str, password: Option<&str>| {
+            let servers: RedisConfig = text.parse().unwrap();
+            servers.with_password(password.map(str::to_owned))
+        };
+        let login = with("redis://user@host", Some("p@ss")).unwrap().login;
+        assert_eq!(login.username(), Some("user"));
+        assert_eq!(login.password(), Some("p@ss"));
+        let login = with("redis://host", Some("secret")).unwrap().login;
+        assert_eq!((login.username(), login.password()), (None, Some("secret")));
+        assert!(with("redis://host", None).is_ok());
+        assert!(with("redis://user@host", None).is_err());
+        assert!(with("redis://user:secret@host", Some("secret")).is_err());
+    }
+
+    #[test]
     fn other_forms_are_refused() {
         for text in [
             "redis:host",
@@ -174,7 +216,6 @@ mod tests {
             "redis://[::1",
             "redis://::1:7001",
             "redis://@host",
-            "redis://user@host",
             "redis://user:1/@host",
             "redis://user:%ff@host",
             "redis://host/1",
