@@ -187,7 +187,12 @@ pub(crate) struct Tail {
     pub(crate) messages_service_error: Option<String>,
     /// The number of entries in this answer.
     pub(crate) count: u64,
-    /// The cursor to continue from, when the limit ended the answer and more follow.
+    /// The number of entries that a search looked at; only in the answer to one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub(crate) scanned: Option<u64>,
+    /// The cursor to continue from, when the limit ended the answer, or a search has looked at as many
+    /// entries as one request does, and more follow.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub(crate) next: Option<Uuid>,
@@ -196,6 +201,9 @@ pub(crate) struct Tail {
 impl Tail {
     fn write_text(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(format!("{} messages", self.count).as_bytes());
+        if let Some(scanned) = self.scanned {
+            out.extend_from_slice(format!(" of {scanned} scanned").as_bytes());
+        }
         if let Some(next) = self.next {
             out.extend_from_slice(format!(", next {next}").as_bytes());
         }

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use axum::body::HttpBody;
 use axum::extract::rejection::{PathRejection, QueryRejection};
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, Query, RawQuery, State};
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use common::body::{NoMemory, Reservation, holding};
@@ -14,6 +14,7 @@ use common::json::JsonLine;
 use common::middleware::{answer_method_not_allowed, answer_not_found, request_id};
 use common::problem::Problem;
 use common::traces::TRACES;
+use percent_encoding::percent_decode_str;
 use serde::Deserialize;
 use tracing::{Instrument, debug_span};
 use uuid::Uuid;
@@ -26,10 +27,11 @@ use crate::message::body_limit;
 use crate::moment::Moment;
 use crate::pool::{Instance, is_worth_waiting};
 use crate::read::{self, Read};
+use crate::search::Text;
 use crate::state::App;
 
 /// Unknown fields are ignored, because the first client of this system sends some.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Debug, Deserialize)]
 pub(crate) struct ListQuery {
     after: Option<Uuid>,
     before: Option<Uuid>,
@@ -40,6 +42,7 @@ pub(crate) struct ListQuery {
     #[serde(default)]
     order: Order,
     limit: Option<u64>,
+    contains: Option<Text>,
     #[serde(default)]
     follow: bool,
     tail: Option<u64>,
@@ -63,6 +66,7 @@ impl ListQuery {
 pub(crate) async fn list(
     State(app): State<App>,
     query: Result<Query<ListQuery>, QueryRejection>,
+    RawQuery(raw_query): RawQuery,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     if prefers_html(&headers) {
@@ -71,6 +75,13 @@ pub(crate) async fn list(
     let Query(query) = query?;
     if query.limit == Some(0) {
         return Err(Problem::bad_request("limit must be at least 1"));
+    }
+    // Decoded loosely, a text in another encoding would be searched for and never found.
+    let decoded = raw_query.as_deref().map(percent_decode_str);
+    if query.contains.is_some() && decoded.is_some_and(|query| query.decode_utf8().is_err()) {
+        return Err(Problem::bad_request(
+            "contains is not UTF-8: percent-encode the bytes of UTF-8",
+        ));
     }
     let bounds = query.bounds(SystemTime::now());
     let format = negotiate(&headers, &Format::OF_THE_LOG)?;
@@ -82,7 +93,7 @@ pub(crate) async fn list(
             format,
             request_id,
         };
-        let follow = resumed(following(follow, bounds, query.limit)?, &headers)?;
+        let follow = resumed(following(follow, bounds, &query)?, &headers)?;
         return follow::answer(app, follow).await;
     }
     if query.tail.is_some() {
@@ -94,6 +105,7 @@ pub(crate) async fn list(
     let read = Read {
         bounds,
         limit: query.limit,
+        contains: query.contains,
         format,
         request_id,
     };
@@ -103,12 +115,14 @@ pub(crate) async fn list(
 }
 
 /// Checks that a follower asks for nothing that would end it, as a following body has no end.
-fn following(follow: Follow, bounds: Bounds, limit: Option<u64>) -> Result<Follow, Problem> {
+fn following(follow: Follow, bounds: Bounds, query: &ListQuery) -> Result<Follow, Problem> {
     let refusal = if !follow.format.can_be_followed() {
         "this format has an end and cannot be followed: accept text/event-stream, application/x-ndjson or \
          text/plain"
-    } else if limit.is_some() {
+    } else if query.limit.is_some() {
         "limit cannot be combined with following; tail=N begins with the newest N messages"
+    } else if query.contains.is_some() {
+        "contains cannot be combined with following: search with a GET that has an end, or filter the lines"
     } else if bounds.before.is_some() {
         "before and until cannot be combined with following, which goes on with what is new"
     } else if bounds.order == Order::Desc {

@@ -56,6 +56,7 @@ mod post;
 mod read;
 mod readiness;
 mod router;
+mod search;
 pub mod served_map;
 mod state;
 mod stats;

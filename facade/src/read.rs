@@ -29,13 +29,16 @@ use crate::error::unreadable;
 use crate::format::{Format, Tail};
 use crate::metrics::{READS_ABORTED, READS_RESUMED};
 use crate::pool::{Instance, Pool, is_worth_waiting};
+use crate::search::{MAX_SCANNED, Search, Text};
 use crate::state::App;
 use crate::upstream::UpstreamError;
 
 #[derive(Debug)]
 pub(crate) struct Read {
     pub(crate) bounds: Bounds,
+    /// Of entries in the answer.
     pub(crate) limit: Option<u64>,
+    pub(crate) contains: Option<Text>,
     pub(crate) format: Format,
     pub(crate) request_id: Option<String>,
 }
@@ -49,20 +52,24 @@ pub(crate) async fn answer(
     read: Read,
     permit: OwnedSemaphorePermit,
 ) -> Result<Response, Problem> {
+    let search = read.contains.map(|text| Search::new(text, read.limit));
     let query = ReadQuery {
         bounds: read.bounds,
-        limit: read.limit,
+        limit: match search {
+            Some(_) => Some(MAX_SCANNED),
+            None => read.limit,
+        },
         poll: None,
     };
     let mut cursor = Cursor::new(&app.pool, app.read_deadline, query, read.request_id.clone());
     let messages = app.messages;
     let reply = async move { messages.reply(read.request_id.as_deref()).await };
     let reply = AbortOnDropHandle::new(tokio::spawn(reply.in_current_span()));
-    let first = cursor.begin().await;
-    let first = first.map_err(|error| unreadable(&app.pool, &error))?;
+    let begun = cursor.begin().await;
+    begun.map_err(|error| unreadable(&app.pool, &error))?;
     let body = MergedBody {
         cursor,
-        first: Some(first),
+        search,
         format: read.format,
         reply,
         count: 0,
@@ -94,6 +101,8 @@ pub(crate) struct Cursor {
     request_id: Option<String>,
     timeout: Duration,
     source: Option<Source>,
+    /// The first part, until it is taken.
+    first: Option<Part>,
     /// What was settled when it began.
     settled: Option<Uuid>,
     /// The span of the request, which also covers its body.
@@ -119,6 +128,7 @@ impl Cursor {
             request_id,
             timeout,
             source: None,
+            first: None,
             settled: None,
             span: Span::current(),
         }
@@ -134,9 +144,10 @@ impl Cursor {
         self.settled
     }
 
-    /// The first part. Fails at once when no instance is worth waiting for.
-    pub(crate) async fn begin(&mut self) -> Result<Part, UpstreamError> {
-        self.open(is_worth_waiting).await
+    /// Waits for the first part. Fails at once when no instance is worth waiting for.
+    pub(crate) async fn begin(&mut self) -> Result<(), UpstreamError> {
+        self.first = Some(self.open(is_worth_waiting).await?);
+        Ok(())
     }
 
     /// Opens a stream on an instance and returns its first part. Retries until the read deadline,
@@ -180,6 +191,9 @@ impl Cursor {
 
     /// The next part, from another instance when the current one fails.
     pub(crate) async fn next(&mut self) -> Result<Part, UpstreamError> {
+        if let Some(first) = self.first.take() {
+            return Ok(first);
+        }
         let Some(Source { instance, stream }) = &mut self.source else {
             return self.open(|_| true).await;
         };
@@ -211,8 +225,7 @@ impl Cursor {
 
 struct MergedBody {
     cursor: Cursor,
-    /// The first part, until it is taken.
-    first: Option<Part>,
+    search: Option<Search>,
     format: Format,
     reply: AbortOnDropHandle<Result<String, UpstreamError>>,
     count: u64,
@@ -225,8 +238,8 @@ impl MergedBody {
         if self.is_finished {
             return Ok(None);
         }
-        let part = match self.first.take() {
-            Some(first) => first,
+        let part = match &mut self.search {
+            Some(search) => search.next(&mut self.cursor).await?,
             None => self.cursor.next().await?,
         };
         Ok(Some(match part {
@@ -250,6 +263,7 @@ impl MergedBody {
                     messages_service,
                     messages_service_error,
                     count: self.count,
+                    scanned: self.search.as_ref().map(|search| search.scanned),
                     next,
                 })
             }

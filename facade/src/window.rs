@@ -124,18 +124,16 @@ impl Window {
             poll: Some(poll),
         };
         let mut cursor = Cursor::new(pool, read_deadline, query, None);
-        let mut part = match number {
-            1 => cursor.begin().await?,
-            _ => cursor.next().await?,
-        };
+        if number == 1 {
+            cursor.begin().await?;
+        }
         let mut bytes = 0;
-        while let Part::Entries(lines, _) = part {
+        while let Part::Entries(lines, _) = cursor.next().await? {
             bytes += lines.len();
             self.state.send_if_modified(|state| state.add(&lines));
             if self.has_failed() {
                 return Ok(bytes);
             }
-            part = cursor.next().await?;
         }
         if poll == Poll::Settle {
             self.state.send_modify(|state| {

@@ -47,6 +47,8 @@ mod overload;
 mod post;
 /// The scripts that a newcomer runs first.
 mod scripts;
+/// Searches of the log.
+mod search;
 /// Instances that answer wrongly, proxies, other servers, bursts behind a paused instance.
 mod sick;
 /// Promises 1 to 4 and 6 to 8 on a simulated network and clock, for many seeds.

@@ -67,6 +67,7 @@ pub(crate) struct Merged {
     pub(crate) messages_service: Option<String>,
     pub(crate) messages_service_error: Option<String>,
     pub(crate) count: u64,
+    pub(crate) scanned: Option<u64>,
     pub(crate) next: Option<Uuid>,
 }
 
