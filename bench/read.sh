@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The cost of reads, in comparisons within one run: whole GETs, the newest ten, slow readers, large messages.
+# The cost of reads, in comparisons within one run: whole GETs, the newest ten, searches, slow readers, large
+# messages.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,6 +19,8 @@ replicas, each filled with the same messages. Parts, all of them unless some are
           logging instance asked directly; redis-cli reading one hash of the same entries
   newest  ?order=desc&limit=10, and the first byte of a whole GET, at 1000, 100000 and ten times
           MESSAGES
+  search  one request with ?contains= that finds nothing: 100000 entries of 65 bytes, in both orders, and
+          2000 of 64 KiB, ROUNDS times
   slow    the growth of RssAnon while 64 readers of 1 KiB/s read MESSAGES of 65 bytes, and 2000 of
           64 KiB
   large   64 readers at once of 2000 messages of 60 KB, and POSTs at the same time
@@ -27,7 +30,7 @@ HELP
     exit 0
 fi
 parts=("${@:3}")
-((${#parts[@]})) || parts=(full newest slow large)
+((${#parts[@]})) || parts=(full newest search slow large)
 
 for program in nginx redis-server redis-cli; do
     command -v "$program" >/dev/null || { echo "error: please install $program" >&2; exit 1; }
@@ -145,6 +148,36 @@ newest() {
             median_of_gets time_total 5 '/?order=desc&limit=10' >/dev/null
             echo "| $engine | $size | $(median_of_gets time_total 50 '/?order=desc&limit=10') | $(median_of_gets time_starttransfer 50 /) |"
         done
+        stop_all
+    done
+    echo
+}
+
+# median_of_searches QUERY: the median of a search that finds nothing, in seconds.
+median_of_searches() {
+    local times=() round
+    for ((round = 0; round < rounds; round++)); do
+        times+=("$(seconds get json "$facade/?contains=nothing$1")")
+    done
+    median "${times[@]}"
+}
+
+search() {
+    local engine
+    echo "A search that finds nothing, one request, in seconds:"
+    echo
+    echo "| map | 100000 of 65 bytes | newest first | 2000 of 64 KiB |"
+    echo "|---|---|---|---|"
+    for engine in lmdb 'one Redis server' cluster; do
+        start_map "$engine"
+        start_system "$map"
+        fill "$map" 0 100000 65
+        printf '| %s | %s | %s ' "$engine" "$(median_of_searches '')" "$(median_of_searches '&order=desc')"
+        stop_all
+        start_map "$engine"
+        start_system "$map"
+        fill "$map" 0 2000 65536
+        echo "| $(median_of_searches '') |"
         stop_all
     done
     echo
