@@ -19,6 +19,7 @@ use super::parts::{
 use super::{FIRST, JSON, NDJSON, SECOND, TEXT};
 use crate::format::{Format, accept_one_of};
 use crate::post::{IDEMPOTENCY_KEY, LOGGING_INSTANCE};
+use crate::search::{MAX_SCANNED, MAX_TEXT};
 use crate::upload::REPLY_FORMATS;
 
 /// `/`, where a message has at most `max_message` bytes.
@@ -268,8 +269,18 @@ fn list() -> Operation {
             limit,
         ))
         .parameter(query(
+            "contains",
+            &format!(
+                "Only messages that contain this text, of at most {MAX_TEXT} bytes, in the same case. One \
+                 request looks at {MAX_SCANNED} entries at most: `scanned` says at how many. While the \
+                 answer has `next`, there are more to look at."
+            ),
+            string().min_length(Some(1)).max_length(Some(MAX_TEXT)),
+        ))
+        .parameter(query(
             "follow",
-            "Go on with new messages, in NDJSON or text; not with `before`, `until`, `limit` and `desc`.",
+            "Go on with new messages, in NDJSON or text; not with `before`, `until`, `limit`, \
+             `contains` and `desc`.",
             ObjectBuilder::new().schema_type(Type::Boolean),
         ))
         .parameter(query(
@@ -290,6 +301,11 @@ fn list() -> Operation {
             400,
             "A query parameter is wrong, or given twice. Unknown ones are ignored.",
             [
+                (
+                    "contains",
+                    "Failed to deserialize query string: contains: write a text of 1 to 256 bytes, or \
+                     leave contains out to get all messages",
+                ),
                 ("limit", "limit must be at least 1"),
                 (
                     "since",
@@ -328,7 +344,10 @@ fn merged() -> ResponseBuilder {
          {{\"uuid\":\"{SECOND}\",\"msg\":\"still here\"}}\n\
          {{\"messages_service\":\"{reply}\",\"count\":2}}\n"
     );
-    answer("The messages. `next` is there when `limit` ended the answer and more follow.")
+    answer(
+        "The messages. `next` is there when `limit` ended the answer, or a search its share of the \
+         entries, and more follow.",
+    )
         .content(
             Format::Json.content_type(),
             content(
@@ -339,6 +358,11 @@ fn merged() -> ResponseBuilder {
                         "limited",
                         json!({"logging_service": entries[..1], "messages_service": reply,
                             "count": 1, "next": FIRST}),
+                    ),
+                    (
+                        "found",
+                        json!({"logging_service": entries[1..], "messages_service": reply,
+                            "count": 1, "scanned": 2}),
                     ),
                     (
                         "stub_away",
@@ -365,10 +389,16 @@ fn merged() -> ResponseBuilder {
                     "A UUID and its message a line, with control characters escaped, then the count, \
                      then the reply of the messages service.",
                 )),
-                [(
-                    "all",
-                    json!(format!("{FIRST} hello\n{SECOND} still here\n2 messages\n{reply}\n")),
-                )],
+                [
+                    (
+                        "all",
+                        json!(format!("{FIRST} hello\n{SECOND} still here\n2 messages\n{reply}\n")),
+                    ),
+                    (
+                        "found",
+                        json!(format!("{SECOND} still here\n1 messages of 2 scanned\n{reply}\n")),
+                    ),
+                ],
             ),
         )
         .content(

@@ -270,6 +270,14 @@ async fn answers() -> Vec<Answer> {
     let list = |status: u16, name: &str| format!("list {status} {PROBLEM} {name}");
     ask("list 200 application/json all", get("/")).await;
     ask("list 200 application/json limited", get("/?limit=1")).await;
+    let still = "/?contains=still";
+    ask("list 200 application/json found", get(still)).await;
+    ask(
+        "list 200 text/plain found",
+        get(still).header("accept", TEXT),
+    )
+    .await;
+    ask(&list(400, "contains"), get("/?contains=")).await;
     let url = &without_messages.url;
     ask("list 200 application/json stub_away", system.http.get(url)).await;
     ask(
