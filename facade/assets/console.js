@@ -6,6 +6,10 @@
 const PERIOD_MS = 1000;
 const TIMEOUT_MS = 3000;
 const NEWEST = 20;
+// A search looks at 100,000 messages, which may be large.
+const SEARCH_TIMEOUT_MS = 60000;
+// The most matches that are shown at a time; console.rs shows as many.
+const MATCHES = 20;
 const MAX_SHOWN = 300;
 const MAX_EVENTS = 100;
 const CHART_MS = 5 * 60 * 1000;
@@ -350,10 +354,10 @@ const charts = [
 // Polling.
 
 // The answer as { value }, or why there is none as { failure }.
-async function readJson(path) {
+async function readJson(path, signal = AbortSignal.timeout(TIMEOUT_MS)) {
   const headers = { accept: "application/json" };
   try {
-    const response = await fetch(path, { headers, signal: AbortSignal.timeout(TIMEOUT_MS) });
+    const response = await fetch(path, { headers, signal });
     const value = await response.json();
     if (response.ok) return { value };
     return { failure: value.detail ?? `this facade answers ${response.status}` };
@@ -518,7 +522,63 @@ function showAnswer(heading, detail) {
   byId("answer").replaceChildren(make("strong", heading, "error"), ` ${detail}`);
 }
 
+// Searching: the form #search begins, #search-on continues with the query in its hidden fields.
+
+let searching = new AbortController();
+
+async function search(event) {
+  event.preventDefault();
+  const form = event.target;
+  const query = new URLSearchParams(new FormData(form));
+  // The latest search replaces one that is under way.
+  searching.abort();
+  const mine = new AbortController();
+  searching = mine;
+  const status = byId("found-status");
+  if (form.id === "search") {
+    history.replaceState(null, "", `/console?${query}`);
+    byId("search-on").hidden = true;
+    byId("found").replaceChildren();
+    Object.assign(status.dataset, { matches: 0, scanned: 0 });
+  }
+  setText(status, "Searching…");
+  const signal = AbortSignal.any([mine.signal, AbortSignal.timeout(SEARCH_TIMEOUT_MS)]);
+  const { value: answer, failure } = await readJson(`/?${query}&limit=${MATCHES}`, signal);
+  if (mine.signal.aborted) return;
+  if (answer === undefined) {
+    status.replaceChildren(make("strong", "Not searched:", "error"), ` ${failure}`);
+    return;
+  }
+  byId("found").append(...answer.logging_service.map(messageLine));
+  status.dataset.matches = Number(status.dataset.matches) + answer.count;
+  status.dataset.scanned = Number(status.dataset.scanned) + answer.scanned;
+  setText(status, summary(status.dataset, answer.next));
+  offerToSearchOn(query, answer.next);
+}
+
+function summary({ matches, scanned }, next) {
+  const rest = next === undefined ? "That is all." : "There are more to search.";
+  return `Matches: ${grouped(Number(matches))}. Messages scanned: ${grouped(Number(scanned))}. ${rest}`;
+}
+
+function offerToSearchOn(query, next) {
+  const form = byId("search-on");
+  // A button that goes away must not take the keyboard's place in the page with it.
+  if (next === undefined && form.contains(document.activeElement)) byId("found-list").focus();
+  form.hidden = next === undefined;
+  if (next === undefined) return;
+  query.set(query.get("order") === "asc" ? "after" : "before", next);
+  const fields = [...query].map(([name, value]) => {
+    const field = make("input");
+    Object.assign(field, { type: "hidden", name, value });
+    return field;
+  });
+  form.replaceChildren(...fields, form.querySelector("button"));
+}
+
 byId("post").addEventListener("submit", post);
+byId("search").addEventListener("submit", search);
+byId("search-on").addEventListener("submit", search);
 
 byId("pause").addEventListener("click", () => {
   page.isPaused = !page.isPaused;

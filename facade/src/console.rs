@@ -1,4 +1,4 @@
-//! `GET /console`, the page for operators: `/stats` as tables, a form to post, the newest messages.
+//! `GET /console`, the page for operators: `/stats` as tables, forms to post and to search, the newest messages.
 //!
 //! The page is complete without JavaScript. `console.js` keeps it up to date from `/stats` and `/`, and adds
 //! what needs more than one answer: charts and the timeline.
@@ -9,9 +9,8 @@ use std::time::{Duration, SystemTime};
 use askama::Template;
 use axum::Router;
 use axum::body::to_bytes;
-use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, Request, State};
-use axum::http::{HeaderName, StatusCode, header};
+use axum::http::{HeaderName, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Redirect, Response};
 use axum::routing::get;
 use bytesize::ByteSize;
@@ -27,15 +26,21 @@ use uuid::Uuid;
 
 use crate::entry_stream::{EntryStream, Part};
 use crate::error::{too_many, unreadable};
+use crate::get::ListQuery;
 use crate::message::body_limit;
 use crate::pool::Instance;
 use crate::post;
+use crate::read::Cursor;
+use crate::search::{self, MAX_SCANNED, Text};
 use crate::state::App;
 use crate::stats::collect;
 use crate::upstream::UpstreamError;
 
 /// The newest messages that the page shows.
 const NEWEST: u64 = 10;
+
+/// The most matches of a search that the page shows; `console.js` asks for as many.
+const MATCHES: u64 = 20;
 
 /// The page shows the beginning of a longer message, in characters.
 const MAX_SHOWN: usize = 300;
@@ -135,8 +140,9 @@ struct Page {
     stats: Value,
     tables: [Table; 2],
     problems: Vec<String>,
-    newest: Result<Vec<Newest>, String>,
+    newest: Result<Vec<Message>, String>,
     notice: Option<Notice>,
+    search: Search,
 }
 
 struct Table {
@@ -160,7 +166,35 @@ enum Notice {
     NotAcknowledged(String),
 }
 
-struct Newest {
+/// The form of a search, as it was filled in, and what was found.
+struct Search {
+    text: String,
+    order: Order,
+    found: Option<Result<Found, String>>,
+    /// The query that searches on; empty when there is nothing more to search.
+    rest: Vec<(&'static str, String)>,
+}
+
+struct Found {
+    matches: Vec<Message>,
+    scanned: u64,
+    /// Where to search on.
+    next: Option<Uuid>,
+}
+
+impl Found {
+    /// As `summary` in console.js.
+    fn summary(&self) -> String {
+        let (matches, scanned) = (self.matches.len() as u64, grouped(self.scanned));
+        let rest = match self.next {
+            Some(_) => "There are more to search.",
+            None => "That is all.",
+        };
+        format!("Matches: {matches}. Messages scanned: {scanned}. {rest}")
+    }
+}
+
+struct Message {
     uuid: Uuid,
     time: String,
     pieces: Vec<Piece>,
@@ -190,15 +224,21 @@ pub(crate) fn routes() -> Router<App> {
 }
 
 /// `GET /console`.
-async fn show(State(app): State<App>, query: Result<Query<PageQuery>, QueryRejection>) -> Response {
-    let posted = query.ok().and_then(|Query(query)| query.posted);
-    let posted = posted.and_then(|uuid| Uuid::try_parse(&uuid).ok());
-    page(&app, StatusCode::OK, posted.map(Notice::Stored)).await
+async fn show(State(app): State<App>, uri: Uri) -> Response {
+    answer(&app, &uri).await
 }
 
-/// The page, for a browser that asked for `/`.
-pub(crate) async fn answer(app: &App) -> Response {
-    page(app, StatusCode::OK, None).await
+/// The page, also for a browser that asked for `/`. Its query may be that of a search.
+pub(crate) async fn answer(app: &App, uri: &Uri) -> Response {
+    let query = Query::<PageQuery>::try_from_uri(uri).ok();
+    let posted = query.and_then(|Query(query)| query.posted);
+    let posted = posted.and_then(|uuid| Uuid::try_parse(&uuid).ok());
+    let query = ListQuery::parse(uri);
+    let status = match query {
+        Ok(_) => StatusCode::OK,
+        Err(_) => StatusCode::BAD_REQUEST,
+    };
+    page(app, status, posted.map(Notice::Stored), query).await
 }
 
 /// `POST /console`: the page's form without JavaScript. Posts as `POST /` does, then leads back to the page.
@@ -212,7 +252,8 @@ async fn post(State(app): State<App>, request: Request) -> Response {
         Ok(answer) => answer,
         Err(problem) => {
             let notice = Notice::NotAcknowledged(problem.detail().to_owned());
-            return page(&app, problem.into_response().status(), Some(notice)).await;
+            let status = problem.into_response().status();
+            return page(&app, status, Some(notice), Ok(ListQuery::default())).await;
         }
     };
     let body = to_bytes(answer.into_body(), limit).await.ok();
@@ -245,8 +286,13 @@ const HEADERS: [(HeaderName, &str); 5] = [
     (header::VARY, "accept"),
 ];
 
-async fn page(app: &App, status: StatusCode, notice: Option<Notice>) -> Response {
-    let (stats, newest) = tokio::join!(collect(app), newest(app));
+async fn page(
+    app: &App,
+    status: StatusCode,
+    notice: Option<Notice>,
+    query: Result<ListQuery, Problem>,
+) -> Response {
+    let (stats, newest, search) = tokio::join!(collect(app), newest(app), search(app, query));
     let (stats, problems) = match stats {
         Ok(stats) => {
             let stats = serde_json::to_value(stats).expect("statistics are plain values");
@@ -282,6 +328,7 @@ async fn page(app: &App, status: StatusCode, notice: Option<Notice>) -> Response
         problems,
         newest: newest.map_err(|problem| problem.detail().to_owned()),
         notice,
+        search,
     };
     let html = page.render().expect("writing to a string does not fail");
     let content_type = [(header::CONTENT_TYPE, "text/html; charset=utf-8")];
@@ -294,7 +341,7 @@ fn rows(stats: &Value, pointer: &str) -> Vec<Value> {
 }
 
 /// The newest messages, from any instance.
-async fn newest(app: &App) -> Result<Vec<Newest>, Problem> {
+async fn newest(app: &App) -> Result<Vec<Message>, Problem> {
     let _permit = app.reads.try_acquire().map_err(|_| too_many("reads"))?;
     let bounds = Bounds {
         order: Order::Desc,
@@ -313,8 +360,7 @@ async fn newest(app: &App) -> Result<Vec<Newest>, Problem> {
         let mut stream = EntryStream::new(answer.await?.chunks, bounds, limit);
         let mut newest = Vec::new();
         while let Part::Entries(lines, _) = stream.next().await? {
-            let entries = serde_json::Deserializer::from_slice(&lines).into_iter::<Entry>();
-            newest.extend(entries.flatten().map(Newest::new));
+            newest.extend(messages(&lines));
         }
         Ok(newest)
     };
@@ -324,7 +370,86 @@ async fn newest(app: &App) -> Result<Vec<Newest>, Problem> {
         .map_err(|error| unreadable(&app.pool, &error))
 }
 
-impl Newest {
+/// What a query searches for, and the first matches.
+async fn search(app: &App, query: Result<ListQuery, Problem>) -> Search {
+    let mut search = Search {
+        text: String::new(),
+        order: Order::Desc,
+        found: None,
+        rest: Vec::new(),
+    };
+    let query = match query {
+        Ok(query) => query,
+        Err(problem) => {
+            search.found = Some(Err(problem.detail().to_owned()));
+            return search;
+        }
+    };
+    let bounds = query.bounds(SystemTime::now());
+    let Some(text) = query.contains else {
+        return search;
+    };
+    search.text = text.as_str().to_owned();
+    search.order = bounds.order;
+    let found = find(app, text, bounds).await;
+    if let Ok(Found {
+        next: Some(next), ..
+    }) = found
+    {
+        let Bounds {
+            after,
+            before,
+            order,
+        } = bounds.resumed_from(next);
+        let order = if order == Order::Asc { "asc" } else { "desc" };
+        search.rest = vec![
+            ("contains", search.text.clone()),
+            ("order", order.to_owned()),
+        ];
+        for (name, bound) in [("after", after), ("before", before)] {
+            search
+                .rest
+                .extend(bound.map(|uuid| (name, uuid.to_string())));
+        }
+    }
+    search.found = Some(found.map_err(|problem| problem.detail().to_owned()));
+    search
+}
+
+async fn find(app: &App, text: Text, bounds: Bounds) -> Result<Found, Problem> {
+    let _permit = app.reads.try_acquire().map_err(|_| too_many("reads"))?;
+    let query = ReadQuery {
+        bounds,
+        limit: Some(MAX_SCANNED),
+        poll: None,
+    };
+    let mut cursor = Cursor::new(&app.pool, app.read_deadline, query, None);
+    let mut search = search::Search::new(text, Some(MATCHES));
+    let mut matches = Vec::new();
+    let searching = async {
+        cursor.begin().await?;
+        loop {
+            match search.next(&mut cursor).await? {
+                Part::Entries(lines, _) => matches.extend(messages(&lines)),
+                Part::End(next) => return Ok(next),
+            }
+        }
+    };
+    let next = searching.await;
+    let next = next.map_err(|error| unreadable(&app.pool, &error))?;
+    Ok(Found {
+        matches,
+        scanned: search.scanned,
+        next,
+    })
+}
+
+fn messages(lines: &[u8]) -> impl Iterator<Item = Message> {
+    let entries = serde_json::Deserializer::from_slice(lines).into_iter::<Entry>();
+    entries.flatten().map(Message::new)
+}
+
+impl Message {
     fn new(entry: Entry) -> Self {
         let shown: String = entry.msg.chars().take(MAX_SHOWN).collect();
         Self {

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use axum::body::HttpBody;
-use axum::extract::rejection::{PathRejection, QueryRejection};
-use axum::extract::{Path, Query, RawQuery, State};
-use axum::http::HeaderMap;
+use axum::extract::rejection::PathRejection;
+use axum::extract::{Path, Query, State};
+use axum::http::{HeaderMap, Uri};
 use axum::response::{IntoResponse, Response};
 use common::body::{NoMemory, Reservation, holding};
 use common::bounds::{Bounds, Order};
@@ -31,7 +31,7 @@ use crate::search::Text;
 use crate::state::App;
 
 /// Unknown fields are ignored, because the first client of this system sends some.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 pub(crate) struct ListQuery {
     after: Option<Uuid>,
     before: Option<Uuid>,
@@ -42,14 +42,31 @@ pub(crate) struct ListQuery {
     #[serde(default)]
     order: Order,
     limit: Option<u64>,
-    contains: Option<Text>,
+    pub(crate) contains: Option<Text>,
     #[serde(default)]
     follow: bool,
     tail: Option<u64>,
 }
 
 impl ListQuery {
-    fn bounds(&self, now: SystemTime) -> Bounds {
+    /// # Errors
+    /// A 400 that names the field that is wrong.
+    pub(crate) fn parse(uri: &Uri) -> Result<Self, Problem> {
+        let Query(query) = Query::<Self>::try_from_uri(uri)?;
+        if query.limit == Some(0) {
+            return Err(Problem::bad_request("limit must be at least 1"));
+        }
+        // Decoded loosely, a text in another encoding would be searched for and never found.
+        let decoded = percent_decode_str(uri.query().unwrap_or_default());
+        if query.contains.is_some() && decoded.decode_utf8().is_err() {
+            return Err(Problem::bad_request(
+                "contains is not UTF-8: percent-encode the bytes of UTF-8",
+            ));
+        }
+        Ok(query)
+    }
+
+    pub(crate) fn bounds(&self, now: SystemTime) -> Bounds {
         // No entry has the UUID of a moment itself: it has no version.
         let since = self.since.map(|since| since.first_uuid(now));
         let until = self.until.map(|until| until.first_uuid(now));
@@ -65,24 +82,13 @@ impl ListQuery {
 /// console.
 pub(crate) async fn list(
     State(app): State<App>,
-    query: Result<Query<ListQuery>, QueryRejection>,
-    RawQuery(raw_query): RawQuery,
+    uri: Uri,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     if prefers_html(&headers) {
-        return Ok(console::answer(&app).await);
+        return Ok(console::answer(&app, &uri).await);
     }
-    let Query(query) = query?;
-    if query.limit == Some(0) {
-        return Err(Problem::bad_request("limit must be at least 1"));
-    }
-    // Decoded loosely, a text in another encoding would be searched for and never found.
-    let decoded = raw_query.as_deref().map(percent_decode_str);
-    if query.contains.is_some() && decoded.is_some_and(|query| query.decode_utf8().is_err()) {
-        return Err(Problem::bad_request(
-            "contains is not UTF-8: percent-encode the bytes of UTF-8",
-        ));
-    }
+    let query = ListQuery::parse(&uri)?;
     let bounds = query.bounds(SystemTime::now());
     let format = negotiate(&headers, &Format::OF_THE_LOG)?;
     let request_id = request_id(&headers).map(str::to_owned);

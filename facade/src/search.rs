@@ -40,6 +40,10 @@ impl TryFrom<String> for Text {
 }
 
 impl Text {
+    pub(crate) fn as_str(&self) -> &str {
+        std::str::from_utf8(self.0.needle()).expect("it was made of a string")
+    }
+
     /// Whether it is in a message, which is given as a JSON string with its quotes.
     fn is_in(&self, json: &str) -> bool {
         let between_quotes = &json.as_bytes()[1..json.len() - 1];
