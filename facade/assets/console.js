@@ -563,8 +563,9 @@ function summary({ matches, scanned }, next) {
 
 function offerToSearchOn(query, next) {
   const form = byId("search-on");
-  // A button that goes away must not take the keyboard's place in the page with it.
-  if (next === undefined && form.contains(document.activeElement)) byId("found-list").focus();
+  // A button that goes away must not take the keyboard's place in the page with it. (`form.contains` is a field.)
+  const isFocused = document.activeElement === form.querySelector("button");
+  if (next === undefined && isFocused) byId("found-list").focus();
   form.hidden = next === undefined;
   if (next === undefined) return;
   query.set(query.get("order") === "asc" ? "after" : "before", next);
@@ -573,7 +574,9 @@ function offerToSearchOn(query, next) {
     Object.assign(field, { type: "hidden", name, value });
     return field;
   });
-  form.replaceChildren(...fields, form.querySelector("button"));
+  // The button stays where it is, and keeps the focus.
+  form.querySelectorAll("input").forEach((field) => field.remove());
+  form.prepend(...fields);
 }
 
 byId("post").addEventListener("submit", post);

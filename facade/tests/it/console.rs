@@ -211,6 +211,8 @@ async fn tables_are_sorted_by_keyboard() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn hostile_messages_are_text_and_the_browser_has_no_complaint() {
+    // A part of it that closes what the page puts it into, as it is in an attribute and in a text.
+    const TEXT: &str = "<img src=x onerror=\"window.hacked=1\"></li><script>";
     let system = Processes::start();
     assert_eq!(system.post(HOSTILE).await.status(), 200);
     for is_without_scripts in [true, false] {
@@ -230,17 +232,27 @@ async fn hostile_messages_are_text_and_the_browser_has_no_complaint() {
                 }
             }
             let shown = "document.querySelector('#newest .msg').textContent";
-            let expected = HOSTILE
+            let shown_as = HOSTILE
                 .replace('\u{202e}', "\\u{202e}")
                 .replace('\u{7}', "\\u{7}")
                 .replace('\n', "\\n");
-            assert_eq!(value(browser, shown).await, expected);
+            assert_eq!(value(browser, shown).await, shown_as);
             let escapes = "[...document.querySelectorAll('#newest li:first-child mark')]\
                            .map((mark) => mark.textContent)";
             let expected = json!(["\\u{202e}", "\\u{7}", "\\n"]);
             assert_eq!(value(browser, escapes).await, expected);
             let inner = "document.querySelectorAll('#newest :is(script, img, b)').length";
             assert_eq!(value(browser, inner).await, 0);
+            assert_eq!(value(browser, "window.hacked ?? null").await, Value::Null);
+
+            let field = browser.find(By::Id("contains")).await.unwrap();
+            field.send_keys(TEXT.to_owned() + Key::Enter).await.unwrap();
+            let found = "[...document.querySelectorAll('#found .msg')].map((one) => one.textContent)";
+            let found = wait_for(browser, found, |found| found[0] != Value::Null).await;
+            assert_eq!(found[0], shown_as);
+            let inner = "document.querySelectorAll('#found :is(script, img, b), .found :is(script, img, b)').length";
+            assert_eq!(value(browser, inner).await, 0);
+            assert_eq!(value(browser, "document.getElementById('contains').value").await, TEXT);
             assert_eq!(value(browser, "window.hacked ?? null").await, Value::Null);
             assert_eq!(complaints(browser).await, Vec::<String>::new());
         })
@@ -292,6 +304,13 @@ async fn page_fits_a_telephone_and_both_color_schemes() {
         };
         in_browser(settings, async |browser| {
             open_live(browser, &system).await;
+            let list_below_form = "document.getElementById('found-list').offsetTop \
+                                   - document.getElementById('search').offsetTop";
+            let before = value(browser, list_below_form).await;
+            let field = browser.find(By::Id("contains")).await.unwrap();
+            field.send_keys("l" + Key::Enter).await.unwrap();
+            wait_for(browser, SUMMARY, |now| *now != "" && *now != "Searching…").await;
+            assert_eq!(value(browser, list_below_form).await, before);
             let width = "[innerWidth, document.documentElement.scrollWidth]";
             assert_eq!(value(browser, width).await, json!([360, 360]));
             let prefers = "matchMedia('(prefers-color-scheme: dark)').matches";
@@ -398,4 +417,119 @@ async fn form_leads_back_to_the_page() {
     assert_eq!(stats["facade"]["posts"], 2);
     assert_eq!(stats["facade"]["errors"], json!({"400": 1}));
     assert_eq!(system.messages().await, ["from a form"]);
+}
+
+/// The texts of the matches that the page shows.
+const MATCHES: &str = "[...document.querySelectorAll('#found .msg')].map((one) => one.textContent)";
+const SUMMARY: &str = "document.getElementById('found-status')?.textContent ?? null";
+
+/// Searches by the keyboard alone: the text and Enter, the order, and on from where the search ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn search_shows_matches_with_and_without_scripts() {
+    let system = Processes::start();
+    // 45 of them end in 7, from `message 7` to `message 447`.
+    upload(&system, 450).await;
+    for is_without_scripts in [false, true] {
+        let settings = Settings {
+            is_without_scripts,
+            ..Settings::default()
+        };
+        in_browser(settings, async |browser| {
+            match is_without_scripts {
+                true => open(browser, &system).await,
+                false => open_live(browser, &system).await,
+            }
+            let field = browser.find(By::Id("contains")).await.unwrap();
+            field.send_keys("7" + Key::Enter).await.unwrap();
+            // 447 to 387 in tens, 379 to 370, 367, 357, 347.
+            let summary = "Matches: 20. Messages scanned: 103. There are more to search.";
+            wait_for(browser, SUMMARY, |now| now == summary).await;
+            let newest = value(browser, MATCHES).await;
+            assert_eq!(newest.as_array().unwrap().len(), 20);
+            assert_eq!(
+                (&newest[0], &newest[1]),
+                (&json!("message 447"), &json!("message 437"))
+            );
+            assert_eq!(
+                value(browser, "document.querySelector('#contains').value").await,
+                "7"
+            );
+            let path = "location.pathname + location.search";
+            assert_eq!(value(browser, path).await, "/console?contains=7&order=desc");
+
+            let order = browser.find(By::Id("order")).await.unwrap();
+            order.send_keys("Oldest").await.unwrap();
+            let field = browser.find(By::Id("contains")).await.unwrap();
+            field.clear().await.unwrap();
+            field.send_keys("message 44" + Key::Enter).await.unwrap();
+            let summary = "Matches: 11. Messages scanned: 450. That is all.";
+            wait_for(browser, SUMMARY, |now| now == summary).await;
+            let first: Vec<String> = std::iter::once(44)
+                .chain(440..450)
+                .map(|n| format!("message {n}"))
+                .collect();
+            assert_eq!(value(browser, MATCHES).await, json!(first));
+            let on = "document.getElementById('search-on').hidden";
+            assert_eq!(value(browser, on).await, true);
+        })
+        .await;
+    }
+}
+
+/// `Search on` continues behind the last match; with scripts it adds to the matches, without it
+/// shows the next ones.
+#[tokio::test(flavor = "multi_thread")]
+async fn search_goes_on_to_the_end() {
+    let system = Processes::start();
+    upload(&system, 50).await;
+    for (is_without_scripts, expected) in [
+        (
+            false,
+            [
+                "Matches: 40. Messages scanned: 40. There are more to search.",
+                "Matches: 50. Messages scanned: 50. That is all.",
+            ],
+        ),
+        (
+            true,
+            [
+                "Matches: 20. Messages scanned: 20. There are more to search.",
+                "Matches: 10. Messages scanned: 10. That is all.",
+            ],
+        ),
+    ] {
+        let settings = Settings {
+            is_without_scripts,
+            ..Settings::default()
+        };
+        in_browser(settings, async |browser| {
+            // What the server has rendered is continued by either.
+            let url = format!("{}/console?contains=message&order=asc", system.facade.url());
+            browser.goto(url).await.unwrap();
+            let begun = "Matches: 20. Messages scanned: 20. There are more to search.";
+            wait_for(browser, SUMMARY, |now| now == begun).await;
+            let mut seen = value(browser, MATCHES).await;
+            for expected in expected {
+                let button = browser.find(By::Css("#search-on button")).await.unwrap();
+                button.send_keys(Key::Enter).await.unwrap();
+                wait_for(browser, SUMMARY, |now| now == expected).await;
+                let now = value(browser, MATCHES).await;
+                match is_without_scripts {
+                    true => seen
+                        .as_array_mut()
+                        .unwrap()
+                        .extend(now.as_array().unwrap().clone()),
+                    false => seen = now,
+                }
+            }
+            let all: Vec<String> = (0..50).map(|n| format!("message {n}")).collect();
+            assert_eq!(seen, json!(all));
+            if !is_without_scripts {
+                let focused = value(browser, "document.activeElement.id").await;
+                assert_eq!(focused, "found-list");
+                assert_eq!(complaints(browser).await, Vec::<String>::new());
+            }
+        })
+        .await;
+    }
 }
