@@ -533,3 +533,61 @@ async fn search_goes_on_to_the_end() {
         .await;
     }
 }
+
+/// As plain HTTP: the bounds of a search hold on the page, and what is wrong with one is said there.
+#[tokio::test]
+async fn search_of_the_page_is_that_of_the_api() {
+    let system = System::start().await;
+    let mut uuids = Vec::new();
+    for n in 0..25 {
+        uuids.push(system.store(&format!("<b>{n}</b>")).await);
+    }
+    let page = async |path: &str, status: u16| {
+        let request = system.http.get(format!("{}{path}", system.url));
+        let response = request.header(ACCEPT, BROWSER).send().await.unwrap();
+        assert_eq!(response.status(), status, "{path}");
+        response.text().await.unwrap()
+    };
+    let bounds = format!("after={}&before={}", uuids[1], uuids[24]);
+    for path in ["/", "/console"] {
+        let asked = format!("{path}?contains=%3Cb%3E&order=desc&{bounds}");
+        let html = page(&asked, 200).await;
+        let shown = html.split("id=\"found\"").nth(1).unwrap();
+        assert!(shown.contains("&#60;b&#62;4&#60;/b&#62;"), "{shown}");
+        assert!(!shown.contains("<b>"), "{shown}");
+        assert!(html.contains("value=\"&#60;b&#62;\" required"), "{html}");
+        assert!(
+            html.contains("Matches: 20. Messages scanned: 20. There are more"),
+            "{html}"
+        );
+        for (name, index) in [("after", 1), ("before", 4)] {
+            let field = format!("name=\"{name}\" value=\"{}\"", uuids[index]);
+            assert!(html.contains(&field), "{field} in {html}");
+        }
+    }
+    for (query, detail) in [
+        ("contains=", "write a text of 1 to 256 bytes"),
+        ("contains=%FF", "contains is not UTF-8"),
+        ("contains=a&order=up", "order"),
+    ] {
+        let html = page(&format!("/console?{query}"), 400).await;
+        let after = html.split("Not searched:</strong>").nth(1).unwrap();
+        assert!(
+            after.split("</p>").next().unwrap().contains(detail),
+            "{after}"
+        );
+    }
+    let nothing = page("/console?contains=B&order=asc", 200).await;
+    assert!(
+        nothing.contains("Matches: 0. Messages scanned: 25. That is all."),
+        "{nothing}"
+    );
+    assert!(
+        nothing.contains("<option value=\"asc\" selected>"),
+        "{nothing}"
+    );
+    assert!(
+        nothing.contains("id=\"search-on\" action=\"/console\" hidden"),
+        "{nothing}"
+    );
+}
