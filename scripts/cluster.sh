@@ -6,6 +6,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 usage() {
     cat <<'HELP'
 usage: scripts/cluster.sh start|stop|status|wipe [FOLDER [PORT]]
+       scripts/cluster.sh kill|revive FOLDER NODE
 
 Runs six Redis servers (7.0 or later) on loopback, with scripts/redis.conf and their data in FOLDER
 (default: data/cluster).
@@ -15,6 +16,8 @@ Runs six Redis servers (7.0 or later) on loopback, with scripts/redis.conf and t
   stop    stops the servers; the data stays
   status  prints the cluster nodes, as the first server that answers sees them
   wipe    stops the servers and deletes their data
+  kill    ends the server of NODE (1 to 6; 1 to 3 begin as primaries) with SIGKILL; the data stays
+  revive  starts the server of NODE again; returns before it has rejoined the cluster
 
 The servers listen on PORT and the five ports after it (default: 7001 to 7006; a folder keeps the PORT
 of its first start), and for each other on ports 10000 higher.
@@ -29,8 +32,17 @@ fail() {
 action=${1:-}
 # Each server changes to its own folder, where a relative path would name another folder.
 folder=$(realpath --canonicalize-missing "${2:-$root/data/cluster}")
+node=
 case $action in
     start | stop | status | wipe) ;;
+    kill | revive)
+        if (($# != 3)) || [[ $3 != [1-6] ]]; then
+            usage >&2
+            exit 2
+        fi
+        node=$3
+        set -- "$1" "$2"
+        ;;
     --help | -h)
         usage
         exit 0
@@ -75,6 +87,14 @@ wait_for() {
 
 answers() { [[ $(ask "$1" ping) == PONG ]]; }
 
+start_server() {
+    mkdir -p "$folder/node-$1"
+    redis-server "$root/scripts/redis.conf" --bind 127.0.0.1 --port "$(port "$1")" \
+        --cluster-port "$(($(port "$1") + 10000))" --dir "$folder/node-$1" \
+        --daemonize yes --pidfile "$folder/node-$1/redis.pid" --logfile redis.log \
+        >/dev/null
+}
+
 start() {
     command -v redis-server redis-cli >/dev/null ||
         fail "redis-server and redis-cli are needed; on Debian: apt install redis-server"
@@ -88,12 +108,7 @@ start() {
     mkdir -p "$folder"
     echo "$first_port" >"$folder/port"
     for node in "${nodes[@]}"; do
-        if ! is_down "$node"; then continue; fi
-        mkdir -p "$folder/node-$node"
-        redis-server "$root/scripts/redis.conf" --bind 127.0.0.1 --port "$(port "$node")" \
-            --cluster-port "$(($(port "$node") + 10000))" --dir "$folder/node-$node" \
-            --daemonize yes --pidfile "$folder/node-$node/redis.pid" --logfile redis.log \
-            >/dev/null
+        if is_down "$node"; then start_server "$node"; fi
     done
     "$root/scripts/make-cluster.sh" "${addresses[@]}" >&2 ||
         fail "the cluster is not whole; see $folder/node-*/redis.log"
@@ -131,4 +146,9 @@ case $action in
         rm -f "$folder/port"
         rmdir "$folder" 2>/dev/null || true
         ;;
+    kill)
+        if server=$(pid "$node"); then kill -KILL "$server"; fi
+        wait_for "the end of the server on port $(port "$node")" is_down "$node"
+        ;;
+    revive) if is_down "$node"; then start_server "$node"; fi ;;
 esac

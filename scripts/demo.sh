@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Shows that messages survive the death of one, two and all logging instances, also in the middle of a GET;
 # on a Redis Cluster, as processes or as containers, the death of an instance and a primary together.
+# With --page it shows the same on the console, for as long as somebody looks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 usage() {
     cat <<'HELP'
 usage: scripts/demo.sh [--cluster | --compose]
+       scripts/demo.sh --page [--cluster] [--auto]
 
 Builds the services and starts messages, three logging instances and the facade on free ports of
 loopback, with an LMDB map in a temporary folder. Posts ten messages, shows which logging instance
@@ -20,22 +22,38 @@ three instances in the middle of a GET. Stops everything it started.
   --compose   the same on the containers of docker-compose.yml, with a separate project name, port
               and network. Needs docker-compose 1.29 or Docker with Compose v2; builds the image
               if it is missing. Removes its containers and volumes at the end.
+  --page      something to look at: posts a few messages a second and prints the address of the
+              console. Keys kill, revive, pause and resume services, and are explained at the start;
+              q or Ctrl-C ends it.
+  --auto      with --page: no keys; services are killed, revived, paused and resumed in turn. So it is
+              also without a terminal.
 
 SKIP_BUILD=1 uses the binaries in target/release without building.
 
-Exit code: 0 only if every message was read each time.
+Exit code: 0 only if every message was read each time; with --page, 0 after q. 130 after Ctrl-C.
 HELP
 }
 
 engine=lmdb
-case ${1:-} in
-    '') ;;
-    --cluster) engine=cluster ;;
-    --compose) engine=compose ;;
-    --help | -h)
-        usage
-        exit 0
-        ;;
+story=log
+keys=
+for option in "$@"; do
+    case $option in
+        --cluster | --compose) engine=${option#--} ;;
+        --page) story=page ;;
+        --auto) keys=auto ;;
+        --help | -h)
+            usage
+            exit 0
+            ;;
+        *)
+            usage >&2
+            exit 2
+            ;;
+    esac
+done
+case $story,$engine,$keys in
+    log,*, | page,lmdb,* | page,cluster,*) ;;
     *)
         usage >&2
         exit 2
@@ -66,7 +84,10 @@ elif [[ -z ${SKIP_BUILD:-} ]]; then
 fi
 
 folder=$(mktemp -d)
+terminal=
 stop_all() {
+    trap '' INT TERM HUP
+    if [[ -n $terminal ]]; then stty "$terminal" || true; fi
     stop KILL "${!pids[@]}"
     case $engine in
         cluster) scripts/cluster.sh wipe "$folder/cluster" || true ;;
@@ -75,7 +96,9 @@ stop_all() {
     rm -rf "$folder"
 }
 trap stop_all EXIT
-trap 'exit 130' INT TERM
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 start_processes() {
     map=lmdb:$folder/map
@@ -116,6 +139,11 @@ case $engine in
 esac
 FACADE_URL=http://$(address facade)
 export FACADE_URL
+
+if [[ $story == page ]]; then
+    source scripts/demo-page.sh
+    show_page
+fi
 
 # log_of INSTANCE: its log.
 log_of() {
@@ -211,7 +239,7 @@ kill_pair() {
     case $engine in
         compose) docker kill "$(container logging "${1#logging-}")" "$(container "redis-$2" 1)" ;;
         cluster)
-            kill -KILL "$(<"$folder/cluster/node-$2/redis.pid")"
+            scripts/cluster.sh kill "$folder/cluster" "$2"
             stop KILL "$1"
             ;;
     esac

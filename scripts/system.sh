@@ -61,13 +61,12 @@ start_system() {
 # stop SIGNAL NAME…: sends the signal to all of them, then waits for the end of each.
 stop() {
     local name stopping=()
-    for name in "${@:2}"; do
-        stopping+=("${pids[$name]}")
-        unset "pids[$name]"
-    done
+    for name in "${@:2}"; do stopping+=("${pids[$name]}"); done
     if ((${#stopping[@]} == 0)); then return; fi
     # Bash reports each end by SIGKILL on standard error.
     { kill "-$1" "${stopping[@]}"; wait "${stopping[@]}"; } 2>/dev/null || true
+    # Not earlier: a script that a signal ends here stops them again.
+    for name in "${@:2}"; do unset "pids[$name]"; done
 }
 
 # median NUMBER…

@@ -17,6 +17,7 @@ The tests start the services as real processes on free ports of the loopback int
 Linux and these tools, which the script installs on Debian and Ubuntu when it is root:
   strace                    makes a disk fail
   unshare, ip, curl, pgrep  run the scripts in a network namespace
+  script                    runs one in a terminal
   python3, requests         the client of the original exercise
   redis-server, redis-cli (7.0 or later), openssl
   promtool                  checks the metrics (Debian's package prometheus)
@@ -39,6 +40,7 @@ lacks_requests() { ! python3 -c 'import requests' 2>/dev/null; }
 packages=()
 if missing strace; then packages+=(strace); fi
 if missing unshare; then packages+=(util-linux); fi
+if missing script; then packages+=(bsdutils); fi
 if missing pgrep; then packages+=(procps); fi
 if missing ip; then packages+=(iproute2); fi
 if missing curl; then packages+=(curl); fi

@@ -1,4 +1,5 @@
-//! `scripts/run.sh` as a newcomer runs it, in a network namespace, where its fixed ports are free.
+//! `scripts/run.sh` and `scripts/demo.sh --page` as a newcomer runs them, in a network namespace, where the
+//! fixed ports of `run.sh` are free.
 
 use std::path::Path;
 
@@ -6,8 +7,8 @@ use testing::requirements::unshare;
 
 use crate::processes::binary;
 
-/// The functions of the scripts below, in which each step must succeed. With job control `run.sh` is a
-/// process group, as in a terminal, and receives Ctrl-C.
+/// The functions of the scripts below, in which each step must succeed. With job control a script that runs
+/// in the background is a process group, as in a terminal, and receives Ctrl-C.
 const PROLOGUE: &str = r#"
 set -euo pipefail -o monitor
 ip link set lo up
@@ -19,8 +20,17 @@ ctrl_c() { kill -INT -- "-$run"; wait_for ended; wait "$run"; }
 ended() { ! kill -0 "$run" 2>/dev/null; }
 says() { grep --quiet --extended-regexp "$1" "$folder/output"; }
 listens() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
-quiet() { for port in 8081 8082 8083 8084 8086 7001 7006; do if listens "$port"; then return 1; fi; done; }
+ends_with() { local status=0; wait_for ended; wait "$run" || status=$?; [[ $status == "$1" ]]; }
+deaf() { if listens "$1"; then return 1; fi; }
+quiet() { for port in 8081 8082 8083 8084 8086 7001 7006; do deaf "$port" || return 1; done; }
+page() { curl --silent --fail "$(grep --only-matching 'http://.*/console' "$folder/output")"; }
+page_shows() { [[ $(page) == *"$1"* ]]; }
+port_of() { sed --quiet "s/^$1: 127.0.0.1:\([0-9]*\).*/\1/p" "$folder/output"; }
+is_stopped() { [[ $(ps --no-headers -o stat -p "$(pgrep --full -- "--listen 127.0.0.1:$1")") == T* ]]; }
+nothing_is_left() { [[ -z $(pgrep --full 'target/release|redis-server') && -z $(ls "$TMPDIR") ]]; }
 cd "$folder"
+mkdir temporary
+export TMPDIR=$folder/temporary
 "#;
 
 /// Runs a script in a network namespace, and shows its output when it fails. The script is the first
@@ -70,7 +80,7 @@ wait_for says 'logging-2 has ended'
 kill -0 "$run"
 get '' | grep '"msg":"hello"'
 command=$(sed -n 's/^run.sh |   //p' "$folder/output")
-! listens 8083
+deaf 8083
 bash -c "$command" >"$folder/by-hand" 2>&1 &
 wait_for listens 8083
 test -d "$folder/map of mine"
@@ -96,6 +106,61 @@ wait_for ready
 get '' | grep '"msg":"hello"'
 ctrl_c
 quiet
+"#,
+    );
+}
+
+/// The keys kill, revive, pause and resume an instance. `q` ends all, also what is paused, and leaves the
+/// terminal as it was.
+#[test]
+fn demo_page_kills_and_pauses_by_keys() {
+    run_on_own_network(
+        r#"
+mkfifo keys
+script --quiet --return --command 'stty -g; "$root/scripts/demo.sh" --page && stty -g' /dev/null \
+    <keys >output 2>&1 &
+run=$!
+exec 4>keys
+press() { printf "$1" >&4; }
+wait_for says 'q +stop everything'
+wait_for page_shows 'parcel 3 has left'
+press 2
+wait_for says 'logging-2 killed'
+deaf "$(port_of logging-2)"
+press 2
+wait_for says 'logging-2 is back'
+listens "$(port_of logging-2)"
+press a
+wait_for says 'logging-1 paused'
+is_stopped "$(port_of logging-1)"
+press a
+wait_for says 'logging-1 resumed'
+if is_stopped "$(port_of logging-1)"; then exit 1; fi
+press ad
+wait_for says 'logging-3 paused'
+press q
+ends_with 0
+nothing_is_left
+[[ $(head --lines 1 output) == $(tail --lines 1 output) ]]
+"#,
+    );
+}
+
+/// Without a terminal the page's demo kills, revives and pauses by itself. SIGTERM ends all, also what is
+/// paused.
+#[test]
+fn demo_page_needs_no_terminal() {
+    run_on_own_network(
+        r#"
+"$root/scripts/demo.sh" --page </dev/null >output 2>&1 &
+run=$!
+wait_for says 'logging-2 killed'
+wait_for says 'logging-2 is back'
+wait_for says 'logging-1 paused'
+is_stopped "$(port_of logging-1)"
+kill -TERM "$run"
+ends_with 143
+nothing_is_left
 "#,
     );
 }
