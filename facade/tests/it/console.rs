@@ -1,5 +1,7 @@
 //! The console, in a real Chromium with and without JavaScript, and as plain HTTP.
 
+/// Keyboards, screen readers, small screens, large text.
+mod accessibility;
 /// The browser.
 mod browser;
 
@@ -255,70 +257,6 @@ async fn hostile_messages_are_text_and_the_browser_has_no_complaint() {
             assert_eq!(value(browser, "document.getElementById('contains').value").await, TEXT);
             assert_eq!(value(browser, "window.hacked ?? null").await, Value::Null);
             assert_eq!(complaints(browser).await, Vec::<String>::new());
-        })
-        .await;
-    }
-}
-
-/// The contrast of all texts against what is behind them, the least first: AA wants 4.5.
-const CONTRASTS: &str = r#"(() => {
-    const parse = (text) => {
-        const numbers = text.match(/[\d.]+/g).map(Number);
-        return { rgb: numbers.slice(0, 3), alpha: numbers[3] ?? 1 };
-    };
-    const luminance = (rgb) => {
-        const [r, g, b] = rgb.map((part) => {
-            const scaled = part / 255;
-            return scaled <= 0.04045 ? scaled / 12.92 : ((scaled + 0.055) / 1.055) ** 2.4;
-        });
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-    };
-    const behind = (element) => {
-        for (let one = element; one !== null; one = one.parentElement) {
-            const color = parse(getComputedStyle(one).backgroundColor);
-            if (color.alpha === 1) return color.rgb;
-        }
-        return [255, 255, 255];
-    };
-    const hasText = (element) => [...element.childNodes].some(
-        (node) => node.nodeType === Node.TEXT_NODE && node.data.trim() !== "");
-    const found = [...document.body.querySelectorAll("*")].filter(hasText).map((element) => {
-        const [a, b] = [parse(getComputedStyle(element).color).rgb, behind(element)].map(luminance);
-        const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-        return [contrast, element.tagName, element.textContent];
-    });
-    return found.sort((one, other) => one[0] - other[0]);
-})()"#;
-
-#[tokio::test(flavor = "multi_thread")]
-async fn page_fits_a_telephone_and_both_color_schemes() {
-    let mut system = Processes::start();
-    assert_eq!(system.post(HOSTILE).await.status(), 200);
-    assert_eq!(system.post(&"long".repeat(1000)).await.status(), 200);
-    system.logging[0].kill();
-    for is_dark in [false, true] {
-        let settings = Settings {
-            is_dark,
-            width: Some(360),
-            ..Settings::default()
-        };
-        in_browser(settings, async |browser| {
-            open_live(browser, &system).await;
-            let list_below_form = "document.getElementById('found-list').offsetTop \
-                                   - document.getElementById('search').offsetTop";
-            let before = value(browser, list_below_form).await;
-            let field = browser.find(By::Id("contains")).await.unwrap();
-            field.send_keys("l" + Key::Enter).await.unwrap();
-            wait_for(browser, SUMMARY, |now| *now != "" && *now != "Searching…").await;
-            assert_eq!(value(browser, list_below_form).await, before);
-            let width = "[innerWidth, document.documentElement.scrollWidth]";
-            assert_eq!(value(browser, width).await, json!([360, 360]));
-            let prefers = "matchMedia('(prefers-color-scheme: dark)').matches";
-            assert_eq!(value(browser, prefers).await, is_dark);
-            let contrasts = value(browser, CONTRASTS).await;
-            let contrasts = contrasts.as_array().unwrap();
-            assert!(contrasts.len() > 50);
-            assert!(contrasts[0][0].as_f64() >= Some(4.5), "{}", contrasts[0]);
         })
         .await;
     }
