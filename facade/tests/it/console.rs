@@ -4,6 +4,8 @@
 mod accessibility;
 /// The browser.
 mod browser;
+/// A Redis Cluster that loses a primary.
+mod failover;
 
 use reqwest::header::{ACCEPT, CONTENT_TYPE, LOCATION};
 use reqwest::redirect::Policy;
