@@ -37,7 +37,7 @@ const BROKEN_RULES: &str = r#"(() => {
     for (const control of all("button, a[href]")) {
         expect("a control has a text", control, control.textContent.trim() !== "" || named(control));
     }
-    for (const area of all("section, nav, [role=region], [role=log], [tabindex]")) {
+    for (const area of all("section, nav, [role=region], [role=log], div[tabindex]")) {
         expect("an area has a name", area, named(area));
     }
     for (const picture of all("img, svg, canvas")) {
