@@ -1,12 +1,17 @@
 //! Searches: `contains=TEXT`.
 
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use common::api::write_entry;
 use common::entry::Entry;
 use futures_util::StreamExt;
 use reqwest::Url;
-use serde_json::Value;
+use testing::engine::EmptyMap;
+use uuid::Builder;
 
-use crate::processes::Processes;
-use crate::system::{Merged, System, problem};
+use crate::processes::{Processes, binary};
+use crate::system::{Merged, System, engine_under_test, problem};
 
 const NDJSON: &str = "application/x-ndjson";
 const REPLY: &str = "Messages Service not Implemented";
@@ -219,25 +224,32 @@ async fn refusals_say_what_to_do() {
     assert_eq!(found(&system, &longest, "").await, [longest.as_str()]);
 }
 
-const ENTRIES: usize = 250_000;
+const ENTRIES: u64 = 250_000;
 
 /// Messages whose number divides by this match.
-const EVERY: usize = 1000;
+const EVERY: u64 = 1000;
 
-/// A log of so many messages with this text in each.
-async fn large_log(entries: usize, padding: &str) -> Processes {
-    let system = Processes::start();
-    let lines: String = (0..entries)
-        .map(|n| match n % EVERY {
-            0 => format!("\"message {n}{padding}, a needle\"\n"),
-            _ => format!("\"message {n}{padding}\"\n"),
-        })
-        .collect();
-    let upload = system.http.post(system.facade.url());
-    let upload = upload.header("content-type", NDJSON).body(lines);
-    let summary: Value = upload.send().await.unwrap().json().await.unwrap();
-    assert_eq!(summary["stored"], entries);
-    system
+/// A log of so many messages with this text in each. They are imported, as posting them takes long on a busy
+/// machine.
+fn large_log(entries: u64, padding: &str) -> (Processes, EmptyMap) {
+    let map = engine_under_test().empty_map();
+    let mut import = Command::new(binary("logging"))
+        .args(["import", "--map", &map.location, "--settle", "0s"])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut export = Vec::new();
+    for n in 0..entries {
+        let needle = if n % EVERY == 0 { ", a needle" } else { "" };
+        let uuid = Builder::from_unix_timestamp_millis(1_700_000_000_000 + n, &[0; 10]);
+        let msg = format!("message {n}{padding}{needle}");
+        write_entry(&mut export, uuid.into_uuid(), &msg);
+    }
+    export.extend_from_slice(format!("{{\"count\":{entries}}}\n").as_bytes());
+    import.stdin.take().unwrap().write_all(&export).unwrap();
+    assert!(import.wait().unwrap().success());
+    let system = Processes::on_map(&["--map", &map.location], &[]);
+    (system, map)
 }
 
 /// All pages of a search, in each of which this limit is the greatest number of matches.
@@ -267,10 +279,10 @@ async fn pages(system: &Processes, text: &str, order: &str, limit: Option<usize>
 /// Following `next` until there is none finds every match once, however the pages are cut.
 #[tokio::test(flavor = "multi_thread")]
 async fn pages_of_a_search_hold_every_match_once() {
-    let system = large_log(ENTRIES, "").await;
+    let (system, _map) = large_log(ENTRIES, "");
     let mut expected = system.read_all().await;
     expected.retain(|entry| entry.msg.ends_with("a needle"));
-    assert_eq!(expected.len(), ENTRIES / EVERY);
+    assert_eq!(expected.len() as u64, ENTRIES / EVERY);
     for order in ["asc", "desc"] {
         for (limit, sizes) in [(None, vec![100_000, 100_000, 50_000]), (Some(7), vec![])] {
             let pages = pages(&system, "needle", order, limit).await;
@@ -283,11 +295,7 @@ async fn pages_of_a_search_hold_every_match_once() {
                 "{order} {limit:?}"
             );
             let scanned: Vec<u64> = pages.iter().filter_map(|page| page.scanned).collect();
-            assert_eq!(
-                scanned.iter().sum::<u64>(),
-                ENTRIES as u64,
-                "{order} {limit:?}"
-            );
+            assert_eq!(scanned.iter().sum::<u64>(), ENTRIES, "{order} {limit:?}");
             assert_eq!(scanned.len(), pages.len());
             if limit.is_none() {
                 assert_eq!(scanned, sizes, "{order}");
@@ -304,7 +312,7 @@ async fn pages_of_a_search_hold_every_match_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn search_loses_nothing_when_instances_die() {
     const SEARCHES: usize = 4;
-    let mut system = large_log(101_000, &"x".repeat(100)).await;
+    let (mut system, _map) = large_log(101_000, &"x".repeat(100));
     let url = format!("{}{}", system.facade.url(), search("1", ""));
     let whole = system.http.get(&url).send().await.unwrap();
     let whole: Merged = whole.json().await.unwrap();
