@@ -3,9 +3,10 @@
 # system of this script's own, and checks the answers. Takes about a minute.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/system.sh
 
 version=4.32.5
-tools=target/schemathesis-$version
+tools=${CARGO_TARGET_DIR:-target}/schemathesis-$version
 
 if ! [[ -x $tools/bin/schemathesis ]]; then
     if ! python3 -c 'import ensurepip' 2>/dev/null; then
@@ -16,14 +17,13 @@ if ! [[ -x $tools/bin/schemathesis ]]; then
     python3 -m venv "$tools"
     "$tools/bin/pip" install --quiet --disable-pip-version-check "schemathesis==$version"
 fi
-source scripts/system.sh
 build_services
 folder=$(mktemp -d)
 stop_all() {
     stop TERM "${!pids[@]}"
     rm -rf "$folder"
 }
-trap stop_all EXIT
+at_end stop_all
 start_system "lmdb:$folder/map"
 
 HYPOTHESIS_STORAGE_DIRECTORY=$folder/examples timeout 300 "$tools/bin/schemathesis" \

@@ -3,20 +3,21 @@
 # from files of this machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/system.sh
 
 usage() {
     cat <<'HELP'
 usage: .ci/stand-ins.sh run|build|remove
 
-  run     makes the images of docker-compose.yml: the services from target/release as IMAGE, and Redis
+  run     makes the images of docker-compose.yml: the services of the release build as IMAGE, and Redis
           from the Debian packages redis-server, redis-tools and busybox-static, unless the real image
           exists or can be pulled
   build   builds the Dockerfile as IMAGE without a network, on a Debian from debootstrap with gcc, with
           the Rust toolchain and the C runtime of this machine and the crates of Cargo.lock
   remove  removes all images that this script made
 
-Needs a Docker engine and, on Debian, root to install packages. SKIP_BUILD=1 uses the binaries in
-target/release without building, for example those of the tests. IMAGE, REDIS_IMAGE and REDIS_VERSION
+Needs a Docker engine and, on Debian, root to install packages. SKIP_BUILD=1 uses the
+release build that is there, for example that of the tests. IMAGE, REDIS_IMAGE and REDIS_VERSION
 come from the environment, by default from .env.example.
 HELP
 }
@@ -76,14 +77,12 @@ import() {
     echo "made $image, a stand-in"
 }
 
-build_services() { [[ -n ${SKIP_BUILD:-} ]] || cargo build --release --locked; }
-
 make_services() {
     local root=$folder/services
     build_services
     mkdir -p "$root/usr/local/bin"
-    cp target/release/{facade,logging,messages} "$root/usr/local/bin/"
-    copy_libraries "$root" target/release/{facade,logging,messages}
+    cp "$binaries"/{facade,logging,messages} "$root/usr/local/bin/"
+    copy_libraries "$root" "$binaries"/{facade,logging,messages}
     import "$(setting IMAGE)" "$root" "USER 65532:65532" "ENV PATH=/usr/local/bin" 'CMD ["facade"]'
 }
 
@@ -125,7 +124,7 @@ make_rust() {
 make_runtime() {
     local root=$folder/runtime
     build_services
-    copy_libraries "$root" target/release/{facade,logging,messages}
+    copy_libraries "$root" "$binaries"/{facade,logging,messages}
     import "$runtime" "$root" "ENV PATH=/usr/local/bin:/usr/bin:/bin"
 }
 

@@ -2,6 +2,8 @@
 # How long after a POST's answer followers get the message, and what followers cost.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/system.sh
+source bench/maps.sh
 
 engine=${1:-lmdb}
 seconds=${2:-20}
@@ -20,21 +22,19 @@ fi
 
 cargo build --release --locked --workspace --examples --bins
 
-source scripts/system.sh
-source bench/maps.sh
 folder=$(mktemp -d)
 stop_all() {
     stop TERM "${!pids[@]}"
     if [[ -d $folder/cluster ]]; then scripts/cluster.sh wipe "$folder/cluster"; fi
     rm -rf "$folder"
 }
-trap stop_all EXIT
+at_end stop_all
 
 start_map "$engine"
 start_system "$map"
 facade_pid=${pids[facade]}
 logging_pid=${pids[logging-1]}
-followers=target/release/examples/followers
+followers=$binaries/examples/followers
 
 # In hundredths of a second.
 cpu() { awk '{ print $14 + $15 }' "/proc/$1/stat"; }

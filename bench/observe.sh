@@ -2,6 +2,8 @@
 # The cost of looking: the time of /stats and /metrics on a large map, and what a scrape costs POSTs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/system.sh
+source bench/maps.sh
 
 rounds=${1:-10}
 count=${2:-1000000}
@@ -28,15 +30,12 @@ build_log=$(mktemp)
 cargo build --release --locked --workspace --bins 2>"$build_log" || { cat "$build_log" >&2; exit 1; }
 rm -f "$build_log"
 
-source scripts/system.sh
-source bench/maps.sh
 folder=$(mktemp -d)
 stop_all() {
     stop TERM "${!pids[@]}"
     if [[ -d $folder/cluster ]]; then scripts/cluster.sh wipe "$folder/cluster"; fi
 }
-trap 'stop_all; rm -rf "$folder"' EXIT
-trap 'exit 130' INT TERM
+at_end 'stop_all; rm -rf "$folder"'
 
 # times URL: of 50 requests, in ms, in ascending order.
 times() {

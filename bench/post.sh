@@ -2,6 +2,8 @@
 # The POST rate of the whole system as a share of that of a bare axum handler, in pairs in one run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/system.sh
+source bench/maps.sh
 
 rounds=${1:-5}
 seconds=${2:-5}
@@ -21,21 +23,19 @@ fi
 command -v wrk >/dev/null || { echo "error: please install wrk (apt-get install wrk)" >&2; exit 1; }
 cargo build --release --locked --workspace --examples --bins
 
-source scripts/system.sh
-source bench/maps.sh
 folder=$(mktemp -d)
 stop_all() {
     stop TERM "${!pids[@]}"
     if [[ -d $folder/cluster ]]; then scripts/cluster.sh wipe "$folder/cluster"; fi
     rm -rf "$folder"
 }
-trap stop_all EXIT
+at_end stop_all
 
 start_map "$engine"
 start_system "$map"
 ports[bare]=$(free_port)
 bare=$(address bare)
-start bare target/release/examples/bare "$bare"
+start bare "$binaries/examples/bare" "$bare"
 curl --silent --output /dev/null --retry 100 --retry-delay 1 --retry-connrefused \
     --data warm-up "http://$facade/" --output /dev/null "http://$bare/"
 

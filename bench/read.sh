@@ -3,6 +3,8 @@
 # messages.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/system.sh
+source bench/maps.sh
 
 rounds=${1:-5}
 count=${2:-1000000}
@@ -37,16 +39,13 @@ for program in nginx redis-server redis-cli; do
 done
 cargo build --release --locked --workspace --bins
 
-source scripts/system.sh
-source bench/maps.sh
 folder=$(mktemp -d)
 chmod a+x "$folder"
 stop_all() {
     stop TERM "${!pids[@]}"
     if [[ -d $folder/cluster ]]; then scripts/cluster.sh wipe "$folder/cluster"; fi
 }
-trap 'stop_all; rm -rf "$folder"' EXIT
-trap 'exit 130' INT TERM
+at_end 'stop_all; rm -rf "$folder"'
 
 get() { curl --silent --show-error --fail --header "accept: application/$1" "http://$2"; }
 

@@ -35,7 +35,7 @@ end_service() {
 # Returns before the service is ready, so that no key has to wait for that.
 begin_service() {
     case $1 in
-        logging-*) start "$1" target/release/logging --listen "$(address "$1")" --map "$map" ;;
+        logging-*) start "$1" "$binaries/logging" --listen "$(address "$1")" --map "$map" ;;
         redis-*) scripts/cluster.sh revive "$folder/cluster" "${1#redis-}" ;;
     esac
 }

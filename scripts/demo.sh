@@ -28,7 +28,7 @@ three instances in the middle of a GET. Stops everything it started.
   --auto      with --page: no keys; services are killed, revived, paused and resumed in turn. So it is
               also without a terminal.
 
-SKIP_BUILD=1 uses the binaries in target/release without building.
+SKIP_BUILD=1 uses the release build that is there.
 
 Exit code: 0 only if every message was read each time; with --page, 0 after q. 130 after Ctrl-C.
 HELP
@@ -67,15 +67,12 @@ fail() {
     exit 1
 }
 
-# Only the shipped file with its defaults: .env and an override belong to the user's project.
-compose() {
-    local version=(docker-compose)
-    if docker compose version >/dev/null 2>&1; then version=(docker compose); fi
-    "${version[@]}" --file docker-compose.yml --env-file .env.example "$@"
-}
-
 if [[ $engine == compose ]]; then
     docker info >/dev/null 2>&1 || fail "no Docker engine answers; start one, then try again"
+    compose=(docker-compose)
+    if docker compose version >/dev/null 2>&1; then compose=(docker compose); fi
+    # Only the shipped file with its defaults: .env and an override belong to the user's project.
+    compose+=(--file docker-compose.yml --env-file .env.example)
     # A project name of its own, so that no other project is touched.
     export COMPOSE_PROJECT_NAME=message-log-demo-$$ LOGGING_INSTANCES=3 SUBNET=${SUBNET:-10.86.87}
 elif [[ -z ${SKIP_BUILD:-} ]]; then
@@ -86,19 +83,19 @@ fi
 folder=$(mktemp -d)
 terminal=
 stop_all() {
-    trap '' INT TERM HUP
     if [[ -n $terminal ]]; then stty "$terminal" || true; fi
     stop KILL "${!pids[@]}"
     case $engine in
         cluster) scripts/cluster.sh wipe "$folder/cluster" || true ;;
-        compose) compose down --volumes --timeout 1 >"$folder/down.log" 2>&1 || cat "$folder/down.log" ;;
+        # In a session of its own, where Ctrl-C does not reach it.
+        compose)
+            setsid --wait "${compose[@]}" down --volumes --timeout 1 >"$folder/down.log" 2>&1 ||
+                cat "$folder/down.log"
+            ;;
     esac
     rm -rf "$folder"
 }
-trap stop_all EXIT
-trap 'exit 129' HUP
-trap 'exit 130' INT
-trap 'exit 143' TERM
+at_end stop_all
 
 start_processes() {
     map=lmdb:$folder/map
@@ -128,8 +125,8 @@ start_containers() {
     ports[facade]=$(free_port)
     export PORT=${ports[facade]}
     say "Starting the containers (the first time builds their image, which takes minutes)"
-    compose up --detach
-    compose ps
+    "${compose[@]}" up --detach
+    "${compose[@]}" ps
     wait_until_ready facade || fail "the facade does not get ready"
 }
 
@@ -247,7 +244,7 @@ kill_pair() {
 
 start_pair_again() {
     case $engine in
-        compose) compose up --detach ;;
+        compose) "${compose[@]}" up --detach ;;
         cluster)
             scripts/cluster.sh start "$folder/cluster"
             restart_instance "$1"

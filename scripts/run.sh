@@ -16,7 +16,7 @@ Kill any service: the others keep running, and the command that restarts it is p
   --cluster   the map is a Redis Cluster of six servers (7001 to 7006) with their data in FOLDER
               (default: data/cluster), see scripts/cluster.sh; Ctrl-C stops the servers too
 
-SKIP_BUILD=1 uses the binaries in target/release without building.
+SKIP_BUILD=1 uses the release build that is there.
 
 Then, from another terminal:
   scripts/post.sh              ten messages
@@ -66,8 +66,8 @@ declare -A commands
 # run SERVICE BINARY [ARGUMENT…]: in the background, with the service's name before each line.
 run() {
     local service=$1
-    local command=("target/release/$2" --listen "$(address "$service")" "${@:3}")
-    "${command[@]}" > >(trap '' INT TERM; exec sed -u "s/^/$service | /") 2>&1 &
+    local command=("$binaries/$2" --listen "$(address "$service")" "${@:3}")
+    "${command[@]}" > >(trap '' HUP INT TERM; exec sed -u "s/^/$service | /") 2>&1 &
     pids[$service]=$!
     commands[$service]=${command[*]@Q}
 }
@@ -85,12 +85,12 @@ report_ended() {
 }
 
 stop_all() {
-    trap '' INT TERM
+    trap '' HUP INT TERM
     stop TERM "${!pids[@]}"
     if [[ $engine == cluster ]]; then scripts/cluster.sh stop "$folder"; fi
 }
 
-trap 'stop_all; exit 0' INT TERM
+trap 'stop_all; exit 0' HUP INT TERM
 
 case $engine in
     lmdb) map=lmdb:$folder ;;

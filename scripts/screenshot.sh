@@ -11,8 +11,7 @@ stop_all() {
     scripts/cluster.sh wipe "$folder/cluster" || true
     rm -rf "$folder"
 }
-trap stop_all EXIT
-trap 'exit 130' INT TERM
+at_end stop_all
 
 map=$(scripts/cluster.sh start "$folder/cluster" $((10000 + RANDOM % 10000)))
 start_system "$map"

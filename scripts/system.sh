@@ -1,5 +1,15 @@
-# The services of a script, from target/release on loopback; sourced. The script sets `folder`, where the
-# logs go, and calls `stop` when it ends.
+# The services of a script, as release builds on loopback; sourced after the `cd` to the root. The script sets
+# `folder`, where the logs go, and calls `stop` when it ends.
+
+# Cargo's folder; a relative one is the caller's.
+if [[ -n ${CARGO_TARGET_DIR:-} ]]; then
+    CARGO_TARGET_DIR=$(cd "$OLDPWD" && realpath --canonicalize-missing "$CARGO_TARGET_DIR")
+    export CARGO_TARGET_DIR
+fi
+binaries=${CARGO_TARGET_DIR:-target}/release
+
+# A proxy cannot reach the loopback of this machine.
+export no_proxy=${no_proxy:+$no_proxy,}127.0.0.1,localhost
 
 instances=(logging-1 logging-2 logging-3)
 # By the name of each service that runs, and of each that was started.
@@ -8,6 +18,18 @@ declare -A pids=() ports=()
 fail() {
     echo "error: $*" >&2
     exit 1
+}
+
+# at_end COMMAND: runs it when the script ends, also by a signal; no second signal interrupts it.
+at_end() {
+    local ignore="trap '' HUP INT TERM"
+    # shellcheck disable=SC2064
+    {
+        trap "$ignore; $1" EXIT
+        trap "$ignore; exit 129" HUP
+        trap "$ignore; exit 130" INT
+        trap "$ignore; exit 143" TERM
+    }
 }
 
 build_services() { [[ -n ${SKIP_BUILD:-} ]] || cargo build --release --locked; }
@@ -41,7 +63,7 @@ start() {
 # is ready.
 start_service() {
     [[ -n ${ports[$1]:-} ]] || ports[$1]=$(free_port)
-    start "$1" "target/release/$2" --listen "$(address "$1")" "${@:3}"
+    start "$1" "$binaries/$2" --listen "$(address "$1")" "${@:3}"
     wait_until_ready "$1" || fail "$1 does not get ready; its log: $(cat "$folder/$1.log")"
 }
 

@@ -2,6 +2,7 @@
 # Installs what the tests need if it is missing, then runs all of them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/system.sh
 
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then
     cat <<'HELP'
@@ -89,7 +90,7 @@ report() {
 }
 
 cleanup() { report; }
-trap cleanup EXIT
+at_end cleanup
 
 cargo test --workspace --release --locked --no-run
 if timeout 10 docker info >/dev/null 2>&1; then

@@ -27,7 +27,7 @@ page() { curl --silent --fail "$(grep --only-matching 'http://.*/console' "$fold
 page_shows() { [[ $(page) == *"$1"* ]]; }
 port_of() { sed --quiet "s/^$1: 127.0.0.1:\([0-9]*\).*/\1/p" "$folder/output"; }
 is_stopped() { [[ $(ps --no-headers -o stat -p "$(pgrep --full -- "--listen 127.0.0.1:$1")") == T* ]]; }
-nothing_is_left() { [[ -z $(pgrep --full 'target/release|redis-server') && -z $(ls "$TMPDIR") ]]; }
+nothing_is_left() { [[ -z $(pgrep --full 'release/[flm]|redis-server') && -z $(ls "$TMPDIR") ]]; }
 cd "$folder"
 mkdir temporary
 export TMPDIR=$folder/temporary
@@ -146,13 +146,29 @@ nothing_is_left
     );
 }
 
+/// Nothing interrupts the end: neither a second Ctrl-C nor the end of the terminal leaves a server.
+#[test]
+fn demo_ends_completely_however_often_it_is_interrupted() {
+    run_on_own_network(
+        r#"
+"$root/scripts/demo.sh" --page --cluster </dev/null >output 2>&1 &
+run=$!
+wait_for says /console
+interrupt() { if ended; then return; fi; kill -"$1" -- "-$run" || true; return 1; }
+interrupt INT || wait_for eval 'interrupt INT && interrupt HUP && interrupt TERM'
+nothing_is_left
+"#,
+    );
+}
+
 /// Without a terminal the page's demo kills, revives and pauses by itself. SIGTERM ends all, also what is
-/// paused.
+/// paused. The caller has a proxy, and names Cargo's folder relative to its own.
 #[test]
 fn demo_page_needs_no_terminal() {
     run_on_own_network(
         r#"
-"$root/scripts/demo.sh" --page </dev/null >output 2>&1 &
+ln --symbolic "${CARGO_TARGET_DIR:-$root/target}" built
+http_proxy=http://127.0.0.1:9 CARGO_TARGET_DIR=built "$root/scripts/demo.sh" --page </dev/null >output 2>&1 &
 run=$!
 wait_for says 'logging-2 killed'
 wait_for says 'logging-2 is back'
