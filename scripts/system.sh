@@ -84,7 +84,8 @@ start_system() {
 stop() {
     local name stopping=()
     for name in "${@:2}"; do stopping+=("${pids[$name]}"); done
-    if ((${#stopping[@]} == 0)); then return; fi
+    # In a trap a bare return would have the status of what the signal interrupted.
+    if ((${#stopping[@]} == 0)); then return 0; fi
     # Bash reports each end by SIGKILL on standard error.
     { kill "-$1" "${stopping[@]}"; wait "${stopping[@]}"; } 2>/dev/null || true
     # Not earlier: a script that a signal ends here stops them again.
