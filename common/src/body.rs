@@ -2,7 +2,6 @@
 //! reservation until it is written.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -12,57 +11,13 @@ use axum::response::Response;
 use bytes::{Bytes, BytesMut};
 use http_body::{Frame, SizeHint};
 use http_body_util::BodyExt;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::permits::Permit;
 use crate::problem::Problem;
 
 /// A response goes to its connection in pieces of this many bytes. The reservation then lasts until the
 /// client has taken nearly all of it, not only until the connection has buffered it.
 const PIECE: usize = 64 * 1024;
-
-/// Memory reserved from a budget in bytes; dropping it returns the memory.
-#[derive(Debug)]
-pub struct Reservation {
-    budget: Arc<Semaphore>,
-    held: OwnedSemaphorePermit,
-}
-
-/// The budget does not have that many bytes left.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NoMemory;
-
-impl Reservation {
-    /// Reserves memory from a budget whose permits are bytes.
-    ///
-    /// # Errors
-    /// When the budget does not have that many bytes left.
-    pub fn new(budget: &Arc<Semaphore>, bytes: usize) -> Result<Self, NoMemory> {
-        Ok(Self {
-            held: acquire(budget, bytes)?,
-            budget: budget.clone(),
-        })
-    }
-
-    /// Grows or shrinks to `bytes`.
-    ///
-    /// # Errors
-    /// When the budget does not have that many bytes left; the reservation then stays as it is.
-    pub fn resize(&mut self, bytes: usize) -> Result<(), NoMemory> {
-        let held = self.held.num_permits();
-        if bytes > held {
-            self.held.merge(acquire(&self.budget, bytes - held)?);
-        } else {
-            drop(self.held.split(held - bytes));
-        }
-        Ok(())
-    }
-}
-
-fn acquire(budget: &Arc<Semaphore>, bytes: usize) -> Result<OwnedSemaphorePermit, NoMemory> {
-    let permits = u32::try_from(bytes).map_err(|_| NoMemory)?;
-    let acquired = budget.clone().try_acquire_many_owned(permits);
-    acquired.map_err(|_| NoMemory)
-}
 
 /// Why a request body could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -97,12 +52,12 @@ impl From<BodyError> for Problem {
 /// arrives, so a body that was announced and not sent reserves nothing.
 ///
 /// # Errors
-/// When the body is larger or slower, breaks off, or exceeds the memory budget.
+/// When the body is larger or slower, breaks off, or exceeds the memory budget, whose permits are bytes.
 pub async fn read_body(
     mut body: Body,
     limit: usize,
     timeout: Duration,
-    reserved: &mut Reservation,
+    reserved: &mut Permit,
 ) -> Result<Bytes, BodyError> {
     let reading = async {
         let mut read = BytesMut::new();
@@ -186,41 +141,28 @@ impl<P> HttpBody for HoldingBody<P> {
 
 #[cfg(test)]
 mod tests {
+    use axum::http::Extensions;
     use axum::response::IntoResponse;
 
     use super::*;
-
-    fn budget(bytes: usize) -> Arc<Semaphore> {
-        Arc::new(Semaphore::new(bytes))
-    }
-
-    #[test]
-    fn reservation_grows_and_shrinks_within_its_budget() {
-        let budget = budget(100);
-        let mut reserved = Reservation::new(&budget, 10).expect("10 of 100");
-        assert_eq!(reserved.resize(101), Err(NoMemory));
-        assert_eq!(budget.available_permits(), 90);
-        assert_eq!(reserved.resize(100), Ok(()));
-        assert_eq!(reserved.resize(30), Ok(()));
-        assert_eq!(budget.available_permits(), 70);
-        drop(reserved);
-        assert_eq!(budget.available_permits(), 100);
-    }
+    use crate::client::Client;
+    use crate::permits::Permits;
 
     #[tokio::test]
     async fn permit_is_held_until_the_last_piece_is_taken() {
-        let budget = budget(1);
+        let permits = Permits::new(1);
         let text = "x".repeat(PIECE + 1);
-        let permit = Reservation::new(&budget, 1).expect("1 of 1");
+        let client = Client::of(&Extensions::new());
+        let permit = permits.take(client, 1).expect("1 of 1");
         let mut body = holding(text.clone().into_response(), permit).into_body();
         assert_eq!(body.size_hint().exact(), Some(text.len() as u64));
         let first = body.frame().await.expect("a frame").expect("no error");
         assert_eq!(first.into_data().expect("data").len(), PIECE);
-        assert_eq!(budget.available_permits(), 0);
+        assert_eq!(permits.free(), 0);
         let second = body.frame().await.expect("a frame").expect("no error");
         assert_eq!(second.into_data().expect("data").len(), 1);
         assert!(body.is_end_stream());
         drop(body);
-        assert_eq!(budget.available_permits(), 1);
+        assert_eq!(permits.free(), 1);
     }
 }

@@ -3,7 +3,7 @@
 use std::error::Error as _;
 use std::fmt::Display;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -18,6 +18,9 @@ const EXIT_CONFIGURATION: i32 = 2;
 /// Longer durations are rejected: added to a point in time they could overflow.
 const LONGEST_DURATION: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
+/// The default of `--max-connections`.
+pub(crate) const MAX_CONNECTIONS: u32 = 1024;
+
 /// Options of every service.
 #[derive(Args, Clone, Debug)]
 pub struct ServiceConfig {
@@ -28,6 +31,14 @@ pub struct ServiceConfig {
     /// Format of the log on standard output; RUST_LOG filters it (default: info)
     #[arg(long, value_enum, default_value = "text")]
     pub log_format: LogFormat,
+
+    /// Connections at once; a further one takes the place of an idle one, or gets a 503
+    #[arg(long, default_value_t = MAX_CONNECTIONS, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_connections: u32,
+
+    /// Address of a proxy whose X-Forwarded-For (or Forwarded) header names the client; may be repeated
+    #[arg(long, value_name = "ADDRESS", value_delimiter = ',', value_parser = ip_address)]
+    pub trusted_proxy: Vec<IpAddr>,
 }
 
 /// Parses the command line and the environment. Ends the process with code 0 after `--help` and
@@ -70,6 +81,15 @@ pub fn fail(message: &str) -> ! {
 /// A sentence that says what to write instead.
 pub fn address(text: &str) -> Result<SocketAddr, String> {
     let error = "write an address and a port, for example 127.0.0.1:8080";
+    text.parse().map_err(|_| error.to_owned())
+}
+
+/// Parses an address without a port.
+///
+/// # Errors
+/// A sentence that says what to write instead.
+pub fn ip_address(text: &str) -> Result<IpAddr, String> {
+    let error = "write an address without a port, for example 127.0.0.1";
     text.parse().map_err(|_| error.to_owned())
 }
 

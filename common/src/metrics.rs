@@ -9,7 +9,7 @@ use axum::extract::{MatchedPath, Request};
 use axum::http::{HeaderMap, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use metrics::{describe_gauge, histogram};
+use metrics::{counter, describe_gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use metrics_process::Collector;
 use metrics_util::MetricKindMask;
@@ -20,6 +20,9 @@ use crate::traces::{TRACE_ID, TRACEPARENT, TRACES, continue_trace, trace_id};
 
 /// The time until the head of an answer, by method, route and status.
 const REQUEST_DURATION: &str = "http_request_duration_seconds";
+
+/// Connections that the service has ended early, by the reason.
+pub(crate) const CONNECTIONS_CUT: &str = "http_connections_cut_total";
 
 /// Upper bounds of the buckets of times, in seconds.
 const SECONDS: [f64; 14] = [
@@ -56,10 +59,19 @@ static RECORDER: LazyLock<PrometheusHandle> = LazyLock::new(|| {
 /// before. Must be called within a runtime, which keeps the recorder's memory bounded.
 pub fn install() {
     LazyLock::force(&RECORDER);
-    describe(&[(
-        REQUEST_DURATION,
-        "Time until the head of an answer, by method, route and status.",
-    )]);
+    describe(&[
+        (
+            REQUEST_DURATION,
+            "Time until the head of an answer, by method, route and status.",
+        ),
+        (
+            CONNECTIONS_CUT,
+            "Connections that were ended early, by the reason.",
+        ),
+    ]);
+    for reason in ["evicted", "too_many", "slow_reader"] {
+        counter!(CONNECTIONS_CUT, "reason" => reason).increment(0);
+    }
     Collector::default().describe();
     tokio::spawn(async {
         let mut ticks = tokio::time::interval(UPKEEP);

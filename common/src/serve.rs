@@ -2,28 +2,30 @@
 //!
 //! This module sets no timeout for a whole request: a body may stream as long as it makes progress.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::pin::Pin;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use axum::Router;
-use axum_server::Handle;
-use axum_server::accept::Accept;
+use axum_server::{Handle, Server};
 use hyper_util::rt::TokioTimer;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::net::TcpStream;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_io_timeout::TimeoutStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, ServiceConfig};
+use crate::door::{Door, Follow, Peer};
 use crate::health::{Task, healthcheck};
 use crate::{metrics, telemetry};
 
-/// Response bytes that hyper may buffer for one connection, which bounds the memory of a slow reader
-/// (hyper's default is about 400 KiB). A request head that is larger gets a 431.
-const CONNECTION_BUFFER: usize = 128 * 1024;
+/// The largest request head; a larger one gets a 431. It is also what one read of a body returns at most, and
+/// the response bytes that hyper buffers for one connection, besides one piece. So connections are small.
+const CONNECTION_BUFFER: usize = 16 * 1024;
+
+/// The share of the process's files that connections may be, as one in so many is left for other uses: the
+/// map, and connections to other services.
+const FILES_KEPT_FREE: u64 = 4;
 
 /// Runs the `main` of `service`: the task, if one is given; otherwise it sets up the log, the router and
 /// the socket, and serves. The token given to `router` is cancelled by SIGINT or SIGTERM. An error is one
@@ -50,26 +52,51 @@ async fn start(
     let _telemetry =
         telemetry::init(service, config.log_format).unwrap_or_else(|line| config::fail(&line));
     metrics::install();
-    raise_open_files();
+    let max_connections = within_open_files(config.max_connections as usize, raise_open_files());
     let stop = stop_on_signal()?;
     let router = router(stop.clone())?;
     let listener = config::bind(listen).map_err(anyhow::Error::msg)?;
     tracing::info!(address = %listener.local_addr()?, "serving requests");
-    serve(listener, router, Timeouts::default(), stop, config.grace).await?;
+    let limits = Limits {
+        timeouts: Timeouts::default(),
+        max_connections,
+        trusted_proxies: config.trusted_proxy.clone(),
+    };
+    serve(listener, router, limits, stop, config.grace).await?;
     Ok(())
 }
 
 /// Raises the soft limit of open files to the hard one, because the soft one is often 1024 and each
-/// connection is a file. If that fails, connections beyond the limit wait.
-fn raise_open_files() {
+/// connection is a file. Returns the limit; `None` is no limit.
+fn raise_open_files() -> Option<u64> {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
         current: limit.maximum,
         ..limit
     };
-    if let Err(error) = setrlimit(Resource::Nofile, raised) {
-        tracing::warn!(%error, soft = limit.current, "the limit of open files cannot be raised");
+    match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit.maximum,
+        Err(error) => {
+            tracing::warn!(%error, soft = limit.current, "the limit of open files cannot be raised");
+            limit.current
+        }
     }
+}
+
+/// So many connections as are wanted and as the limit of open files leaves room for.
+fn within_open_files(wanted: usize, files: Option<u64>) -> usize {
+    let Some(files) = files else {
+        return wanted;
+    };
+    let most = usize::try_from(files - files / FILES_KEPT_FREE).unwrap_or(usize::MAX);
+    if most < wanted {
+        tracing::warn!(
+            files,
+            connections = most,
+            "the limit of open files is too low for --max-connections; raise it, for example with ulimit -n"
+        );
+    }
+    wanted.min(most)
 }
 
 /// How long a connection may stall before it is cut.
@@ -78,11 +105,11 @@ pub struct Timeouts {
     /// From the first wait for a request's head until the head is complete; an idle keep-alive
     /// connection is closed after this time too.
     pub head: Duration,
-    /// For a whole request body; for an upload, between two pieces of its body.
+    /// For a whole request body; for an upload, how far its client may fall behind
+    /// [`MIN_THROUGHPUT`](crate::pace::MIN_THROUGHPUT).
     pub body: Duration,
-    /// Between two reads of a response by the client. TCP reports progress to the sender in steps of up
-    /// to 64 KiB on loopback, so a client that reads 1 KiB/s needs more than a minute.
-    pub write_idle: Duration,
+    /// How far a client may fall behind that while it reads responses.
+    pub read: Duration,
 }
 
 impl Default for Timeouts {
@@ -90,7 +117,29 @@ impl Default for Timeouts {
         Self {
             head: Duration::from_secs(30),
             body: Duration::from_secs(30),
-            write_idle: Duration::from_secs(180),
+            read: Duration::from_secs(30),
+        }
+    }
+}
+
+/// What clients may use of a service.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// How long they may stall.
+    pub timeouts: Timeouts,
+    /// Connections at once. A further one takes the place of an idle one, or gets a 503.
+    pub max_connections: usize,
+    /// Proxies whose word for a client's address is taken.
+    pub trusted_proxies: Vec<IpAddr>,
+}
+
+impl From<Timeouts> for Limits {
+    /// The other limits are the defaults of the flags.
+    fn from(timeouts: Timeouts) -> Self {
+        Self {
+            timeouts,
+            max_connections: config::MAX_CONNECTIONS as usize,
+            trusted_proxies: Vec::new(),
         }
     }
 }
@@ -103,29 +152,34 @@ impl Default for Timeouts {
 pub fn serve(
     listener: TcpListener,
     router: Router,
-    timeouts: Timeouts,
+    limits: Limits,
     stop: CancellationToken,
     grace: Duration,
 ) -> Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>> {
     Box::pin(async move {
         listener.set_nonblocking(true)?;
-        let handle = Handle::<SocketAddr>::new();
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let door = Door::new(listener, limits.max_connections, limits.timeouts.read);
+        let handle = Handle::new();
         tokio::spawn(stop_gracefully(handle.clone(), stop, grace));
-        let mut server = axum_server::from_tcp(listener)?
+        let mut server = Server::<Peer>::from_listener(door)
             .handle(handle)
-            .acceptor(WriteIdleAcceptor(timeouts.write_idle))
+            .acceptor(Follow {
+                trusted_proxies: limits.trusted_proxies.into(),
+            })
             .http1_only();
         server
             .http_builder()
             .http1()
             .timer(TokioTimer::new())
-            .header_read_timeout(timeouts.head)
-            .max_buf_size(CONNECTION_BUFFER);
+            .header_read_timeout(limits.timeouts.head)
+            .max_buf_size(CONNECTION_BUFFER)
+            .half_close(true);
         server.serve(router.into_make_service()).await
     })
 }
 
-async fn stop_gracefully(handle: Handle<SocketAddr>, stop: CancellationToken, grace: Duration) {
+async fn stop_gracefully(handle: Handle<Peer>, stop: CancellationToken, grace: Duration) {
     stop.cancelled().await;
     tracing::info!(
         connections = handle.connection_count(),
@@ -162,22 +216,4 @@ fn stop_on_signal() -> std::io::Result<CancellationToken> {
         }
     });
     Ok(stop)
-}
-
-/// Accepts connections and cuts each one whose client reads nothing for this time.
-#[derive(Clone, Copy, Debug)]
-struct WriteIdleAcceptor(Duration);
-
-impl<S> Accept<TcpStream, S> for WriteIdleAcceptor {
-    type Stream = Pin<Box<TimeoutStream<TcpStream>>>;
-    type Service = S;
-    type Future = std::future::Ready<std::io::Result<(Self::Stream, S)>>;
-
-    fn accept(&self, stream: TcpStream, service: S) -> Self::Future {
-        std::future::ready(stream.set_nodelay(true).map(|()| {
-            let mut stream = TimeoutStream::new(stream);
-            stream.set_write_timeout(Some(self.0));
-            (Box::pin(stream), service)
-        }))
-    }
 }

@@ -16,8 +16,10 @@ use axum::routing::get;
 use bytesize::ByteSize;
 use common::api::{ReadQuery, timestamp};
 use common::bounds::{Bounds, Order};
+use common::client::Client;
 use common::entry::Entry;
 use common::escape::needs_escape;
+use common::permits::Exhausted;
 use common::problem::Problem;
 use serde::Deserialize;
 use serde_json::Value;
@@ -224,12 +226,12 @@ pub(crate) fn routes() -> Router<App> {
 }
 
 /// `GET /console`.
-async fn show(State(app): State<App>, uri: Uri) -> Response {
-    answer(&app, &uri).await
+async fn show(State(app): State<App>, client: Client, uri: Uri) -> Response {
+    answer(&app, client, &uri).await
 }
 
 /// The page, also for a browser that asked for `/`. Its query may be that of a search.
-pub(crate) async fn answer(app: &App, uri: &Uri) -> Response {
+pub(crate) async fn answer(app: &App, client: Client, uri: &Uri) -> Response {
     let query = Query::<PageQuery>::try_from_uri(uri).ok();
     let posted = query.and_then(|Query(query)| query.posted);
     let posted = posted.and_then(|uuid| Uuid::try_parse(&uuid).ok());
@@ -238,7 +240,7 @@ pub(crate) async fn answer(app: &App, uri: &Uri) -> Response {
         Ok(_) => StatusCode::OK,
         Err(_) => StatusCode::BAD_REQUEST,
     };
-    page(app, status, posted.map(Notice::Stored), query).await
+    page(app, client, status, posted.map(Notice::Stored), query).await
 }
 
 /// `POST /console`: the page's form without JavaScript. Posts as `POST /` does, then leads back to the page.
@@ -247,13 +249,14 @@ async fn post(State(app): State<App>, request: Request) -> Response {
     struct Stored {
         uuid: Uuid,
     }
+    let client = Client::of(request.extensions());
     let limit = body_limit(app.max_message) + MAX_ANSWER_OVERHEAD;
     let answer = match post::create(State(app.clone()), request).await {
         Ok(answer) => answer,
         Err(problem) => {
             let notice = Notice::NotAcknowledged(problem.detail().to_owned());
             let status = problem.into_response().status();
-            return page(&app, status, Some(notice), Ok(ListQuery::default())).await;
+            return page(&app, client, status, Some(notice), Ok(ListQuery::default())).await;
         }
     };
     let body = to_bytes(answer.into_body(), limit).await.ok();
@@ -288,11 +291,16 @@ const HEADERS: [(HeaderName, &str); 5] = [
 
 async fn page(
     app: &App,
+    client: Client,
     status: StatusCode,
     notice: Option<Notice>,
     query: Result<ListQuery, Problem>,
 ) -> Response {
-    let (stats, newest, search) = tokio::join!(collect(app), newest(app), search(app, query));
+    let (stats, newest, search) = tokio::join!(
+        collect(app),
+        newest(app, client),
+        search(app, client, query)
+    );
     let (stats, problems) = match stats {
         Ok(stats) => {
             let stats = serde_json::to_value(stats).expect("statistics are plain values");
@@ -341,8 +349,9 @@ fn rows(stats: &Value, pointer: &str) -> Vec<Value> {
 }
 
 /// The newest messages, from any instance.
-async fn newest(app: &App) -> Result<Vec<Message>, Problem> {
-    let _permit = app.reads.try_acquire().map_err(|_| too_many("reads"))?;
+async fn newest(app: &App, client: Client) -> Result<Vec<Message>, Problem> {
+    let permit = app.reads.take(client, 1);
+    let _permit = permit.map_err(|Exhausted| too_many("reads"))?;
     let bounds = Bounds {
         order: Order::Desc,
         ..Bounds::default()
@@ -371,7 +380,7 @@ async fn newest(app: &App) -> Result<Vec<Message>, Problem> {
 }
 
 /// What a query searches for, and the first matches.
-async fn search(app: &App, query: Result<ListQuery, Problem>) -> Search {
+async fn search(app: &App, client: Client, query: Result<ListQuery, Problem>) -> Search {
     let mut search = Search {
         text: String::new(),
         order: Order::Desc,
@@ -391,7 +400,7 @@ async fn search(app: &App, query: Result<ListQuery, Problem>) -> Search {
     };
     search.text = text.as_str().to_owned();
     search.order = bounds.order;
-    let found = find(app, text, bounds).await;
+    let found = find(app, client, text, bounds).await;
     if let Ok(Found {
         next: Some(next), ..
     }) = found
@@ -416,8 +425,9 @@ async fn search(app: &App, query: Result<ListQuery, Problem>) -> Search {
     search
 }
 
-async fn find(app: &App, text: Text, bounds: Bounds) -> Result<Found, Problem> {
-    let _permit = app.reads.try_acquire().map_err(|_| too_many("reads"))?;
+async fn find(app: &App, client: Client, text: Text, bounds: Bounds) -> Result<Found, Problem> {
+    let permit = app.reads.take(client, 1);
+    let _permit = permit.map_err(|Exhausted| too_many("reads"))?;
     let query = ReadQuery {
         bounds,
         limit: Some(MAX_SCANNED),

@@ -15,6 +15,8 @@ use bytes::Bytes;
 use common::api::ReadQuery;
 use common::body::holding;
 use common::bounds::{Bounds, Order};
+use common::client::Client;
+use common::permits::{Exhausted, Permits};
 use common::problem::Problem;
 use futures_util::{StreamExt, stream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
@@ -42,7 +44,7 @@ const PIECE: usize = 16 * 1024;
 #[derive(Debug)]
 pub(crate) struct Followers {
     max: usize,
-    permits: Arc<Semaphore>,
+    permits: Arc<Permits>,
     catching_up: Arc<Semaphore>,
     window: SharedWindow,
 }
@@ -51,7 +53,7 @@ impl Followers {
     pub(crate) fn new(max: usize) -> Self {
         Self {
             max,
-            permits: Arc::new(Semaphore::new(max)),
+            permits: Permits::new(max),
             catching_up: Arc::new(Semaphore::new(MAX_CATCHING_UP)),
             window: SharedWindow::default(),
         }
@@ -59,7 +61,7 @@ impl Followers {
 
     /// How many there are.
     pub(crate) fn count(&self) -> usize {
-        self.max - self.permits.available_permits()
+        self.max - self.permits.free()
     }
 }
 
@@ -77,9 +79,9 @@ pub(crate) struct Follow {
 ///
 /// # Errors
 /// When there are too many followers, or no instance answers within the read deadline.
-pub(crate) async fn answer(app: App, follow: Follow) -> Result<Response, Problem> {
-    let permit = app.followers.permits.clone().try_acquire_owned();
-    let permit = permit.map_err(|_| too_many("followers"))?;
+pub(crate) async fn answer(app: App, follow: Follow, client: Client) -> Result<Response, Problem> {
+    let permit = app.followers.permits.take(client, 1);
+    let permit = permit.map_err(|Exhausted| too_many("followers"))?;
     let window = app.followers.window.join(&app.pool, app.read_deadline);
     let freshness = match follow.tail {
         Some(_) => Freshness::FromNowOn,

@@ -8,10 +8,12 @@ use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, Uri};
 use axum::response::{IntoResponse, Response};
-use common::body::{NoMemory, Reservation, holding};
+use common::body::holding;
 use common::bounds::{Bounds, Order};
+use common::client::Client;
 use common::json::JsonLine;
 use common::middleware::{answer_method_not_allowed, answer_not_found, request_id};
+use common::permits::Exhausted;
 use common::problem::Problem;
 use common::traces::TRACES;
 use percent_encoding::percent_decode_str;
@@ -84,9 +86,10 @@ pub(crate) async fn list(
     State(app): State<App>,
     uri: Uri,
     headers: HeaderMap,
+    client: Client,
 ) -> Result<Response, Problem> {
     if prefers_html(&headers) {
-        return Ok(console::answer(&app, &uri).await);
+        return Ok(console::answer(&app, client, &uri).await);
     }
     let query = ListQuery::parse(&uri)?;
     let bounds = query.bounds(SystemTime::now());
@@ -100,7 +103,7 @@ pub(crate) async fn list(
             request_id,
         };
         let follow = resumed(following(follow, bounds, &query)?, &headers)?;
-        return follow::answer(app, follow).await;
+        return follow::answer(app, follow, client).await;
     }
     if query.tail.is_some() {
         return Err(Problem::bad_request(
@@ -115,8 +118,8 @@ pub(crate) async fn list(
         format,
         request_id,
     };
-    let permit = app.reads.clone().try_acquire_owned();
-    let permit = permit.map_err(|_| too_many("reads"))?;
+    let permit = app.reads.take(client, 1);
+    let permit = permit.map_err(|Exhausted| too_many("reads"))?;
     read::answer(app, read, permit).await
 }
 
@@ -158,14 +161,15 @@ fn resumed(follow: Follow, headers: &HeaderMap) -> Result<Follow, Problem> {
 pub(crate) async fn show(
     State(app): State<App>,
     path: Result<Path<Uuid>, PathRejection>,
+    client: Client,
 ) -> Result<Response, Problem> {
     let Ok(Path(uuid)) = path else {
         return Err(answer_not_found().await);
     };
     // Until its size is known, the message may be as large as any.
     let largest = body_limit(app.max_message);
-    let reserved = Reservation::new(&app.lookups, largest);
-    let mut reserved = reserved.map_err(|NoMemory| too_many("reads"))?;
+    let reserved = app.lookups.take(client, largest);
+    let mut reserved = reserved.map_err(|Exhausted| too_many("reads"))?;
     let ask = move |instance: Arc<Instance>| async move {
         let span = debug_span!(
             target: TRACES,
@@ -183,7 +187,7 @@ pub(crate) async fn show(
     let answer = JsonLine(entry).into_response();
     let bytes = answer.body().size_hint().lower() as usize;
     let resized = reserved.resize(bytes);
-    resized.map_err(|NoMemory| too_many("reads"))?;
+    resized.map_err(|Exhausted| too_many("reads"))?;
     Ok(holding(answer, reserved))
 }
 

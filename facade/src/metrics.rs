@@ -70,15 +70,15 @@ pub(crate) async fn show(State(app): State<App>, headers: HeaderMap) -> Response
         gauge!(QUEUE, "upstream" => name.clone()).set(instance.batcher.queued_bytes() as f64);
         counter!(INSTANCE_FAILURES, "upstream" => name.clone()).increment(0);
     }
-    for (kind, permits) in [
-        ("read", &app.reads),
-        ("upload", &app.uploads),
-        ("statistics", &app.statistics),
+    for (kind, free) in [
+        ("read", app.reads.free()),
+        ("upload", app.uploads.free()),
+        ("statistics", app.statistics.available_permits()),
     ] {
-        gauge!(FREE_PERMITS, "kind" => kind).set(permits.available_permits() as f64);
+        gauge!(FREE_PERMITS, "kind" => kind).set(free as f64);
     }
     for (method, budget) in [("POST", &app.posts), ("GET", &app.lookups)] {
-        gauge!(FREE_MEMORY, "method" => method).set(budget.available_permits() as f64);
+        gauge!(FREE_MEMORY, "method" => method).set(budget.free() as f64);
     }
     counter!(POSTED).absolute(app.counters.posted_bytes());
     counter!(READ).absolute(app.counters.read_bytes());

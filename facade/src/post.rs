@@ -5,10 +5,12 @@ use std::sync::Arc;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, header};
 use axum::response::{IntoResponse, Response};
-use common::body::{BodyError, NoMemory, Reservation, holding, read_body};
+use common::body::{BodyError, holding, read_body};
+use common::client::Client;
 use common::entry;
 use common::json::JsonLine;
 use common::middleware::request_id;
+use common::permits::Exhausted;
 use common::problem::Problem;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -33,7 +35,7 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
     let (parts, body) = request.into_parts();
     let format = match ContentType::of(&parts.headers)? {
         ContentType::OneMessage(format) => format,
-        ContentType::Ndjson => return upload::create(app, &parts.headers, body).await,
+        ContentType::Ndjson => return upload::create(app, parts, body).await,
     };
     let key = idempotency_key(&parts.headers)?;
     let limit = body_limit(app.max_message);
@@ -41,8 +43,8 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
         return Err(too_large(app.max_message));
     }
     let no_memory = || too_many("messages").with("stored", "no");
-    let reserved = Reservation::new(&app.posts, 0);
-    let mut reserved = reserved.map_err(|NoMemory| no_memory())?;
+    let reserved = app.posts.take(Client::of(&parts.extensions), 0);
+    let mut reserved = reserved.map_err(|Exhausted| no_memory())?;
     let body = read_body(body, limit, app.body_timeout, &mut reserved);
     let body = body.await.map_err(|error| match error {
         BodyError::TooLarge(_) => too_large(app.max_message),
@@ -58,7 +60,7 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
     };
     // The answer contains the message and keeps the reservation until its caller has read it.
     let bytes = body_length.max(json_length(&msg));
-    reserved.resize(bytes).map_err(|NoMemory| no_memory())?;
+    reserved.resize(bytes).map_err(|Exhausted| no_memory())?;
     let reserved = Arc::new(reserved);
     let message = Message {
         msg: msg.clone(),

@@ -14,11 +14,11 @@ use bytes::Bytes;
 use common::api::{Poll, ReadQuery};
 use common::body::holding;
 use common::bounds::{Bounds, Order};
+use common::permits::Permit;
 use common::problem::Problem;
 use common::traces::TRACES;
 use futures_util::{StreamExt, stream};
 use metrics::counter;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, Span, debug_span};
 use uuid::Uuid;
@@ -47,11 +47,7 @@ pub(crate) struct Read {
 ///
 /// # Errors
 /// When no logging instance begins within the read deadline.
-pub(crate) async fn answer(
-    app: App,
-    read: Read,
-    permit: OwnedSemaphorePermit,
-) -> Result<Response, Problem> {
+pub(crate) async fn answer(app: App, read: Read, permit: Permit) -> Result<Response, Problem> {
     let search = read.contains.map(|text| Search::new(text, read.limit));
     let query = ReadQuery {
         bounds: read.bounds,

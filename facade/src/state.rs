@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use common::permits::Permits;
 use common::serve::Timeouts;
 use rand::rngs::StdRng;
 use tokio::sync::Semaphore;
@@ -40,14 +41,14 @@ pub struct App {
     pub(crate) read_deadline: Duration,
     pub(crate) max_message: usize,
     /// Budget for POSTs of one message, in bytes.
-    pub(crate) posts: Arc<Semaphore>,
+    pub(crate) posts: Arc<Permits>,
     /// Permits for uploads of many messages.
-    pub(crate) uploads: Arc<Semaphore>,
+    pub(crate) uploads: Arc<Permits>,
     /// Permits for GETs of the log.
-    pub(crate) reads: Arc<Semaphore>,
+    pub(crate) reads: Arc<Permits>,
     pub(crate) followers: Arc<Followers>,
     /// Budget for GETs of one message, in bytes.
-    pub(crate) lookups: Arc<Semaphore>,
+    pub(crate) lookups: Arc<Permits>,
     pub(crate) readiness: Arc<Readiness>,
     pub(crate) statistics: Arc<Semaphore>,
     pub(crate) counters: Arc<Counters>,
@@ -107,11 +108,11 @@ impl App {
             deadline: config.deadline,
             read_deadline: config.read_deadline,
             max_message: config.max_message.as_u64() as usize,
-            posts: Arc::new(Semaphore::new(MAX_POSTED_BYTES)),
-            uploads: Arc::new(Semaphore::new(MAX_UPLOADS)),
-            reads: Arc::new(Semaphore::new(config.max_reads.into())),
+            posts: Permits::new(MAX_POSTED_BYTES),
+            uploads: Permits::new(MAX_UPLOADS),
+            reads: Permits::new(config.max_reads.into()),
             followers: Arc::new(Followers::new(config.max_followers.into())),
-            lookups: Arc::new(Semaphore::new(MAX_LOOKUP_BYTES)),
+            lookups: Permits::new(MAX_LOOKUP_BYTES),
             readiness: Arc::default(),
             statistics: Arc::new(Semaphore::new(MAX_STATISTICS)),
             counters: Arc::default(),

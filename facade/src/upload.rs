@@ -8,18 +8,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::http::{HeaderMap, header};
+use axum::http::header;
+use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
 use bytes::{Bytes, BytesMut};
 use common::body::{BodyError, holding};
+use common::client::Client;
 use common::entry;
 use common::json::{self, JsonLine};
 use common::middleware::request_id;
+use common::pace::Pace;
+use common::permits::Exhausted;
 use common::problem::{Problem, truncate_detail};
 use futures_util::{Stream, StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 use tokio_util::codec::{AnyDelimiterCodec, AnyDelimiterCodecError, Decoder, FramedRead};
 use tokio_util::io::StreamReader;
 use tokio_util::sync::CancellationToken;
@@ -56,14 +60,15 @@ pub(crate) const REPLY_FORMATS: [Format; 2] = [Format::Json, Format::Ndjson];
 
 /// Stores each line of the body. The reply is a summary after the last line, because many clients
 /// read nothing before they have sent everything; as NDJSON it streams each line's result at once.
-pub(crate) async fn create(app: App, headers: &HeaderMap, body: Body) -> Result<Response, Problem> {
+pub(crate) async fn create(app: App, parts: Parts, body: Body) -> Result<Response, Problem> {
+    let headers = &parts.headers;
     if headers.contains_key("idempotency-key") {
         return Err(Problem::bad_request(
             "an upload of many messages takes no idempotency-key; give each line its own uuid",
         ));
     }
-    let permit = app.uploads.clone().try_acquire_owned();
-    let permit = permit.map_err(|_| too_many("uploads").with("stored", "no"))?;
+    let permit = app.uploads.take(Client::of(&parts.extensions), 1);
+    let permit = permit.map_err(|Exhausted| too_many("uploads").with("stored", "no"))?;
     let permit: Held = Arc::new(permit);
     let reply = negotiate(headers, &REPLY_FORMATS)?;
     let request_id = request_id(headers).map(str::to_owned);
@@ -311,18 +316,18 @@ enum Content {
 }
 
 /// The lines of a body, of which it buffers at most one of `limit` bytes. A body that breaks off,
-/// stalls, or is cut because the process stops ends with [`Content::Broken`].
+/// falls behind by `slack`, or is cut because the process stops ends with [`Content::Broken`].
 fn read_lines(
     body: Body,
     limit: usize,
-    idle_timeout: Duration,
+    slack: Duration,
     stop: CancellationToken,
 ) -> impl Stream<Item = Line> + Send + 'static {
-    let body = body.into_data_stream();
-    let pieces = stream::unfold(Some(body), move |body| {
+    let begin = Some((body.into_data_stream(), Pace::new(slack)));
+    let pieces = stream::unfold(begin, move |state| {
         let stop = stop.clone();
         async move {
-            let mut body = body?;
+            let (mut body, mut pace) = state?;
             let piece = tokio::select! {
                 biased;
                 () = stop.cancelled() => {
@@ -333,13 +338,14 @@ fn read_lines(
                     }));
                     return Some((Err(STOPPING.into()), None));
                 }
-                piece = timeout(idle_timeout, body.next()) => piece,
+                piece = timeout_at(pace.wait(), body.next()) => piece,
             };
             let piece = match piece {
                 Ok(piece) => piece?.map_err(io::Error::other),
                 Err(too_slow) => Err(too_slow.into()),
             };
-            Some((piece, Some(body)))
+            pace.progress(piece.as_ref().map_or(0, Bytes::len));
+            Some((piece, Some((body, pace))))
         }
     });
     let newline = vec![b'\n'];

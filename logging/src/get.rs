@@ -12,13 +12,15 @@ use bytes::Bytes;
 use common::api::{Poll, READ_END, READ_SETTLED, ReadQuery, StreamEnd};
 use common::body::holding;
 use common::bounds::Order;
+use common::client::Client;
 use common::entry::{Entry, first_uuid};
 use common::json::{self, JsonLine};
 use common::middleware::answer_not_found;
+use common::permits::{Exhausted, Permits};
 use common::problem::Problem;
 use common::traces::TRACES;
 use futures_util::{StreamExt, stream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span, debug_span};
 use uuid::Uuid;
@@ -42,12 +44,13 @@ const MAX_PIECE: usize = 256 * 1024;
 pub(crate) async fn show(
     State(app): State<App>,
     path: Result<Path<Uuid>, PathRejection>,
+    client: Client,
 ) -> Result<Response, Problem> {
     let Ok(Path(uuid)) = path else {
         return Err(answer_not_found().await);
     };
-    let permit = app.reads.clone().try_acquire_owned();
-    let permit = permit.map_err(|_| busy())?;
+    let permit = app.reads.take(client, 1);
+    let permit = permit.map_err(|Exhausted| busy())?;
     let msg = app.map.get(uuid).instrument(map_span()).await;
     let msg = msg.map_err(unreadable)?.ok_or_else(|| no_entry(uuid))?;
     let answer = JsonLine(Entry { uuid, msg }).into_response();
@@ -58,13 +61,14 @@ pub(crate) async fn show(
 pub(crate) async fn list(
     State(app): State<App>,
     query: Result<Query<ReadQuery>, QueryRejection>,
+    client: Client,
 ) -> Result<Response, Problem> {
     let Query(query) = query?;
     let ReadQuery {
         mut bounds, limit, ..
     } = query;
-    let permit = app.reads.clone().try_acquire_owned();
-    let permit = permit.map_err(|_| busy())?;
+    let permit = app.reads.take(client, 1);
+    let permit = permit.map_err(|Exhausted| busy())?;
     let mut settled = None;
     if let Some(poll) = query.poll {
         if poll == Poll::Settle {
@@ -147,7 +151,7 @@ struct EntryStream {
     is_finished: bool,
     piece_bytes: usize,
     /// The permits in use are the number of reads, which limits the size of pieces.
-    reads: Arc<Semaphore>,
+    reads: Arc<Permits>,
     stop: CancellationToken,
 }
 
@@ -215,7 +219,7 @@ impl EntryStream {
     }
 
     fn piece_bytes(&mut self) -> usize {
-        let readers = MAX_READS - self.reads.available_permits();
+        let readers = MAX_READS - self.reads.free();
         let share = READ_MEMORY / PIECES_OF_A_READ / readers.max(1);
         let bytes = self.piece_bytes.min(share);
         self.piece_bytes = (bytes * 2).min(MAX_PIECE);

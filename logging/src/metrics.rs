@@ -69,9 +69,12 @@ pub(crate) async fn show(State(app): State<App>, headers: HeaderMap) -> Response
         counter!(ENTRIES, "outcome" => outcome).absolute(count);
     }
     gauge!(IN_FLIGHT).set(in_flight as f64);
-    for (kind, permits) in [("read", &app.reads), ("statistics", &app.statistics)] {
-        gauge!(FREE_PERMITS, "kind" => kind).set(permits.available_permits() as f64);
+    for (kind, free) in [
+        ("read", app.reads.free()),
+        ("statistics", app.statistics.available_permits()),
+    ] {
+        gauge!(FREE_PERMITS, "kind" => kind).set(free as f64);
     }
-    gauge!(FREE_MEMORY).set(app.posts.available_permits() as f64);
+    gauge!(FREE_MEMORY).set(app.posts.free() as f64);
     metrics::show(&headers)
 }

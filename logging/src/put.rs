@@ -6,9 +6,11 @@ use std::time::Instant;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use common::api::{Batch, MAX_BATCH_BYTES, Posted, PutEntry, PutResult};
-use common::body::{BodyError, NoMemory, Reservation, holding, read_body};
+use common::body::{BodyError, holding, read_body};
+use common::client::Client;
 use common::entry::{Entry, Outcome};
 use common::json::JsonLine;
+use common::permits::Exhausted;
 use common::problem::Problem;
 use common::traces::{TRACE_ID, TRACES, continue_trace, trace_id};
 use tracing::{Span, debug_span};
@@ -18,7 +20,8 @@ use crate::state::App;
 
 /// `POST /`: a batch, answered with a list of results in its order, or one entry, with its result.
 pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<Response, Problem> {
-    let mut reserved = Reservation::new(&app.posts, 0).map_err(|NoMemory| busy())?;
+    let reserved = app.posts.take(Client::of(request.extensions()), 0);
+    let mut reserved = reserved.map_err(|Exhausted| busy())?;
     let body = request.into_body();
     let body = read_body(body, MAX_BATCH_BYTES, app.body_timeout, &mut reserved).await;
     let body = body.map_err(|error| match error {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::permits::Permits;
 use common::serve::Timeouts;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -24,8 +25,8 @@ const MAX_STATISTICS: usize = 8;
 pub struct App {
     pub(crate) map: Arc<dyn DistributedMap>,
     /// One permit is one byte of a batch's body.
-    pub(crate) posts: Arc<Semaphore>,
-    pub(crate) reads: Arc<Semaphore>,
+    pub(crate) posts: Arc<Permits>,
+    pub(crate) reads: Arc<Permits>,
     pub(crate) statistics: Arc<Semaphore>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) body_timeout: Duration,
@@ -37,8 +38,8 @@ impl App {
     pub fn new(map: Arc<dyn DistributedMap>, timeouts: Timeouts, stop: CancellationToken) -> Self {
         Self {
             map,
-            posts: Arc::new(Semaphore::new(MAX_POSTED_BYTES)),
-            reads: Arc::new(Semaphore::new(MAX_READS)),
+            posts: Permits::new(MAX_POSTED_BYTES),
+            reads: Permits::new(MAX_READS),
             statistics: Arc::new(Semaphore::new(MAX_STATISTICS)),
             counters: Arc::default(),
             body_timeout: timeouts.body,

@@ -18,7 +18,7 @@ async fn every_get_gets_the_sentence_and_other_methods_a_405() {
     let serving = serve(
         listener,
         router,
-        Timeouts::default(),
+        Timeouts::default().into(),
         stop.clone(),
         Duration::ZERO,
     );

@@ -4,22 +4,27 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::net::{SocketAddr, TcpListener};
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
+use axum::http::Extensions;
 use axum::routing::{get, post};
-use common::body::{Reservation, read_body};
+use common::body::read_body;
+use common::client::Client;
 use common::middleware::{RequestLog, with_middleware};
+use common::permits::Permits;
 use common::problem::Problem;
-use common::serve::{Timeouts, serve};
+use common::serve::{Limits, Timeouts, serve};
 use futures_util::stream;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+
+/// Clients that send or read slowly, partly, too much, or too often.
+mod hostile;
 
 /// A timeout that a test waits for.
 const SHORT: Duration = Duration::from_millis(200);
@@ -29,7 +34,7 @@ const NEVER: Duration = Duration::from_secs(3600);
 const PATIENT: Timeouts = Timeouts {
     head: NEVER,
     body: NEVER,
-    write_idle: NEVER,
+    read: NEVER,
 };
 
 struct Server {
@@ -39,12 +44,13 @@ struct Server {
 }
 
 impl Server {
-    fn start(routes: Router, timeouts: Timeouts, grace: Duration) -> Self {
+    fn start(routes: Router, limits: impl Into<Limits>, grace: Duration) -> Self {
+        let limits = limits.into();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
         let router = with_middleware(routes, RequestLog::On);
-        let serving = tokio::spawn(serve(listener, router, timeouts, stop.clone(), grace));
+        let serving = tokio::spawn(serve(listener, router, limits, stop.clone(), grace));
         Self {
             address,
             stop,
@@ -106,8 +112,8 @@ async fn slow_head_and_idle_connection_are_cut() {
 #[tokio::test]
 async fn slow_body_is_408_and_large_body_is_413() {
     async fn read(body: Body) -> Result<Bytes, Problem> {
-        let budget = Arc::new(Semaphore::new(1000));
-        let mut reserved = Reservation::new(&budget, 0).unwrap();
+        let client = Client::of(&Extensions::new());
+        let mut reserved = Permits::new(1000).take(client, 0).unwrap();
         Ok(read_body(body, 100, SHORT, &mut reserved).await?)
     }
     let server = Server::start(Router::new().route("/", post(read)), PATIENT, NEVER);
@@ -148,7 +154,7 @@ async fn client_that_reads_nothing_is_cut() {
         }))
     };
     let timeouts = Timeouts {
-        write_idle: SHORT,
+        read: SHORT,
         ..PATIENT
     };
     let server = Server::start(Router::new().route("/", get(endless)), timeouts, NEVER);

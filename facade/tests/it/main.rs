@@ -33,6 +33,8 @@ mod fates;
 mod follow;
 /// GET: formats, bounds, single entries, services that are away.
 mod get;
+/// Clients that want to keep others out.
+mod hostile;
 /// Paths, methods, request ids, health.
 mod http;
 /// A million entries, slow readers, memory.

@@ -33,7 +33,7 @@ const SEED: u64 = 8086;
 const LIMITS: Timeouts = Timeouts {
     head: Duration::from_secs(30),
     body: Duration::from_secs(3),
-    write_idle: Duration::from_secs(180),
+    read: Duration::from_secs(30),
 };
 
 /// The engine that `TEST_ENGINE` names.
@@ -232,7 +232,13 @@ pub(crate) fn serve(router: Router) -> Server {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let stop = CancellationToken::new();
-    let serving = common::serve::serve(listener, router, LIMITS, stop.clone(), Duration::ZERO);
+    let serving = common::serve::serve(
+        listener,
+        router,
+        LIMITS.into(),
+        stop.clone(),
+        Duration::ZERO,
+    );
     tokio::spawn(serving);
     Server {
         address,

@@ -40,7 +40,7 @@ impl Instance {
         tokio::spawn(common::serve::serve(
             listener,
             router,
-            Timeouts::default(),
+            Timeouts::default().into(),
             stop_serving.clone(),
             Duration::ZERO,
         ));
