@@ -1,8 +1,8 @@
 //! The wire between facade and logging: HTTP whose responses bear a mark. `put` has batches and their
 //! results, `stream` the query and the lines of a read, `stats` the statistics.
 //!
-//! A logging instance answers 429 when it is overloaded and 503 when its map is unavailable. With the
-//! mark, both prove that the request was not executed. Without the mark no status proves it: the
+//! A logging instance answers 429 when it is overloaded, 503 when its map is unavailable, and 507 to a batch
+//! while its standard output is stuck. With the mark, each proves that the request was not executed. Without the mark no status proves it: the
 //! response may come from a proxy or from another server at the address.
 
 mod put;

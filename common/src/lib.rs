@@ -14,8 +14,9 @@
 //!
 //! # This crate
 //!
-//! - A service starts with [`config`], [`telemetry`] and [`serve`].
-//! - A request passes through [`middleware`]; [`body`] reads it within a memory budget.
+//! - A service starts with [`config`], [`telemetry`] and [`serve`]; [`output`] prints its log.
+//! - A request passes through [`middleware`]; [`body`] reads it within a memory budget,
+//!   of which [`permits`] gives each [`client`] a share, and [`pace`] is what a client must keep.
 //! - [`entry`] is what the services store, [`bounds`] a part of the log.
 //! - [`api`] is the wire between facade and logging.
 //! - A response is written by [`json`] or [`problem`]; [`escape`] makes text safe to print.
@@ -38,6 +39,7 @@ pub mod health;
 pub mod json;
 pub mod metrics;
 pub mod middleware;
+pub mod output;
 pub mod pace;
 pub mod permits;
 pub mod problem;

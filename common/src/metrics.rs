@@ -16,6 +16,7 @@ use metrics_util::MetricKindMask;
 use tracing::field::Empty;
 use tracing::{Instrument, Span, debug_span};
 
+use crate::output;
 use crate::traces::{TRACE_ID, TRACEPARENT, TRACES, continue_trace, trace_id};
 
 /// The time until the head of an answer, by method, route and status.
@@ -23,6 +24,9 @@ const REQUEST_DURATION: &str = "http_request_duration_seconds";
 
 /// Connections that the service has ended early, by the reason.
 pub(crate) const CONNECTIONS_CUT: &str = "http_connections_cut_total";
+
+/// Lines of the log that were dropped.
+const LINES_DROPPED: &str = "log_lines_dropped_total";
 
 /// Upper bounds of the buckets of times, in seconds.
 const SECONDS: [f64; 14] = [
@@ -68,6 +72,10 @@ pub fn install() {
             CONNECTIONS_CUT,
             "Connections that were ended early, by the reason.",
         ),
+        (
+            LINES_DROPPED,
+            "Lines of the log that were dropped because standard output was stuck.",
+        ),
     ]);
     for reason in ["evicted", "too_many", "slow_reader"] {
         counter!(CONNECTIONS_CUT, "reason" => reason).increment(0);
@@ -93,6 +101,7 @@ pub fn describe(metrics: &[(&'static str, &'static str)]) {
 /// The answer to `GET /metrics`: Prometheus's text format, or OpenMetrics if the request accepts it.
 pub fn show(request: &HeaderMap) -> Response {
     Collector::default().collect();
+    counter!(LINES_DROPPED).absolute(output::dropped_lines());
     let text = RECORDER.render();
     let accepts = request.get_all(header::ACCEPT).iter();
     let mut accepts = accepts.filter_map(|accept| accept.to_str().ok());

@@ -1,25 +1,17 @@
-//! Logs: text or JSON lines on standard output, filtered by `RUST_LOG`.
-//!
-//! A thread writes the lines, so that a slow terminal does not stall requests at once. While its queue is
-//! full, requests that log wait: no line is dropped.
+//! Logs: text or JSON lines on standard output, filtered by `RUST_LOG`. [`crate::output`] writes them.
 
-use std::io::{self, BufWriter, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 
 use clap::ValueEnum;
 use tracing::Subscriber;
-use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use crate::escape::needs_escape;
+use crate::output::{self, LastLines, Lines};
 use crate::traces::{Exporter, TRACES};
-
-/// Lines that may wait for standard output. A line may contain a message, so the bound in bytes is this
-/// number times the largest message.
-const QUEUED_LINES: usize = 256;
 
 /// The format of log lines.
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -36,7 +28,7 @@ pub enum LogFormat {
 pub struct Telemetry {
     // Dropped first, because it logs what it cannot send.
     _traces: Option<Exporter>,
-    _log: WorkerGuard,
+    _log: LastLines,
 }
 
 /// Sets up the process's log, and its traces under the name `service`.
@@ -53,71 +45,35 @@ pub fn init(service: &'static str, format: LogFormat) -> Result<Telemetry, Strin
     };
     let filter = filter.with_target(TRACES, LevelFilter::OFF);
     let traces = Exporter::start(service)?;
-    let (writer, guard) = NonBlockingBuilder::default()
-        .lossy(false)
-        .buffered_lines_limit(QUEUED_LINES)
-        .finish(Escaped(BufWriter::new(io::stdout())));
+    let log = output::start().map_err(|error| format!("the log cannot be written: {error}"))?;
     let registry = tracing_subscriber::registry();
     match &traces {
         // One filter for everything costs less than one for each layer.
-        None => registry.with(filter).with(lines(format, writer)).init(),
+        None => registry.with(filter).with(lines(format)).init(),
         Some(traces) => {
             let spans = tracing_opentelemetry::layer().with_tracer(traces.tracer());
             let only_traces = Targets::new().with_target(TRACES, LevelFilter::DEBUG);
             registry
-                .with(lines(format, writer).with_filter(filter))
+                .with(lines(format).with_filter(filter))
                 .with(spans.with_filter(only_traces))
                 .init();
         }
     }
     Ok(Telemetry {
-        _log: guard,
+        _log: log,
         _traces: traces,
     })
 }
 
-fn lines<S>(format: LogFormat, writer: NonBlocking) -> Box<dyn Layer<S> + Send + Sync>
+fn lines<S>(format: LogFormat) -> Box<dyn Layer<S> + Send + Sync>
 where
     S: Subscriber + for<'span> LookupSpan<'span>,
 {
     let lines = tracing_subscriber::fmt::layer()
-        .with_writer(writer)
+        .with_writer(Lines)
         .with_ansi(io::stdout().is_terminal());
     match format {
         LogFormat::Text => lines.boxed(),
         LogFormat::Json => lines.json().flatten_event(true).boxed(),
-    }
-}
-
-/// Writes the control characters that JSON allows, such as U+009B, as JSON escapes; they occur only in
-/// strings. Text lines have none left: their strings are escaped when they are formatted.
-#[derive(Debug)]
-struct Escaped<W>(W);
-
-impl<W: Write> Write for Escaped<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        // The other control characters of ASCII are the newline of the line and the colours.
-        let is_escaped = |character: char| {
-            character == '\u{7f}' || (!character.is_ascii() && needs_escape(character))
-        };
-        match std::str::from_utf8(bytes) {
-            Ok(text) if text.contains(is_escaped) => {
-                let mut escaped = String::with_capacity(text.len() + 16);
-                for character in text.chars() {
-                    if is_escaped(character) {
-                        escaped.push_str(&format!("\\u{:04x}", u32::from(character)));
-                    } else {
-                        escaped.push(character);
-                    }
-                }
-                self.0.write_all(escaped.as_bytes())?;
-            }
-            Ok(_) | Err(_) => self.0.write_all(bytes)?,
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
     }
 }

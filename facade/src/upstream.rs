@@ -58,6 +58,7 @@ impl UpstreamError {
         match self {
             Self::Unreachable(_) => MaybeStored::No,
             Self::Status(..) if self.is_refusal() => MaybeStored::No,
+            Self::Status(StatusCode::INSUFFICIENT_STORAGE, _) => MaybeStored::No,
             Self::Status(..)
             | Self::Unmarked(..)
             | Self::OtherMap(_)

@@ -14,6 +14,11 @@ pub(crate) fn busy() -> Problem {
     Problem::new(StatusCode::TOO_MANY_REQUESTS, detail)
 }
 
+/// A 507: nothing was done, and the facade takes the instance for down until a trial gets another answer.
+pub(crate) fn output_stuck(detail: String) -> Problem {
+    Problem::new(StatusCode::INSUFFICIENT_STORAGE, detail)
+}
+
 /// The response when the map could not be read.
 pub(crate) fn unreadable(error: MapError) -> Problem {
     match error {

@@ -20,7 +20,12 @@ async fn main() -> ExitCode {
     let service = |stop| {
         let map = map::open(&location, options)?;
         tracing::info!(map = ?location, "opened the map");
-        Ok(router(App::new(map, Timeouts::default(), stop)))
+        Ok(router(App::new(
+            map,
+            Timeouts::default(),
+            config.store_timeout,
+            stop,
+        )))
     };
     serve::run(
         env!("CARGO_PKG_NAME"),

@@ -1,7 +1,7 @@
 //! `POST /`: stores batches of entries.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
@@ -10,13 +10,19 @@ use common::body::{BodyError, holding, read_body};
 use common::client::Client;
 use common::entry::{Entry, Outcome};
 use common::json::JsonLine;
+use common::output;
 use common::permits::Exhausted;
 use common::problem::Problem;
 use common::traces::{TRACE_ID, TRACES, continue_trace, trace_id};
+use tokio::time::timeout_at;
 use tracing::{Span, debug_span};
 
-use crate::error::busy;
+use crate::error::{busy, output_stuck};
+use crate::readiness::check_output;
 use crate::state::App;
+
+/// The least time for printing the lines of a batch, when the map took the whole store timeout.
+const SHORTEST_PRINTING: Duration = Duration::from_millis(100);
 
 /// `POST /`: a batch, answered with a list of results in its order, or one entry, with its result.
 pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<Response, Problem> {
@@ -30,6 +36,7 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
     })?;
     let Posted { entries, is_single } = Batch::decode(&body).map_err(Problem::bad_request)?;
     drop(body);
+    check_output(app.store_timeout).map_err(output_stuck)?;
     let posted = entries.into_iter().map(|put: PutEntry| {
         let origin = Origin::new(put.request_id, put.traceparent.as_deref());
         let (uuid, msg) = (put.uuid, put.msg);
@@ -40,11 +47,24 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
     let begin = Instant::now();
     let in_flight = app.counters.in_flight();
     let map_spans: Vec<Span> = origins.iter().map(Origin::map_span).collect();
-    let outcomes = app.map.put(entries.clone()).await;
+    let reserved = Arc::new(reserved);
+    let mut outcomes = app.map.put(entries.clone()).await;
     drop(map_spans);
     drop(in_flight);
-    app.counters.count_put(&outcomes, begin.elapsed());
-    log_acknowledged(&entries, &origins, &outcomes);
+    let took = begin.elapsed();
+    let lines = output::collect(|| log_acknowledged(&entries, &origins, &outcomes));
+    let mut printing = Box::pin(output::print(lines));
+    let until = begin + app.store_timeout.max(took + SHORTEST_PRINTING);
+    let printed = timeout_at(until.into(), &mut printing).await;
+    app.counters.count_put(&outcomes, took);
+    if printed.is_err() {
+        doubt_acknowledged(&mut outcomes);
+        let counted = reserved.clone();
+        tokio::spawn(async move {
+            printing.await;
+            drop(counted);
+        });
+    }
     let results = entries.iter().zip(outcomes).map(|(entry, outcome)| {
         let uuid = entry.uuid;
         PutResult { uuid, outcome }
@@ -79,6 +99,15 @@ impl Origin {
         match self.span.is_disabled() {
             true => Span::none(),
             false => debug_span!(target: TRACES, parent: &self.span, "put into the map"),
+        }
+    }
+}
+
+/// What is stored and not printed is not acknowledged: killing this process could lose its line.
+fn doubt_acknowledged(outcomes: &mut [Outcome]) {
+    for outcome in outcomes {
+        if matches!(outcome, Outcome::Stored | Outcome::Duplicate) {
+            *outcome = Outcome::unknown("standard output did not take the entry's line in time");
         }
     }
 }

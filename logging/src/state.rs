@@ -30,12 +30,18 @@ pub struct App {
     pub(crate) statistics: Arc<Semaphore>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) body_timeout: Duration,
+    pub(crate) store_timeout: Duration,
     pub(crate) stop: CancellationToken,
 }
 
 impl App {
-    /// `stop` is cancelled when the process is told to stop.
-    pub fn new(map: Arc<dyn DistributedMap>, timeouts: Timeouts, stop: CancellationToken) -> Self {
+    /// `store_timeout` is the map's; `stop` is cancelled when the process is told to stop.
+    pub fn new(
+        map: Arc<dyn DistributedMap>,
+        timeouts: Timeouts,
+        store_timeout: Duration,
+        stop: CancellationToken,
+    ) -> Self {
         Self {
             map,
             posts: Permits::new(MAX_POSTED_BYTES),
@@ -43,6 +49,7 @@ impl App {
             statistics: Arc::new(Semaphore::new(MAX_STATISTICS)),
             counters: Arc::default(),
             body_timeout: timeouts.body,
+            store_timeout,
             stop,
         }
     }

@@ -31,6 +31,8 @@ pub struct Process {
 struct Log {
     lines: Mutex<Vec<String>>,
     grown: Condvar,
+    is_left_unread: Mutex<bool>,
+    is_read_again: Condvar,
 }
 
 impl Process {
@@ -52,6 +54,10 @@ impl Process {
                     lines.push(line);
                 }
                 writing.grown.notify_all();
+                drop(lines);
+                let is_left_unread = writing.is_left_unread.lock().unwrap();
+                let again = &writing.is_read_again;
+                drop(again.wait_while(is_left_unread, |unread| *unread));
             }
         });
         let process = Self {
@@ -107,6 +113,17 @@ impl Process {
     /// Waits until the process ends by itself.
     pub fn wait(&mut self) -> ExitStatus {
         self.child.wait().unwrap()
+    }
+
+    /// Reads no further line of the process's output, whose pipe then fills.
+    pub fn leave_unread(&self) {
+        *self.log.is_left_unread.lock().unwrap() = true;
+    }
+
+    /// Reads on.
+    pub fn read_again(&self) {
+        *self.log.is_left_unread.lock().unwrap() = false;
+        self.log.is_read_again.notify_all();
     }
 
     /// The log so far.

@@ -43,6 +43,8 @@ mod large;
 mod metrics;
 /// The description of the API and its page.
 mod openapi;
+/// Standard output that takes nothing.
+mod output;
 /// More messages than the instances can store.
 mod overload;
 /// POST of one message: every accepted shape, every refusal, keys.

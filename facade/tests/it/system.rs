@@ -36,6 +36,9 @@ const LIMITS: Timeouts = Timeouts {
     read: Duration::from_secs(30),
 };
 
+/// The store timeout of instances in this process: long, as a busy machine is slow.
+const STORE_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// The engine that `TEST_ENGINE` names.
 pub(crate) fn engine_under_test() -> Engine {
     match std::env::var("TEST_ENGINE").as_deref() {
@@ -212,7 +215,7 @@ pub(crate) async fn instances_with_settle(
 ) -> (Vec<Server>, EmptyMap) {
     let empty = engine_under_test().empty_map();
     let options = Options {
-        store_timeout: Duration::from_secs(30),
+        store_timeout: STORE_TIMEOUT,
         settle,
         backups: None,
         create: true,
@@ -221,7 +224,7 @@ pub(crate) async fn instances_with_settle(
     let map = open(&location, options).unwrap();
     wait_until_ready(&*map).await;
     let servers = (0..count).map(|_| {
-        let app = logging::App::new(map.clone(), LIMITS, CancellationToken::new());
+        let app = logging::App::new(map.clone(), LIMITS, STORE_TIMEOUT, CancellationToken::new());
         serve(logging::router(app))
     });
     (servers.collect(), empty)

@@ -13,6 +13,9 @@ use tempfile::TempDir;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
+/// Long, as a busy machine is slow.
+const STORE_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// A logging instance on an empty map.
 struct Instance {
     url: String,
@@ -26,7 +29,7 @@ impl Instance {
     fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let options = Options {
-            store_timeout: Duration::from_secs(30),
+            store_timeout: STORE_TIMEOUT,
             settle: Duration::from_secs(10),
             backups: None,
             create: true,
@@ -35,7 +38,12 @@ impl Instance {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let stop = CancellationToken::new();
-        let router = router(App::new(map, Timeouts::default(), stop.clone()));
+        let router = router(App::new(
+            map,
+            Timeouts::default(),
+            STORE_TIMEOUT,
+            stop.clone(),
+        ));
         let stop_serving = CancellationToken::new();
         tokio::spawn(common::serve::serve(
             listener,

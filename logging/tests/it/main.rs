@@ -10,6 +10,8 @@ mod http;
 mod kills;
 /// The contract of the map, as one suite for every engine.
 mod map;
+/// Standard output that takes nothing.
+mod output;
 /// Real processes: full and failing disks, the log, the command line.
 mod processes;
 /// The failures of a map on Redis: servers that are away, logins, replicas, failovers.
