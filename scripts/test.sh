@@ -23,6 +23,7 @@ Linux and these tools, which the script installs on Debian and Ubuntu when it is
   redis-server, redis-cli (7.0 or later), openssl
   promtool                  checks the metrics (Debian's package prometheus)
   chromium, chromedriver    show the console
+  nginx                     stands in front of the facade
   docker, docker-compose (1.29, or Compose v2)
 The script does not install Docker.
 
@@ -53,6 +54,7 @@ if missing python3; then packages+=(python3); fi
 if lacks_requests; then packages+=(python3-requests); fi
 # Few tests need these, which are large or start a server, so an ordinary user is not asked for them.
 if ((EUID == 0)); then
+    if missing nginx; then packages+=(nginx-light); fi
     if missing promtool; then packages+=(prometheus); fi
     if missing chromium; then packages+=(chromium); fi
     if missing chromedriver; then packages+=(chromium-driver); fi

@@ -49,6 +49,8 @@ mod output;
 mod overload;
 /// POST of one message: every accepted shape, every refusal, keys.
 mod post;
+/// nginx in front of the facade.
+mod proxy;
 /// The scripts that a newcomer runs first.
 mod scripts;
 /// Searches of the log.
