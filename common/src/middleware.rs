@@ -19,6 +19,7 @@ use tower_http::trace::TraceLayer;
 use tracing::Span;
 use tracing::field::Empty;
 
+use crate::client::Client;
 use crate::metrics::measure;
 use crate::problem::Problem;
 use crate::traces::TRACE_ID;
@@ -28,6 +29,9 @@ pub const REQUEST_ID: &str = "x-request-id";
 
 /// A longer request id is replaced by a generated one, so that callers cannot fill the logs.
 const MAX_REQUEST_ID: usize = 128;
+
+/// What a line of the log shows of a request's method and path, in bytes.
+const MAX_SHOWN: usize = 256;
 
 /// Whether a service logs one line for each request it answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,10 +97,16 @@ fn request_span<B>(request: &Request<B>) -> Span {
     tracing::info_span!(
         "request",
         id,
-        method = request.method().as_str(),
-        path = request.uri().path(),
+        method = shown(request.method().as_str()),
+        path = shown(request.uri().path()),
+        client = %Client::of(request.extensions()).0,
         { TRACE_ID } = Empty,
     )
+}
+
+/// The beginning of a text that a caller has chosen, so that it cannot fill the log.
+fn shown(text: &str) -> &str {
+    &text[..text.floor_char_boundary(MAX_SHOWN)]
 }
 
 fn log_answer(status: StatusCode, elapsed: Duration) {

@@ -4,6 +4,7 @@ use reqwest::header::{HOST, ORIGIN};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use crate::processes::Processes;
 use crate::system::{System, nobody, problem};
 
 #[tokio::test]
@@ -137,6 +138,36 @@ async fn request_without_a_path_is_a_problem() {
     connection.read_to_string(&mut answer).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
     assert!(answer.contains("application/problem+json"), "{answer}");
+}
+
+/// The line of a request names its client, and a caller cannot fill the log with one.
+#[tokio::test(flavor = "multi_thread")]
+async fn line_of_a_request_names_the_client_and_is_short() {
+    let proxied = Processes::start_with(&["--trusted-proxy", "127.0.0.1"]);
+    let long = "x".repeat(5000);
+    let path = format!("{}/{long}", proxied.facade.url());
+    let method = "Y".repeat(300).parse().unwrap();
+    for request in [proxied.http.get(&path), proxied.http.request(method, &path)] {
+        let request = request.header("x-forwarded-for", "192.0.2.1");
+        assert_eq!(request.send().await.unwrap().status(), 404);
+    }
+    let direct = Processes::start_with(&[]);
+    assert_eq!(direct.get().await.status(), 200);
+    let lines = |log: &[String], client: &str| {
+        let is_of = |line: &&String| line.contains(client) && line.contains("status=");
+        log.iter()
+            .filter(is_of)
+            .map(String::len)
+            .collect::<Vec<_>>()
+    };
+    proxied.facade.wait_for_log(|log| {
+        let lengths = lines(log, "client=192.0.2.1");
+        assert!(lengths.iter().all(|length| *length < 1000), "{lengths:?}");
+        lengths.len() == 2
+    });
+    direct
+        .facade
+        .wait_for_log(|log| lines(log, "client=127.0.0.1").len() == 1);
 }
 
 /// A page of another site cannot make a browser post.
