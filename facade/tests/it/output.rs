@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 
 use reqwest::Client;
-use testing::process::{LOOK_AGAIN, PATIENCE};
+use testing::process::{LOOK_AGAIN, PATIENCE, Process};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
@@ -79,7 +79,7 @@ async fn posts_go_to_instances_whose_output_moves() {
     assert_eq!(entries.len(), posted);
     system.logging[0].read_again();
     system.logging[0].wait_until_ready();
-    let logs = || system.logging.iter().flat_map(|instance| instance.log());
+    let logs = || system.logging.iter().flat_map(Process::log);
     let begin = Instant::now();
     for entry in entries {
         let uuid = entry.uuid.to_string();
