@@ -1,7 +1,7 @@
 //! `POST /`: stores batches of entries.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
@@ -14,15 +14,12 @@ use common::output;
 use common::permits::Exhausted;
 use common::problem::Problem;
 use common::traces::{TRACE_ID, TRACES, continue_trace, trace_id};
-use tokio::time::timeout_at;
+use tokio::time::timeout;
 use tracing::{Span, debug_span};
 
 use crate::error::{busy, output_stuck};
 use crate::readiness::check_output;
 use crate::state::App;
-
-/// The least time for printing the lines of a batch, when the map took the whole store timeout.
-const SHORTEST_PRINTING: Duration = Duration::from_millis(100);
 
 /// `POST /`: a batch, answered with a list of results in its order, or one entry, with its result.
 pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<Response, Problem> {
@@ -54,8 +51,7 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
     let took = begin.elapsed();
     let lines = output::collect(|| log_acknowledged(&entries, &origins, &outcomes));
     let mut printing = Box::pin(output::print(lines));
-    let until = begin + app.store_timeout.max(took + SHORTEST_PRINTING);
-    let printed = timeout_at(until.into(), &mut printing).await;
+    let printed = timeout(app.store_timeout, &mut printing).await;
     app.counters.count_put(&outcomes, took);
     if printed.is_err() {
         doubt_acknowledged(&mut outcomes);
