@@ -72,6 +72,9 @@ pub async fn read_body(
             }
             reserved.resize(bytes).map_err(|_| BodyError::NoMemory)?;
             read.extend_from_slice(&piece);
+            // What has arrived may be in twice as much memory.
+            let reserve = reserved.resize(read.capacity());
+            reserve.map_err(|_| BodyError::NoMemory)?;
         }
         Ok(read.freeze())
     };

@@ -1,15 +1,19 @@
 //! The open connections of a service: how many there may be, and which one makes room for a new one.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::Context;
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use futures_util::task::AtomicWaker;
 use metrics::counter;
+use tokio::io::ReadBuf;
+use tokio::net::TcpStream;
 
+use crate::client::Client;
 use crate::metrics::CONNECTIONS_CUT;
 
 /// The pause between two log lines that say that the door is full.
@@ -18,6 +22,7 @@ const TELL_AGAIN: Duration = Duration::from_secs(10);
 /// What a connection's socket and its requests tell each other.
 #[derive(Debug)]
 pub(crate) struct Connection {
+    pub(crate) stream: TcpStream,
     pub(crate) peer: IpAddr,
     /// Since when no request is being served; a part of a head is no request yet.
     idle_since: Mutex<Option<Instant>>,
@@ -30,8 +35,9 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    pub(crate) fn new(peer: IpAddr) -> Self {
+    pub(crate) fn new(stream: TcpStream, peer: IpAddr) -> Self {
         Self {
+            stream,
             peer,
             idle_since: Mutex::new(Some(Instant::now())),
             is_request_read: AtomicBool::new(false),
@@ -72,6 +78,17 @@ impl Connection {
         *self.idle() = Some(Instant::now());
     }
 
+    /// Whether the client has closed its half of the connection. If not, the task of `context` is woken when
+    /// it does or sends something; nothing else may wait for the client to send.
+    pub(crate) fn poll_closed(&self, context: &mut Context<'_>) -> Poll<()> {
+        let mut byte = [0];
+        match ready!(self.stream.poll_peek(context, &mut ReadBuf::new(&mut byte))) {
+            Ok(0) | Err(_) => Poll::Ready(()),
+            // What it sends now is its next request, behind which its end cannot be seen.
+            Ok(_) => Poll::Pending,
+        }
+    }
+
     /// Whether the connection has to make room for another one. If not, the task of `context` is woken when
     /// it has to.
     pub(crate) fn must_end(&self, context: &Context<'_>) -> bool {
@@ -102,6 +119,7 @@ impl Connection {
 #[derive(Debug)]
 pub(crate) struct Connections {
     max: usize,
+    trusted_proxies: Arc<[IpAddr]>,
     open: Mutex<Open>,
 }
 
@@ -109,34 +127,56 @@ pub(crate) struct Connections {
 struct Open {
     /// By a number that increases.
     connections: BTreeMap<u64, Arc<Connection>>,
+    /// How many each client has.
+    by_client: HashMap<IpAddr, usize>,
     next: u64,
     told: Option<Instant>,
 }
 
 impl Connections {
-    pub(crate) fn new(max: usize) -> Self {
+    pub(crate) fn new(max: usize, trusted_proxies: Arc<[IpAddr]>) -> Self {
         Self {
             max,
+            trusted_proxies,
             open: Mutex::default(),
         }
     }
 
     /// Takes a new connection in. When there are too many, the one that has been idle for longest makes room,
-    /// of the address that has most connections. `None` when no connection is idle.
-    pub(crate) fn admit(self: &Arc<Self>, peer: IpAddr) -> Option<Admitted> {
+    /// of the address that has most connections. A client beyond this machine, other than a trusted proxy,
+    /// may have half of them, and makes room itself beyond that.
+    ///
+    /// # Errors
+    /// With the stream, when no connection is idle.
+    pub(crate) fn admit(
+        self: &Arc<Self>,
+        stream: TcpStream,
+        peer: IpAddr,
+    ) -> Result<Admitted, TcpStream> {
         let mut open = self.lock();
-        if open.connections.len() >= self.max {
-            let victim = open.idle_of_the_largest();
+        let own = open.by_client.get(&key(peer)).copied().unwrap_or_default();
+        let is_shared = Client(peer).sharer().is_some() && !self.trusted_proxies.contains(&peer);
+        let victim = if is_shared && own >= (self.max / 2).max(1) {
+            Some(open.oldest_idle_of(key(peer)))
+        } else if open.connections.len() >= self.max {
+            Some(open.oldest_idle_of_the_largest())
+        } else {
+            None
+        };
+        if let Some(victim) = victim {
             open.tell_full(self.max, victim.is_some());
-            let victim = open.connections.remove(&victim?)?;
-            victim.evict();
+            let Some(evicted) = victim.and_then(|number| open.remove(number)) else {
+                return Err(stream);
+            };
+            evicted.evict();
             counter!(CONNECTIONS_CUT, "reason" => "evicted").increment(1);
         }
+        *open.by_client.entry(key(peer)).or_default() += 1;
         let number = open.next;
         open.next += 1;
-        let connection = Arc::new(Connection::new(peer));
+        let connection = Arc::new(Connection::new(stream, peer));
         open.connections.insert(number, connection.clone());
-        Some(Admitted {
+        Ok(Admitted {
             connection,
             number,
             connections: self.clone(),
@@ -149,16 +189,34 @@ impl Connections {
 }
 
 impl Open {
-    fn idle_of_the_largest(&self) -> Option<u64> {
-        let mut by_address: HashMap<IpAddr, usize> = HashMap::new();
-        for connection in self.connections.values() {
-            *by_address.entry(connection.peer).or_default() += 1;
-        }
-        let idle = self.connections.iter().filter_map(|(number, connection)| {
+    /// The idle connections: how many their client has, for how long they are idle, their numbers.
+    fn idle(&self) -> impl Iterator<Item = (usize, Duration, u64)> {
+        self.connections.iter().filter_map(|(number, connection)| {
             let idle_for = connection.idle().as_ref()?.elapsed();
-            Some((by_address[&connection.peer], idle_for, *number))
-        });
-        idle.max().map(|(_, _, number)| number)
+            let of_client = self.by_client.get(&key(connection.peer));
+            Some((of_client.copied().unwrap_or_default(), idle_for, *number))
+        })
+    }
+
+    fn oldest_idle_of_the_largest(&self) -> Option<u64> {
+        self.idle().max().map(|(_, _, number)| number)
+    }
+
+    fn oldest_idle_of(&self, client: IpAddr) -> Option<u64> {
+        let is_of_client = |number: &u64| key(self.connections[number].peer) == client;
+        let own = self.idle().filter(|(_, _, number)| is_of_client(number));
+        own.max().map(|(_, _, number)| number)
+    }
+
+    fn remove(&mut self, number: u64) -> Option<Arc<Connection>> {
+        let connection = self.connections.remove(&number)?;
+        if let Entry::Occupied(mut count) = self.by_client.entry(key(connection.peer)) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+        Some(connection)
     }
 
     fn tell_full(&mut self, max: usize, makes_room: bool) {
@@ -179,6 +237,11 @@ impl Open {
     }
 }
 
+/// What counts as one client.
+fn key(peer: IpAddr) -> IpAddr {
+    Client(peer).sharer().unwrap_or(peer)
+}
+
 /// A connection that counts until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Admitted {
@@ -189,7 +252,7 @@ pub(crate) struct Admitted {
 
 impl Drop for Admitted {
     fn drop(&mut self) {
-        self.connections.lock().connections.remove(&self.number);
+        self.connections.lock().remove(self.number);
     }
 }
 
@@ -199,8 +262,27 @@ mod tests {
 
     use super::*;
 
-    fn address(last: u8) -> IpAddr {
-        IpAddr::from([10, 0, 0, last])
+    /// Connections of a listener, as if they came from other addresses.
+    struct Clients {
+        listener: std::net::TcpListener,
+        connections: Arc<Connections>,
+    }
+
+    impl Clients {
+        fn new(max: usize, trusted_proxies: &[IpAddr]) -> Self {
+            Self {
+                listener: std::net::TcpListener::bind("127.0.0.1:0").expect("a free port"),
+                connections: Arc::new(Connections::new(max, trusted_proxies.into())),
+            }
+        }
+
+        fn admit(&self, peer: IpAddr) -> Option<Admitted> {
+            let address = self.listener.local_addr().expect("it is bound");
+            let stream = std::net::TcpStream::connect(address).expect("it listens");
+            stream.set_nonblocking(true).expect("a socket can be");
+            let stream = TcpStream::from_std(stream).expect("within a runtime");
+            self.connections.admit(stream, peer).ok()
+        }
     }
 
     fn is_evicted(admitted: &Admitted) -> bool {
@@ -208,10 +290,13 @@ mod tests {
         admitted.connection.must_end(&context)
     }
 
-    #[test]
-    fn oldest_idle_connection_of_the_largest_address_makes_room() {
-        let connections = Arc::new(Connections::new(4));
-        let admit = |last| connections.admit(address(last)).expect("there is room");
+    #[tokio::test]
+    async fn oldest_idle_connection_of_the_largest_address_makes_room() {
+        let clients = Clients::new(4, &[]);
+        let admit = |last| {
+            let admitted = clients.admit(IpAddr::from([127, 0, 0, last]));
+            admitted.expect("there is room")
+        };
         let (other, busy, first, second) = (admit(1), admit(2), admit(2), admit(2));
         busy.connection.begin_request();
         let newest = admit(1);
@@ -222,17 +307,36 @@ mod tests {
                 .any(is_evicted)
         );
         drop(first);
-        assert_eq!(connections.lock().connections.len(), 4);
+        assert_eq!(clients.connections.lock().connections.len(), 4);
     }
 
-    #[test]
-    fn connection_beyond_busy_ones_is_not_admitted() {
-        let connections = Arc::new(Connections::new(1));
-        let busy = connections.admit(address(1)).expect("there is room");
+    #[tokio::test]
+    async fn client_elsewhere_has_half_of_the_connections_at_most() {
+        let [one, other, proxy] = [1, 2, 3].map(|last| IpAddr::from([192, 0, 2, last]));
+        let clients = Clients::new(4, &[proxy]);
+        let admit = |peer| clients.admit(peer);
+        let (first, second) = (admit(one).expect("1 of 2"), admit(one).expect("2 of 2"));
+        first.connection.begin_request();
+        let third = admit(one).expect("its idle one makes room");
+        assert!(is_evicted(&second));
+        third.connection.begin_request();
+        assert!(admit(one).is_none());
+        let others = [admit(other), admit(proxy), admit(proxy)];
+        assert!(others.iter().all(Option::is_some));
+        assert!(![&first, &third].into_iter().any(is_evicted));
+        drop((first, second, third, others));
+        assert!(clients.connections.lock().by_client.is_empty());
+    }
+
+    #[tokio::test]
+    async fn connection_beyond_busy_ones_is_not_admitted() {
+        let clients = Clients::new(1, &[]);
+        let (one, other) = ([127, 0, 0, 1].into(), [127, 0, 0, 2].into());
+        let busy = clients.admit(one).expect("there is room");
         busy.connection.begin_request();
-        assert!(connections.admit(address(2)).is_none());
+        assert!(clients.admit(other).is_none());
         busy.connection.end_request();
-        assert!(connections.admit(address(2)).is_some());
+        assert!(clients.admit(other).is_some());
         assert!(is_evicted(&busy));
     }
 }

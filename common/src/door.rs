@@ -25,6 +25,7 @@ use tower::Service;
 use crate::client::Client;
 use crate::connection::{Admitted, Connection, Connections};
 use crate::metrics::CONNECTIONS_CUT;
+use crate::serve::Endless;
 use crate::socket::Socket;
 
 /// The pauses after errors of accepting, which begin short and double. Most such errors mean that the
@@ -66,10 +67,10 @@ pub(crate) struct Door {
 }
 
 impl Door {
-    pub(crate) fn new(listener: TcpListener, max_connections: usize, slack: Duration) -> Self {
+    pub(crate) fn new(listener: TcpListener, connections: Connections, slack: Duration) -> Self {
         Self {
             listener,
-            connections: Arc::new(Connections::new(max_connections)),
+            connections: Arc::new(connections),
             refusals: Arc::new(Semaphore::new(MAX_REFUSALS)),
             slack,
         }
@@ -80,8 +81,8 @@ impl Door {
         let Ok(permit) = self.refusals.clone().try_acquire_owned() else {
             return;
         };
-        let connection = Arc::new(Connection::new(peer));
-        let mut socket = Socket::new(stream, connection, REFUSE_WITHIN, permit);
+        let connection = Arc::new(Connection::new(stream, peer));
+        let mut socket = Socket::new(connection, REFUSE_WITHIN, permit);
         tokio::spawn(tokio::time::timeout(REFUSE_WITHIN, async move {
             socket.write_all(TOO_MANY.as_bytes()).await?;
             socket.shutdown().await
@@ -115,13 +116,12 @@ impl AddrListener<Socket<Admitted>, Peer> for Door {
                 tracing::debug!(%error, "TCP_NODELAY cannot be set");
             }
             let address = peer.ip().to_canonical();
-            match self.connections.admit(address) {
-                Some(admitted) => {
+            match self.connections.admit(stream, address) {
+                Ok(admitted) => {
                     let connection = admitted.connection.clone();
-                    let socket = Socket::new(stream, connection, self.slack, admitted);
-                    return Ok((socket, Peer));
+                    return Ok((Socket::new(connection, self.slack, admitted), Peer));
                 }
-                None => self.refuse(stream, address),
+                Err(stream) => self.refuse(stream, address),
             }
         }
     }
@@ -189,7 +189,12 @@ impl Service<Request<Incoming>> for Requests {
             if ends_with_the_connection && response.body().size_hint().exact().is_none() {
                 busy.0.begin_unframed_response();
             }
-            Ok(response.map(|body| ResponseBody { body, busy }))
+            let is_endless = response.extensions().get::<Endless>().is_some();
+            Ok(response.map(|body| ResponseBody {
+                body,
+                busy,
+                is_endless,
+            }))
         })
     }
 }
@@ -245,6 +250,7 @@ impl HttpBody for RequestBody {
 pub(crate) struct ResponseBody {
     body: Body,
     busy: Busy,
+    is_endless: bool,
 }
 
 impl HttpBody for ResponseBody {
@@ -256,6 +262,10 @@ impl HttpBody for ResponseBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let frame = Pin::new(&mut self.body).poll_frame(context);
+        if frame.is_pending() && self.is_endless && self.busy.0.poll_closed(context).is_ready() {
+            let gone = io::Error::from(ErrorKind::ConnectionAborted);
+            return Poll::Ready(Some(Err(axum::Error::new(gone))));
+        }
         if matches!(frame, Poll::Ready(None)) || self.body.is_end_stream() {
             self.busy.0.end_complete_response();
         }

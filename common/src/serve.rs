@@ -5,6 +5,7 @@
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::pin::Pin;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -15,6 +16,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, ServiceConfig};
+use crate::connection::Connections;
 use crate::door::{Door, Follow, Peer};
 use crate::health::{Task, healthcheck};
 use crate::{metrics, telemetry};
@@ -144,6 +146,11 @@ impl From<Timeouts> for Limits {
     }
 }
 
+/// Marks a response, by an extension, whose body has no end: it ends when the client closes its half of the
+/// connection. Any other response is finished for such a client.
+#[derive(Clone, Copy, Debug)]
+pub struct Endless;
+
 /// Serves until `stop` is cancelled, then gives requests in flight `grace` to finish. The future is boxed
 /// so that the HTTP server is compiled once, and not in each binary and test.
 ///
@@ -159,14 +166,14 @@ pub fn serve(
     Box::pin(async move {
         listener.set_nonblocking(true)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;
-        let door = Door::new(listener, limits.max_connections, limits.timeouts.read);
+        let trusted_proxies: Arc<[IpAddr]> = limits.trusted_proxies.into();
+        let connections = Connections::new(limits.max_connections, trusted_proxies.clone());
+        let door = Door::new(listener, connections, limits.timeouts.read);
         let handle = Handle::new();
         tokio::spawn(stop_gracefully(handle.clone(), stop, grace));
         let mut server = Server::<Peer>::from_listener(door)
             .handle(handle)
-            .acceptor(Follow {
-                trusted_proxies: limits.trusted_proxies.into(),
-            })
+            .acceptor(Follow { trusted_proxies })
             .http1_only();
         server
             .http_builder()

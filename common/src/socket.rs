@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use metrics::counter;
 use rustix::net::sockopt::set_socket_linger;
+use rustix::net::{Shutdown, shutdown};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Sleep, sleep, sleep_until};
@@ -29,7 +30,6 @@ const DROPPED_PIECE: usize = 16 * 1024;
 /// The socket of one connection.
 #[derive(Debug)]
 pub(crate) struct Socket<C> {
-    stream: TcpStream,
     pub(crate) connection: Arc<Connection>,
     pace: Pace,
     /// Ends a wait for the client; made at the first one.
@@ -49,14 +49,8 @@ struct Lingering {
 
 impl<C> Socket<C> {
     /// `slack` is for reading responses.
-    pub(crate) fn new(
-        stream: TcpStream,
-        connection: Arc<Connection>,
-        slack: Duration,
-        counted: C,
-    ) -> Self {
+    pub(crate) fn new(connection: Arc<Connection>, slack: Duration, counted: C) -> Self {
         Self {
-            stream,
             connection,
             pace: Pace::new(slack),
             too_slow: None,
@@ -70,7 +64,7 @@ impl<C> Socket<C> {
         if self.resets != resets {
             self.resets = resets;
             let linger = resets.then_some(Duration::ZERO);
-            if let Err(error) = set_socket_linger(&self.stream, linger) {
+            if let Err(error) = set_socket_linger(&self.connection.stream, linger) {
                 tracing::debug!(%error, "SO_LINGER cannot be set");
             }
         }
@@ -124,7 +118,7 @@ impl<C> Socket<C> {
         loop {
             let mut piece = [0; DROPPED_PIECE];
             let mut buffer = ReadBuf::new(&mut piece);
-            let read = Pin::new(&mut self.stream).poll_read(context, &mut buffer);
+            let read = poll_read(&self.connection.stream, context, &mut buffer);
             let bytes = buffer.filled().len();
             match read {
                 Poll::Ready(Ok(())) if bytes > 0 => lingering.bytes += bytes,
@@ -145,11 +139,11 @@ impl<C> Socket<C> {
 impl<C: Unpin> AsyncRead for Socket<C> {
     /// A connection that makes room for another one looks as if the client had closed it.
     fn poll_read(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
+        let read = poll_read(&self.connection.stream, context, buffer);
         if read.is_pending() && !self.pace.is_waiting() && self.connection.must_end(context) {
             return Poll::Ready(Ok(()));
         }
@@ -164,7 +158,9 @@ impl<C: Unpin> AsyncWrite for Socket<C> {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         self.before_write();
-        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
+        let written = poll_write(&self.connection.stream, context, |stream| {
+            stream.try_write(bytes)
+        });
         self.paced(written, context)
     }
 
@@ -174,16 +170,18 @@ impl<C: Unpin> AsyncWrite for Socket<C> {
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         self.before_write();
-        let written = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
+        let written = poll_write(&self.connection.stream, context, |stream| {
+            stream.try_write_vectored(slices)
+        });
         self.paced(written, context)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        true
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
+    fn poll_flush(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -191,8 +189,40 @@ impl<C: Unpin> AsyncWrite for Socket<C> {
             if !self.connection.is_unframed() {
                 self.reset_when_closed(false);
             }
-            ready!(Pin::new(&mut self.stream).poll_shutdown(context))?;
+            shutdown(&self.connection.stream, Shutdown::Write)?;
         }
         self.poll_linger(context).map(Ok)
+    }
+}
+
+fn poll_read(
+    stream: &TcpStream,
+    context: &mut Context<'_>,
+    buffer: &mut ReadBuf<'_>,
+) -> Poll<io::Result<()>> {
+    loop {
+        ready!(stream.poll_read_ready(context))?;
+        match stream.try_read(buffer.initialize_unfilled()) {
+            Ok(bytes) => {
+                buffer.advance(bytes);
+                return Poll::Ready(Ok(()));
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Poll::Ready(Err(error)),
+        }
+    }
+}
+
+fn poll_write(
+    stream: &TcpStream,
+    context: &mut Context<'_>,
+    write: impl Fn(&TcpStream) -> io::Result<usize>,
+) -> Poll<io::Result<usize>> {
+    loop {
+        ready!(stream.poll_write_ready(context))?;
+        match write(stream) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            written => return Poll::Ready(written),
+        }
     }
 }
