@@ -5,6 +5,7 @@
 //! the event's id, up to which everything was sent before, is one that a follower can resume from
 //! without missing anything.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use common::bounds::{Bounds, Order};
 use common::client::Client;
 use common::permits::{Exhausted, Permits};
 use common::problem::Problem;
+use common::serve::Endless;
 use futures_util::{StreamExt, stream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, sleep_until, timeout};
@@ -40,12 +42,17 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// The bytes after which a piece of new messages is sent. A follower has one piece in memory.
 const PIECE: usize = 16 * 1024;
 
+/// Budget for large messages on their way to followers, in bytes; a follower waits for its turn. Small pieces
+/// are bounded by the number of followers.
+const MAX_LARGE_BYTES: usize = 64 * 1024 * 1024;
+
 /// What the followers of this facade share.
 #[derive(Debug)]
 pub(crate) struct Followers {
     max: usize,
     permits: Arc<Permits>,
     catching_up: Arc<Semaphore>,
+    large: Arc<Semaphore>,
     window: SharedWindow,
 }
 
@@ -55,6 +62,7 @@ impl Followers {
             max,
             permits: Permits::new(max),
             catching_up: Arc::new(Semaphore::new(MAX_CATCHING_UP)),
+            large: Arc::new(Semaphore::new(MAX_LARGE_BYTES)),
             window: SharedWindow::default(),
         }
     }
@@ -118,7 +126,9 @@ pub(crate) async fn answer(app: App, follow: Follow, client: Client) -> Result<R
         // Proxies such as nginx would otherwise hold messages back.
         ("x-accel-buffering", "no"),
     ];
-    Ok(holding((headers, body).into_response(), permit))
+    let mut response = (headers, body).into_response();
+    response.extensions_mut().insert(Endless);
+    Ok(holding(response, permit))
 }
 
 /// Why a follower's body ends: the caller sees that it was cut, and resumes.
@@ -273,6 +283,7 @@ impl Follower {
                 false => Instant::now() + KEEP_ALIVE,
             },
             sending: Arc::new(Semaphore::new(1)),
+            large: self.app.followers.large.clone(),
         }
     }
 }
@@ -299,6 +310,8 @@ struct NewMessages {
     keep_alive: Instant,
     /// Held by the piece that is being sent.
     sending: Arc<Semaphore>,
+    /// The budget that all followers share.
+    large: Arc<Semaphore>,
 }
 
 /// Which arrivals above the position a follower gets.
@@ -326,7 +339,13 @@ impl NewMessages {
         let turn = turn.expect("the semaphore is never closed");
         loop {
             if self.taken.is_empty() {
-                self.taken = self.take_arrivals()?.into();
+                let (end, bytes) = self.next_arrivals()?;
+                let memory = self.reserve(bytes).await?;
+                let text = self.take_arrivals(end)?;
+                self.taken = Bytes::from_owner(Taken {
+                    text,
+                    _memory: memory,
+                });
             }
             if !self.taken.is_empty() {
                 let bytes = self.taken.split_to(self.taken.len().min(PIECE));
@@ -339,16 +358,46 @@ impl NewMessages {
         }
     }
 
-    /// What has arrived, up to the size of a piece, or what keeps the connection alive when it is
-    /// due.
-    fn take_arrivals(&mut self) -> Result<Vec<u8>, Cut> {
+    /// The arrivals that make a piece: the number before which they end, and their size in bytes.
+    fn next_arrivals(&self) -> Result<(u64, usize), Cut> {
+        let state = self.changes.borrow();
+        require_kept(&state, self.next)?;
+        let (mut end, mut bytes) = (self.next, 0);
+        for arrival in state.arrivals_from(self.next) {
+            if bytes >= PIECE {
+                break;
+            }
+            bytes += arrival.line.len();
+            end += 1;
+        }
+        Ok((end, bytes))
+    }
+
+    /// Waits for memory for large arrivals.
+    async fn reserve(&mut self, bytes: usize) -> Result<Option<OwnedSemaphorePermit>, Cut> {
+        if bytes <= 2 * PIECE {
+            return Ok(None);
+        }
+        let permits = bytes.min(MAX_LARGE_BYTES) as u32;
+        let mut memory = pin!(self.large.clone().acquire_many_owned(permits));
+        loop {
+            tokio::select! {
+                biased;
+                memory = &mut memory => return Ok(memory.ok()),
+                () = wait_for_change(&mut self.changes) => {
+                    require_kept(&self.changes.borrow(), self.next)?;
+                }
+            }
+        }
+    }
+
+    /// The arrivals before number `end`, or what keeps the connection alive when it is due.
+    fn take_arrivals(&mut self, end: u64) -> Result<Vec<u8>, Cut> {
         let state = self.changes.borrow_and_update();
         require_kept(&state, self.next)?;
         let mut piece = Vec::new();
-        for arrival in state.arrivals_from(self.next) {
-            if piece.len() >= PIECE {
-                return Ok(piece);
-            }
+        let count = (end - self.next) as usize;
+        for arrival in state.arrivals_from(self.next).take(count) {
             let is_wanted = match self.wanted {
                 Wanted::All => true,
                 Wanted::Since { end, from } => self.next >= end || arrival.uuid >= from,
@@ -359,7 +408,9 @@ impl NewMessages {
             }
             self.next += 1;
         }
-        if Instant::now() >= self.keep_alive {
+        // With arrivals left, the settled position may be above what was sent.
+        let has_all = state.arrivals_from(self.next).next().is_none();
+        if has_all && Instant::now() >= self.keep_alive {
             let position = state.settled().max(self.position);
             self.format.write_keep_alive(&mut piece, position);
             self.keep_alive = Instant::now() + KEEP_ALIVE;
@@ -374,6 +425,18 @@ fn require_kept(state: &State, next: u64) -> Result<(), Cut> {
     match next < state.first() {
         true => Err(Cut::TooSlow),
         false => Ok(()),
+    }
+}
+
+/// Arrivals as text, and the memory that is reserved for them if they are large.
+struct Taken {
+    text: Vec<u8>,
+    _memory: Option<OwnedSemaphorePermit>,
+}
+
+impl AsRef<[u8]> for Taken {
+    fn as_ref(&self) -> &[u8] {
+        &self.text
     }
 }
 

@@ -14,6 +14,8 @@ use reqwest::{Body, Client, RequestBuilder};
 use serde_json::Value;
 use testing::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
 use testing::requirements::{skip, unshare};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -101,6 +103,45 @@ async fn unread_responses_stay_within_the_memory_budget() {
     println!("{turned_away} of {CALLERS} turned away, {grown} KiB");
     assert!(grown < GROWTH_KIB, "{grown} KiB");
     assert!(turned_away > 0);
+}
+
+/// Followers of large messages that do not read them: together they stay within a memory budget.
+#[tokio::test(flavor = "multi_thread")]
+async fn large_messages_to_followers_stay_within_the_memory_budget() {
+    const FOLLOWERS: usize = 400;
+    const GROWTH_KIB: u64 = 256 * 1024;
+    let system = Processes::start_with(&["--max-message", "1MiB"]);
+    let before = peak_memory_kib(system.facade.pid());
+    let follow =
+        "GET /?follow=true&tail=0 HTTP/1.1\r\nhost: h\r\naccept: application/x-ndjson\r\n\r\n";
+    let mut followers = Vec::new();
+    for _ in 0..FOLLOWERS {
+        let mut follower = TcpStream::connect(system.facade.address).await.unwrap();
+        follower.write_all(follow.as_bytes()).await.unwrap();
+        // The answer has begun.
+        follower.read_u8().await.unwrap();
+        followers.push(follower);
+    }
+    for _ in 0..3 {
+        let posted = system.post(&"x".repeat(1 << 20)).await;
+        assert_eq!(posted.status(), 200);
+    }
+    // One that begins now gets only the next message; the others have been told of theirs before.
+    let url = format!("{}/?follow=true&tail=0", system.facade.url());
+    let reader = system
+        .http
+        .get(url)
+        .header("accept", "application/x-ndjson");
+    let mut reader = reader.send().await.unwrap().bytes_stream();
+    assert_eq!(system.post("the end").await.status(), 200);
+    let mut tail = Vec::new();
+    while !tail.windows(7).any(|text| text == b"the end") {
+        tail.drain(..tail.len().saturating_sub(7));
+        tail.extend_from_slice(&reader.next().await.unwrap().unwrap());
+    }
+    let grown = peak_memory_kib(system.facade.pid()) - before;
+    println!("{grown} KiB for {FOLLOWERS} followers");
+    assert!(grown < GROWTH_KIB, "{grown} KiB");
 }
 
 /// A stopping facade reads no further line, finishes the lines that it has read, and returns their number,
