@@ -15,7 +15,8 @@
 //! # This crate
 //!
 //! - A service starts with [`config`], [`telemetry`] and [`serve`].
-//! - A request passes through [`middleware`]; [`body`] reads it within a memory budget.
+//! - A request passes through [`middleware`] and the [`door`]; [`body`] reads it within a memory budget.
+//! - [`files`] follows files that change.
 //! - [`entry`] is what the services store, [`bounds`] a part of the log.
 //! - [`api`] is the wire between facade and logging.
 //! - A response is written by [`json`] or [`problem`]; [`escape`] makes text safe to print.
@@ -29,8 +30,10 @@ pub mod api;
 pub mod body;
 pub mod bounds;
 pub mod config;
+pub mod door;
 pub mod entry;
 pub mod escape;
+pub mod files;
 pub mod health;
 pub mod json;
 pub mod metrics;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::Request;
 use axum::http::{HeaderMap, StatusCode};
-use axum::middleware::from_fn;
+use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use tower::ServiceBuilder;
 use tower::util::MapRequestLayer;
@@ -19,6 +19,7 @@ use tower_http::trace::TraceLayer;
 use tracing::Span;
 use tracing::field::Empty;
 
+use crate::door::{Door, admit};
 use crate::metrics::measure;
 use crate::problem::Problem;
 use crate::traces::TRACE_ID;
@@ -39,9 +40,10 @@ pub enum RequestLog {
 }
 
 /// Adds the shared middleware to the routes of a service.
-pub fn with_middleware(routes: Router, log: RequestLog) -> Router {
+pub fn with_middleware(routes: Router, log: RequestLog, door: Door) -> Router {
     // From the outside in: the request id, which the response repeats; the span and the log line, which
-    // name that id; the metrics; and the panic handler, inside all of them, so that its 500 is seen.
+    // name that id; the metrics; the panic handler, inside all of them, so that its 500 is seen; and the
+    // door, whose refusals are logged and counted.
     let stack = ServiceBuilder::new()
         .layer(MapRequestLayer::new(drop_unusable_request_id))
         .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid))
@@ -62,7 +64,8 @@ pub fn with_middleware(routes: Router, log: RequestLog) -> Router {
                 .on_failure(()),
         )
         .layer(from_fn(measure))
-        .layer(CatchPanicLayer::custom(answer_panic));
+        .layer(CatchPanicLayer::custom(answer_panic))
+        .layer(from_fn_with_state(door, admit));
     routes
         .fallback(answer_not_found)
         .method_not_allowed_fallback(answer_method_not_allowed)

@@ -18,6 +18,7 @@ use tokio_io_timeout::TimeoutStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, ServiceConfig};
+use crate::door::DoorConfig;
 use crate::health::{Task, healthcheck};
 use crate::{metrics, telemetry};
 
@@ -27,17 +28,21 @@ const CONNECTION_BUFFER: usize = 128 * 1024;
 
 /// Runs the `main` of `service`: the task, if one is given; otherwise it sets up the log, the router and
 /// the socket, and serves. The token given to `router` is cancelled by SIGINT or SIGTERM. An error is one
-/// line on stderr.
+/// line on stderr. `door` is `None` for a service that knows no tokens.
 pub async fn run(
     service: &'static str,
     config: &ServiceConfig,
+    door: Option<&DoorConfig>,
     listen: SocketAddr,
     task: Option<Task>,
     router: impl FnOnce(CancellationToken) -> anyhow::Result<Router>,
 ) -> ExitCode {
     config::exit_code(match task {
         Some(Task::Healthcheck) => healthcheck(listen).await.map_err(anyhow::Error::msg),
-        None => start(service, config, listen, router).await,
+        None => {
+            config::check_exposure(listen, config, door).unwrap_or_else(|line| config::fail(&line));
+            start(service, config, listen, router).await
+        }
     })
 }
 

@@ -72,6 +72,7 @@ pub(crate) fn unreadable(pool: &Pool, error: &UpstreamError) -> Problem {
         | UpstreamError::TimedOut
         | UpstreamError::Lost(_)
         | UpstreamError::Unmarked(..)
+        | UpstreamError::Unauthorized(_)
         | UpstreamError::Garbled(_) => Problem::unavailable(
             format!("retry in a moment: {}", pool.down_reasons()),
             RETRY_AFTER,

@@ -3,7 +3,7 @@
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, Request, State};
 use axum::http::Method;
-use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::Response;
 use axum::routing::get;
 use axum::{Extension, Router};
@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::openapi::{self, at};
 use crate::readiness::check_all;
 use crate::state::App;
-use crate::{console, docs, get, metrics, origin, post, stats};
+use crate::{console, docs, get, metrics, post, stats};
 
 pub fn router(app: App) -> Router {
     metrics::describe();
@@ -49,11 +49,8 @@ pub fn router(app: App) -> Router {
         ))
         .split_for_parts();
     served.set(&description);
-    let routes = described
-        .merge(console::routes())
-        .layer(from_fn(origin::refuse_others))
-        .with_state(app.clone());
-    with_middleware(routes, RequestLog::On).layer(from_fn_with_state(app, count))
+    let routes = described.merge(console::routes()).with_state(app.clone());
+    with_middleware(routes, RequestLog::On, app.door.clone()).layer(from_fn_with_state(app, count))
 }
 
 /// Ready while any logging instance can read and store. With `?verbose` it lists every instance and

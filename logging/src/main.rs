@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use common::config;
+use common::door::Door;
 use common::serve::{self, Timeouts};
 use logging::{App, Config, Task, map, router};
 
@@ -20,13 +21,16 @@ async fn main() -> ExitCode {
         None => None,
     };
     let service = |stop| {
+        let door = Door::new(&config.door, config.listen, &[]);
+        let door = door.unwrap_or_else(|line| config::fail(&line));
         let map = map::open(&config.map, options)?;
         tracing::info!(map = ?config.map, "opened the map");
-        Ok(router(App::new(map, Timeouts::default(), stop)))
+        Ok(router(App::new(map, door, Timeouts::default(), stop)))
     };
     serve::run(
         env!("CARGO_PKG_NAME"),
         &config.service,
+        Some(&config.door),
         config.listen,
         task,
         service,

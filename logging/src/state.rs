@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::door::Door;
 use common::serve::Timeouts;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -29,12 +30,18 @@ pub struct App {
     pub(crate) statistics: Arc<Semaphore>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) body_timeout: Duration,
+    pub(crate) door: Door,
     pub(crate) stop: CancellationToken,
 }
 
 impl App {
     /// `stop` is cancelled when the process is told to stop.
-    pub fn new(map: Arc<dyn DistributedMap>, timeouts: Timeouts, stop: CancellationToken) -> Self {
+    pub fn new(
+        map: Arc<dyn DistributedMap>,
+        door: Door,
+        timeouts: Timeouts,
+        stop: CancellationToken,
+    ) -> Self {
         Self {
             map,
             posts: Arc::new(Semaphore::new(MAX_POSTED_BYTES)),
@@ -42,6 +49,7 @@ impl App {
             statistics: Arc::new(Semaphore::new(MAX_STATISTICS)),
             counters: Arc::default(),
             body_timeout: timeouts.body,
+            door,
             stop,
         }
     }

@@ -11,6 +11,7 @@ use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::routing::{get, post};
 use common::body::{Reservation, read_body};
+use common::door::Door;
 use common::middleware::{RequestLog, with_middleware};
 use common::problem::Problem;
 use common::serve::{Timeouts, serve};
@@ -43,7 +44,7 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let router = with_middleware(routes, RequestLog::On);
+        let router = with_middleware(routes, RequestLog::On, Door::default());
         let serving = tokio::spawn(serve(listener, router, timeouts, stop.clone(), grace));
         Self {
             address,

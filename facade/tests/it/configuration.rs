@@ -29,7 +29,7 @@ fn healthcheck_asks_the_running_service() {
     let nobody = one_line(&healthcheck(everywhere));
     assert!(nobody.contains("is the service running"), "{nobody}");
 
-    let alone = facade("http://127.0.0.1:1", "http://127.0.0.1:1", &[]);
+    let alone = facade("http://127.0.0.1:1", "http://127.0.0.1:1", &["--open"]);
     let alone = Process::start(alone, everywhere);
     let output = healthcheck(alone.address);
     assert_eq!(output.status.code(), Some(1));
@@ -98,6 +98,59 @@ fn wrong_value_is_reported_with_its_flag_or_variable() {
         let line = one_line(&by_both.output().unwrap());
         assert!(line.contains("\"late\" for --deadline"), "{line}");
     }
+}
+
+/// Beyond loopback a service asks for a token, or was told that it need not.
+#[test]
+fn service_that_others_can_reach_does_not_start_without_a_decision() {
+    for (name, ways_out) in [
+        ("facade", &["--token-file", "--open"][..]),
+        ("logging", &["--token-file", "--open"]),
+        ("messages", &["a loopback address", "--open"]),
+    ] {
+        for listen in ["0.0.0.0:0", "[::]:0", "192.0.2.1:1"] {
+            for way_out in ways_out {
+                assert_refused(&binary(name), &["--listen", listen], way_out);
+            }
+        }
+    }
+    let everywhere = || SocketAddr::from(([0, 0, 0, 0], free_address().port()));
+    let mut open = Command::new(binary("messages"));
+    open.env("MESSAGES_OPEN", "true");
+    Process::start(open, everywhere());
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = folder.path().join("tokens");
+    std::fs::write(&tokens, "poster-0123456789").unwrap();
+    let flags = ["--token-file", tokens.to_str().unwrap()];
+    let guarded = facade("http://127.0.0.1:1", "http://127.0.0.1:1", &flags);
+    Process::start(guarded, everywhere());
+}
+
+#[test]
+fn file_of_tokens_that_is_wrong_is_wrong_configuration() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tokens");
+    let path = file.to_str().unwrap();
+    let refused = |flag: &str, name: &str, hint: &str| {
+        let map = format!("lmdb:{}", folder.path().join("map").display());
+        let map = if name == "logging" {
+            vec!["--map", &map]
+        } else {
+            vec![]
+        };
+        assert_refused(&binary(name), &[&[flag, path][..], &map].concat(), hint);
+    };
+    refused("--token-file", "facade", "No such file");
+    std::fs::write(&file, "secret").unwrap();
+    for name in ["facade", "logging"] {
+        refused(
+            "--token-file",
+            name,
+            "line 1 is wrong: a token has at least 16",
+        );
+    }
+    std::fs::write(&file, "read reader-0123456789").unwrap();
+    refused("--logging-token-file", "facade", "may only read");
 }
 
 #[test]

@@ -3,7 +3,8 @@
 use std::net::TcpListener;
 use std::time::Duration;
 
-use common::api::READ_END;
+use common::api::{Batch, READ_END};
+use common::door::{Door, DoorConfig};
 use common::entry::Entry;
 use common::serve::Timeouts;
 use logging::map::{Location, Options, open};
@@ -14,16 +15,16 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
 /// A logging instance on an empty map.
-struct Instance {
-    url: String,
-    http: Client,
+pub(crate) struct Instance {
+    pub(crate) url: String,
+    pub(crate) http: Client,
     stop: CancellationToken,
     _stop_on_drop: DropGuard,
     _folder: TempDir,
 }
 
 impl Instance {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let options = Options {
             store_timeout: Duration::from_secs(30),
@@ -33,9 +34,11 @@ impl Instance {
         };
         let map = open(&Location::Lmdb(folder.path().into()), options).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
+        let address = listener.local_addr().unwrap();
+        let url = format!("http://{address}");
+        let door = Door::new(&DoorConfig::default(), address, &[]).unwrap();
         let stop = CancellationToken::new();
-        let router = router(App::new(map, Timeouts::default(), stop.clone()));
+        let router = router(App::new(map, door, Timeouts::default(), stop.clone()));
         let stop_serving = CancellationToken::new();
         tokio::spawn(common::serve::serve(
             listener,
@@ -54,7 +57,9 @@ impl Instance {
     }
 
     async fn post(&self, body: impl Into<reqwest::Body>) -> Response {
-        self.http.post(&self.url).body(body).send().await.unwrap()
+        let request = self.http.post(&self.url).body(body);
+        let request = request.header("content-type", Batch::CONTENT_TYPE);
+        request.send().await.unwrap()
     }
 
     async fn get(&self, path: &str) -> Response {
@@ -62,12 +67,12 @@ impl Instance {
         self.http.get(url).send().await.unwrap()
     }
 
-    async fn text(&self, path: &str) -> String {
+    pub(crate) async fn text(&self, path: &str) -> String {
         self.get(path).await.text().await.unwrap()
     }
 }
 
-fn json(uuid: Uuid, msg: &str) -> String {
+pub(crate) fn json(uuid: Uuid, msg: &str) -> String {
     format!(r#"{{"uuid":"{uuid}","msg":"{msg}"}}"#)
 }
 

@@ -1,0 +1,105 @@
+//! Who may come in: the checks of every request before a handler sees it. Connections, their number and
+//! their timeouts are the subject of `serve`.
+
+mod host;
+mod origin;
+mod tokens;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use axum::extract::{Request, State};
+use axum::http::HeaderValue;
+use axum::http::request::Parts;
+use axum::middleware::Next;
+use axum::response::Response;
+use clap::Args;
+
+use self::host::Hosts;
+pub use self::host::host_name;
+use self::tokens::Tokens;
+use crate::files::{Followed, follow};
+use crate::problem::Problem;
+
+/// Options of the services that check tokens.
+#[derive(Args, Clone, Debug, Default)]
+pub struct DoorConfig {
+    /// File with one token a line, of at least 16 characters, that requests must carry; the line
+    /// `read TOKEN` is a token that may only GET; # begins a comment. Changes count within a second
+    #[arg(long, global = true, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+}
+
+/// What a service checks of each request. The default lets everyone in.
+#[derive(Clone, Debug)]
+pub struct Door {
+    hosts: Hosts,
+    tokens: Option<Followed<Tokens>>,
+}
+
+impl Default for Door {
+    fn default() -> Self {
+        Self {
+            hosts: Hosts::Any,
+            tokens: None,
+        }
+    }
+}
+
+impl Door {
+    /// The door of a service that listens on `listen` and serves the hosts `names`.
+    ///
+    /// # Errors
+    /// A line for the operator, when the tokens cannot be read.
+    pub fn new(config: &DoorConfig, listen: SocketAddr, names: &[String]) -> Result<Self, String> {
+        Ok(Self {
+            hosts: Hosts::new(listen, names),
+            tokens: config.token_file.clone().map(follow_tokens).transpose()?,
+        })
+    }
+
+    /// The cheapest check comes first.
+    fn check(&self, request: &Parts) -> Result<(), Problem> {
+        self.hosts.check(request)?;
+        origin::check(request)?;
+        match &self.tokens {
+            Some(tokens) if !is_open(request) => tokens.borrow().check(request),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Follows the tokens of a file.
+///
+/// # Errors
+/// A line for the operator, when the file cannot be read or is wrong.
+fn follow_tokens(file: PathBuf) -> Result<Followed<Tokens>, String> {
+    follow(vec![file], |contents| Tokens::parse(&contents.concat()))
+}
+
+/// Follows the header that a client sends: the first token of a file that may do everything.
+///
+/// # Errors
+/// A line for the operator, when the file cannot be read, is wrong, or has no such token.
+pub fn follow_authorization(file: PathBuf) -> Result<Followed<HeaderValue>, String> {
+    follow(vec![file], |contents| {
+        Tokens::parse(&contents.concat())?.authorization()
+    })
+}
+
+/// Lets a request in, or answers it.
+pub(crate) async fn admit(
+    State(door): State<Door>,
+    request: Request,
+    next: Next,
+) -> Result<Response, Problem> {
+    let (parts, body) = request.into_parts();
+    door.check(&parts)?;
+    Ok(next.run(Request::from_parts(parts, body)).await)
+}
+
+/// Whether a request asks only whether the service runs or is ready. The other answers of `/readyz` name
+/// the services behind.
+fn is_open(request: &Parts) -> bool {
+    matches!(request.uri.path(), "/livez" | "/readyz") && request.uri.query().is_none()
+}
