@@ -30,7 +30,7 @@ fn healthcheck_asks_the_running_service() {
     assert!(nobody.contains("is the service running"), "{nobody}");
 
     let alone = facade("http://127.0.0.1:1", "http://127.0.0.1:1", &["--open"]);
-    let alone = Process::start(alone, everywhere);
+    let mut alone = Process::start(alone, everywhere);
     let output = healthcheck(alone.address);
     assert_eq!(output.status.code(), Some(1));
     let why = one_line(&output);
@@ -38,12 +38,29 @@ fn healthcheck_asks_the_running_service() {
         why.contains("not ready: ") && why.contains("logging"),
         "{why}"
     );
+    alone.kill();
 
     let system = Processes::start();
     let output = healthcheck(system.facade.address);
     assert!(output.status.success(), "{output:?}");
     let printed = String::from_utf8(output.stdout).unwrap();
     assert!(printed.contains(r#""status":"ready""#), "{printed}");
+
+    // Without the token too, and where only other names than the address are served.
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = folder.path().join("tokens");
+    std::fs::write(&tokens, "poster-0123456789").unwrap();
+    let flags = [
+        "--token-file",
+        tokens.to_str().unwrap(),
+        "--host",
+        "a.example",
+    ];
+    let guarded = Process::start(system.another_facade(&flags), everywhere);
+    let output = healthcheck(guarded.address);
+    assert!(output.status.success(), "{output:?}");
+    let output = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output, "{\"status\":\"ready\"}\n");
 }
 
 #[test]

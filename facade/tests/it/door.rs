@@ -238,6 +238,35 @@ async fn facade_carries_the_token_of_the_instances() {
     }
 }
 
+/// The scripts of the exercise bring the token, and say that one is missing.
+#[tokio::test(flavor = "multi_thread")]
+async fn scripts_bring_the_token() {
+    let file = TokenFile::with(&format!("{POSTER}\nread {READER}"));
+    let system = Processes::start_with(&["--token-file", &file.flag()]);
+    let run = |script: &str, argument: &str, token: Option<&str>| {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).parent();
+        let mut command = Command::new(root.unwrap().join("scripts").join(script));
+        command.env("FACADE_URL", system.facade.url()).arg(argument);
+        if let Some(token) = token {
+            command.env("TOKEN", token);
+        }
+        let output = command.output().unwrap();
+        let printed = String::from_utf8(output.stdout).unwrap();
+        (output.status.success(), printed)
+    };
+    let (is_posted, answer) = run("post.sh", "hello", Some(POSTER));
+    assert!(
+        is_posted && answer.contains("\"msg\":\"hello\""),
+        "{answer}"
+    );
+    let (is_read, log) = run("get.sh", "limit=1", Some(READER));
+    assert!(is_read && log.contains("\"msg\":\"hello\""), "{log}");
+    for (script, token, status) in [("post.sh", Some(READER), "403"), ("get.sh", None, "401")] {
+        let (is_done, answer) = run(script, "limit=1", token);
+        assert!(!is_done && answer.contains(status), "{script}: {answer}");
+    }
+}
+
 /// A page whose name was pointed at this machine (DNS rebinding) gets nothing.
 #[tokio::test]
 async fn other_hosts_are_refused_on_loopback() {
