@@ -65,7 +65,8 @@ fn create(max_message: usize) -> Operation {
         )
         .problem(
             403,
-            "A browser says that a page of another origin sent it; nothing was done.",
+            "The token may only read, or a browser says that a page of another origin sent it; nothing was \
+             done.",
             [],
         )
         .problem(

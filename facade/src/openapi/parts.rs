@@ -16,6 +16,7 @@ use utoipa::openapi::schema::{
     AllOfBuilder, ArrayBuilder, Components, ComponentsBuilder, KnownFormat, ObjectBuilder, Schema,
     SchemaFormat, Type,
 };
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{Content, ContentBuilder, Ref, RefOr, Required, ResponseBuilder};
 
 use crate::format::Tail;
@@ -38,11 +39,23 @@ pub(super) fn operation(id: &str, summary: &str, description: &str) -> Operation
          it has more than 128 characters or others than printable ASCII.",
         string(),
     );
+    let challenge = header_of("Bearer and Basic.", string());
+    let no_token = answer(
+        "The facade asks for a token (`--token-file`), and this one is missing or not known.",
+    )
+    .header(header::WWW_AUTHENTICATE.as_str(), challenge)
+    .content(PROBLEM, content(Ref::from_schema_name("Problem"), []));
     OperationBuilder::new()
         .operation_id(Some(id))
         .summary(Some(summary))
         .description((!description.is_empty()).then_some(description))
         .parameter(request_id)
+        .response("401", no_token)
+        .problem(
+            421,
+            "The facade does not serve this host: see its `--host`.",
+            [],
+        )
         .response(
             "414",
             ResponseBuilder::new().description("The URI has more than 65534 bytes."),
@@ -210,7 +223,34 @@ pub(super) fn components() -> Components {
         .schema_from::<Summary>()
         .schema_from::<Tail>()
         .schemas_from_iter(parts_of_stats)
+        .security_scheme(BEARER, http(HttpAuthScheme::Bearer))
+        .security_scheme(BASIC, http(HttpAuthScheme::Basic))
         .build()
+}
+
+/// Ways to send a token.
+const BEARER: &str = "bearer";
+const BASIC: &str = "basic";
+
+fn http(scheme: HttpAuthScheme) -> SecurityScheme {
+    let description = match scheme {
+        HttpAuthScheme::Basic => "The token is the password; any user name.",
+        _ => "The token.",
+    };
+    let http = HttpBuilder::new()
+        .scheme(scheme)
+        .description(Some(description));
+    SecurityScheme::Http(http.build())
+}
+
+/// A facade without `--token-file` asks for none of them.
+pub(super) fn securities() -> [SecurityRequirement; 3] {
+    let none: [&str; 0] = [];
+    [
+        SecurityRequirement::default(),
+        SecurityRequirement::new(BEARER, none),
+        SecurityRequirement::new(BASIC, none),
+    ]
 }
 
 fn problem() -> ObjectBuilder {
