@@ -2,7 +2,7 @@
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, Request, State};
-use axum::http::Method;
+use axum::http::{HeaderValue, Method, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::Response;
 use axum::routing::get;
@@ -10,6 +10,7 @@ use axum::{Extension, Router};
 use common::health::{Check, ReadinessQuery, check_running, livez, readiness};
 use common::middleware::{RequestLog, with_middleware};
 use common::problem::Problem;
+use tower_http::set_header::SetResponseHeaderLayer;
 use utoipa_axum::router::OpenApiRouter;
 use uuid::Uuid;
 
@@ -21,11 +22,13 @@ use crate::{console, docs, get, metrics, post, stats};
 pub fn router(app: App) -> Router {
     metrics::describe();
     let served = openapi::Served::default();
+    let accept = HeaderValue::from_static("accept");
+    let vary = SetResponseHeaderLayer::overriding(header::VARY, accept);
     let (described, description) = OpenApiRouter::with_openapi(openapi::head())
         .routes(at(
             "/",
             openapi::messages(app.max_message),
-            get(get::list).post(post::create),
+            get(get::list).post(post::create).layer(vary),
         ))
         .routes(at(
             "/{uuid}",
