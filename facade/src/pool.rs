@@ -173,7 +173,7 @@ impl Pool {
         }
     }
 
-    /// Why no instance serves, for a caller.
+    /// Why no instance serves, for the log.
     pub fn down_reasons(&self) -> String {
         let instances = self.instances();
         let reasons = instances.iter().filter_map(|instance| {

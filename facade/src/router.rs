@@ -14,6 +14,7 @@ use tower_http::set_header::SetResponseHeaderLayer;
 use utoipa_axum::router::OpenApiRouter;
 use uuid::Uuid;
 
+use crate::error::without_addresses;
 use crate::openapi::{self, at};
 use crate::readiness::check_all;
 use crate::state::App;
@@ -71,7 +72,10 @@ async fn readyz(
     });
     let (ready, checks) = match query.is_verbose() {
         true => check_all(&app.pool, &app.messages).await,
-        false => (app.readiness.any_instance(&app.pool).await, Vec::new()),
+        false => {
+            let ready = app.readiness.any_instance(&app.pool).await;
+            (ready.map_err(|why| without_addresses(&why)), Vec::new())
+        }
     };
     let checks: Vec<Check> = checks.into_iter().chain(clock_step).collect();
     let ready = check_running(&app.stop).and(ready);

@@ -147,7 +147,7 @@ pub(super) fn unavailable<const N: usize>(
 /// The 503 of a GET.
 pub(super) fn unreadable() -> ResponseBuilder {
     let detail = "retry in a moment: no logging instance is up: \
-                  logging 127.0.0.1:8082 refuses connections";
+                  logging … refuses connections";
     unavailable(
         "No logging instance can read the map now, or there are too many reads at once.",
         [("no_instance", example(503, detail))],
