@@ -3,12 +3,15 @@
 
 mod host;
 mod origin;
+mod rate;
 mod tokens;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU32;
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use axum::extract::{Request, State};
+use axum::extract::{ConnectInfo, Request, State};
 use axum::http::HeaderValue;
 use axum::http::request::Parts;
 use axum::middleware::Next;
@@ -17,6 +20,8 @@ use clap::Args;
 
 use self::host::Hosts;
 pub use self::host::host_name;
+use self::rate::Rate;
+pub use self::rate::rate;
 use self::tokens::Tokens;
 use crate::files::{Followed, follow};
 use crate::problem::Problem;
@@ -34,6 +39,7 @@ pub struct DoorConfig {
 #[derive(Clone, Debug)]
 pub struct Door {
     hosts: Hosts,
+    rate: Option<Arc<Rate>>,
     tokens: Option<Followed<Tokens>>,
 }
 
@@ -41,6 +47,7 @@ impl Default for Door {
     fn default() -> Self {
         Self {
             hosts: Hosts::Any,
+            rate: None,
             tokens: None,
         }
     }
@@ -54,13 +61,26 @@ impl Door {
     pub fn new(config: &DoorConfig, listen: SocketAddr, names: &[String]) -> Result<Self, String> {
         Ok(Self {
             hosts: Hosts::new(listen, names),
+            rate: None,
             tokens: config.token_file.clone().map(follow_tokens).transpose()?,
         })
+    }
+
+    /// Limits the requests of each client address to so many a second, but not those for health.
+    #[must_use]
+    pub fn with_rate(self, per_second: Option<NonZeroU32>) -> Self {
+        Self {
+            rate: per_second.map(|rate| Arc::new(Rate::new(rate))),
+            ..self
+        }
     }
 
     /// The cheapest check comes first.
     fn check(&self, request: &Parts) -> Result<(), Problem> {
         self.hosts.check(request)?;
+        if let (Some(rate), Some(client), false) = (&self.rate, client(request), is_open(request)) {
+            rate.check(client)?;
+        }
         origin::check(request)?;
         match &self.tokens {
             Some(tokens) if !is_open(request) => tokens.borrow().check(request),
@@ -96,6 +116,12 @@ pub(crate) async fn admit(
     let (parts, body) = request.into_parts();
     door.check(&parts)?;
     Ok(next.run(Request::from_parts(parts, body)).await)
+}
+
+/// The client whose requests `--rate` counts: the other end of the connection.
+fn client(request: &Parts) -> Option<IpAddr> {
+    let peer: Option<&ConnectInfo<SocketAddr>> = request.extensions.get();
+    peer.map(|ConnectInfo(peer)| peer.ip())
 }
 
 /// Whether a request asks only whether the service runs or is ready. The other answers of `/readyz` name

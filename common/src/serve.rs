@@ -126,7 +126,8 @@ pub fn serve(
             .timer(TokioTimer::new())
             .header_read_timeout(timeouts.head)
             .max_buf_size(CONNECTION_BUFFER);
-        server.serve(router.into_make_service()).await
+        let router = router.into_make_service_with_connect_info::<SocketAddr>();
+        server.serve(router).await
     })
 }
 

@@ -1,13 +1,14 @@
 //! The facade's flags.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
 use clap::Parser;
 use common::config::{self, ServiceConfig};
-use common::door::{DoorConfig, host_name};
+use common::door::{DoorConfig, host_name, rate};
 use common::health::Task;
 use reqwest::Url;
 
@@ -71,6 +72,10 @@ pub struct Config {
     /// repeated. A facade on loopback serves no other names; elsewhere it serves all until one is given
     #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = host_name)]
     pub host: Vec<String>,
+
+    /// Requests of one client address a second, for example 50/s; excess ones get a 429 [default: no limit]
+    #[arg(long, value_name = "N/s", value_parser = rate)]
+    pub rate: Option<NonZeroU32>,
 
     #[command(flatten)]
     pub door: DoorConfig,

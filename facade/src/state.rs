@@ -117,7 +117,7 @@ impl App {
             readiness: Arc::default(),
             statistics: Arc::new(Semaphore::new(MAX_STATISTICS)),
             counters: Arc::default(),
-            door: Door::new(&config.door, config.listen, &config.host)?,
+            door: Door::new(&config.door, config.listen, &config.host)?.with_rate(config.rate),
             stop,
         })
     }

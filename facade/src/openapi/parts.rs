@@ -52,6 +52,11 @@ pub(super) fn operation(id: &str, summary: &str, description: &str) -> Operation
         .parameter(request_id)
         .response("401", no_token)
         .problem(
+            429,
+            "There are too many requests from this address: see `--rate`.",
+            [],
+        )
+        .problem(
             421,
             "The facade does not serve this host: see its `--host`.",
             [],

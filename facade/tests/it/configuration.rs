@@ -84,6 +84,9 @@ fn wrong_configuration_is_one_line_and_exit_code_2() {
     assert_refused(&binary, &["--max-message", "0"], "64KiB");
     assert_refused(&binary, &["--max-message", "2MiB"], "1MiB");
     assert_refused(&binary, &["--max-reads", "0"], "--max-reads");
+    assert_refused(&binary, &["--rate", "0/s"], "50/s");
+    assert_refused(&binary, &["--rate", "50"], "50/s");
+    assert_refused(&binary, &["--host", "http://a.example"], "log.example.org");
     assert_refused(&binary, &["--deadline", "5"], "10s");
     assert_refused(&binary, &["--deadline", "0s"], "above zero");
     let endless = "18446744073709551615s";

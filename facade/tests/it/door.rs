@@ -238,6 +238,30 @@ async fn facade_carries_the_token_of_the_instances() {
     }
 }
 
+/// Over its rate an address gets 429s, which do nothing and say when to come back; health is not counted.
+#[tokio::test]
+async fn address_over_its_rate_is_refused() {
+    let system = System::start_with(&["--rate", "1/s"]).await;
+    let begin = Instant::now();
+    let mut stored = 0;
+    let refused = loop {
+        let response = system.post().body("hello").send().await.unwrap();
+        if response.status() != 200 {
+            break response;
+        }
+        stored += 1;
+        assert!(begin.elapsed() < PATIENCE, "{stored} POSTs passed");
+    };
+    assert_eq!(refused.headers()["retry-after"], "1");
+    problem(refused, 429).await;
+    for _ in 0..10 {
+        assert_eq!(system.get("/livez").await.status(), 200);
+    }
+    let read = wait_for_status(200, async || system.get("/").await).await;
+    let read: Value = read.json().await.unwrap();
+    assert_eq!(read["count"], stored);
+}
+
 /// The scripts of the exercise bring the token, and say that one is missing.
 #[tokio::test(flavor = "multi_thread")]
 async fn scripts_bring_the_token() {

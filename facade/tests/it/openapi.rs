@@ -58,7 +58,7 @@ async fn each_route_is_described_and_each_described_one_is_served() {
         methods.insert("head".to_owned());
         assert_eq!(allowed, methods, "{path}");
         for operation in object(operations).values() {
-            for refusal in ["401", "421"] {
+            for refusal in ["401", "421", "429"] {
                 assert!(operation["responses"][refusal].is_object(), "{path}");
             }
         }
