@@ -25,6 +25,7 @@ pub use self::rate::rate;
 use self::tokens::Tokens;
 use crate::files::{Followed, follow};
 use crate::problem::Problem;
+use crate::tls::{Certificate, follow_certificate};
 
 /// Options of the services that check tokens.
 #[derive(Args, Clone, Debug, Default)]
@@ -33,6 +34,38 @@ pub struct DoorConfig {
     /// `read TOKEN` is a token that may only GET; # begins a comment. Changes count within a second
     #[arg(long, global = true, value_name = "FILE")]
     pub token_file: Option<PathBuf>,
+
+    /// Certificate and those of its issuers, in PEM: the service then speaks HTTPS only. Changes count
+    /// within a second
+    #[arg(long, global = true, value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+
+    /// Private key of --tls-cert, in PEM
+    #[arg(long, global = true, value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+}
+
+impl DoorConfig {
+    /// Whether the service speaks HTTPS.
+    pub(crate) fn has_tls(&self) -> bool {
+        self.tls_cert.is_some()
+    }
+
+    /// The certificate, if the service is to speak HTTPS.
+    ///
+    /// # Errors
+    /// A line for the operator, when it cannot be read or is wrong.
+    pub fn certificate(&self) -> Result<Option<Certificate>, String> {
+        match (&self.tls_cert, &self.tls_key) {
+            (None, None) => Ok(None),
+            (Some(certificate), Some(key)) => {
+                follow_certificate(certificate.clone(), key.clone()).map(Some)
+            }
+            (Some(_), None) | (None, Some(_)) => {
+                Err("--tls-cert and --tls-key go together; give both".to_owned())
+            }
+        }
+    }
 }
 
 /// What a service checks of each request. The default lets everyone in.

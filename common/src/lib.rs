@@ -16,7 +16,7 @@
 //!
 //! - A service starts with [`config`], [`telemetry`] and [`serve`].
 //! - A request passes through [`middleware`] and the [`door`]; [`body`] reads it within a memory budget.
-//! - [`files`] follows files that change.
+//! - [`files`] follows files that change, [`tls`] makes certificates of them.
 //! - [`entry`] is what the services store, [`bounds`] a part of the log.
 //! - [`api`] is the wire between facade and logging.
 //! - A response is written by [`json`] or [`problem`]; [`escape`] makes text safe to print.
@@ -41,4 +41,5 @@ pub mod middleware;
 pub mod problem;
 pub mod serve;
 pub mod telemetry;
+pub mod tls;
 pub mod traces;

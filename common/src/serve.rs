@@ -8,10 +8,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use axum::Router;
+use axum::extract::ConnectInfo;
+use axum::middleware::AddExtension;
 use axum_server::Handle;
 use axum_server::accept::Accept;
 use hyper_util::rt::TokioTimer;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_io_timeout::TimeoutStream;
@@ -20,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{self, ServiceConfig};
 use crate::door::DoorConfig;
 use crate::health::{Task, healthcheck};
+use crate::tls::{Certificate, TlsAcceptor};
 use crate::{metrics, telemetry};
 
 /// Response bytes that hyper may buffer for one connection, which bounds the memory of a slow reader
@@ -38,10 +42,18 @@ pub async fn run(
     router: impl FnOnce(CancellationToken) -> anyhow::Result<Router>,
 ) -> ExitCode {
     config::exit_code(match task {
-        Some(Task::Healthcheck) => healthcheck(listen).await.map_err(anyhow::Error::msg),
+        Some(Task::Healthcheck) => {
+            let has_tls = door.is_some_and(DoorConfig::has_tls);
+            let scheme = if has_tls { "https" } else { "http" };
+            healthcheck(scheme, listen)
+                .await
+                .map_err(anyhow::Error::msg)
+        }
         None => {
             config::check_exposure(listen, config, door).unwrap_or_else(|line| config::fail(&line));
-            start(service, config, listen, router).await
+            let certificate = door.map_or(Ok(None), DoorConfig::certificate);
+            let certificate = certificate.unwrap_or_else(|line| config::fail(&line));
+            start(service, config, certificate, listen, router).await
         }
     })
 }
@@ -49,6 +61,7 @@ pub async fn run(
 async fn start(
     service: &'static str,
     config: &ServiceConfig,
+    certificate: Option<Certificate>,
     listen: SocketAddr,
     router: impl FnOnce(CancellationToken) -> anyhow::Result<Router>,
 ) -> anyhow::Result<()> {
@@ -60,7 +73,13 @@ async fn start(
     let router = router(stop.clone())?;
     let listener = config::bind(listen).map_err(anyhow::Error::msg)?;
     tracing::info!(address = %listener.local_addr()?, "serving requests");
-    serve(listener, router, Timeouts::default(), stop, config.grace).await?;
+    let timeouts = Timeouts::default();
+    match certificate {
+        None => serve(listener, router, timeouts, stop, config.grace).await?,
+        Some(certificate) => {
+            serve_tls(listener, certificate, router, timeouts, stop, config.grace).await?;
+        }
+    }
     Ok(())
 }
 
@@ -112,23 +131,64 @@ pub fn serve(
     stop: CancellationToken,
     grace: Duration,
 ) -> Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>> {
-    Box::pin(async move {
-        listener.set_nonblocking(true)?;
-        let handle = Handle::<SocketAddr>::new();
-        tokio::spawn(stop_gracefully(handle.clone(), stop, grace));
-        let mut server = axum_server::from_tcp(listener)?
-            .handle(handle)
-            .acceptor(WriteIdleAcceptor(timeouts.write_idle))
-            .http1_only();
-        server
-            .http_builder()
-            .http1()
-            .timer(TokioTimer::new())
-            .header_read_timeout(timeouts.head)
-            .max_buf_size(CONNECTION_BUFFER);
-        let router = router.into_make_service_with_connect_info::<SocketAddr>();
-        server.serve(router).await
-    })
+    let acceptor = WriteIdleAcceptor(timeouts.write_idle);
+    Box::pin(serve_with(
+        acceptor, listener, router, timeouts, stop, grace,
+    ))
+}
+
+/// As [`serve`], with TLS.
+///
+/// # Errors
+/// When the socket fails.
+pub fn serve_tls(
+    listener: TcpListener,
+    certificate: Certificate,
+    router: Router,
+    timeouts: Timeouts,
+    stop: CancellationToken,
+    grace: Duration,
+) -> Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>> {
+    let acceptor = TlsAcceptor {
+        certificate,
+        below: WriteIdleAcceptor(timeouts.write_idle),
+    };
+    Box::pin(serve_with(
+        acceptor, listener, router, timeouts, stop, grace,
+    ))
+}
+
+/// The router as one connection sees it: with the address of its client.
+type WithPeer = AddExtension<Router, ConnectInfo<SocketAddr>>;
+
+async fn serve_with<A>(
+    acceptor: A,
+    listener: TcpListener,
+    router: Router,
+    timeouts: Timeouts,
+    stop: CancellationToken,
+    grace: Duration,
+) -> std::io::Result<()>
+where
+    A: Accept<TcpStream, WithPeer, Service = WithPeer> + Clone + Send + Sync + 'static,
+    A::Stream: AsyncRead + AsyncWrite + Unpin + Send,
+    A::Future: Send,
+{
+    listener.set_nonblocking(true)?;
+    let handle = Handle::<SocketAddr>::new();
+    tokio::spawn(stop_gracefully(handle.clone(), stop, grace));
+    let mut server = axum_server::from_tcp(listener)?
+        .handle(handle)
+        .acceptor(acceptor)
+        .http1_only();
+    server
+        .http_builder()
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(timeouts.head)
+        .max_buf_size(CONNECTION_BUFFER);
+    let router = router.into_make_service_with_connect_info::<SocketAddr>();
+    server.serve(router).await
 }
 
 async fn stop_gracefully(handle: Handle<SocketAddr>, stop: CancellationToken, grace: Duration) {

@@ -171,6 +171,9 @@ fn file_of_tokens_that_is_wrong_is_wrong_configuration() {
     }
     std::fs::write(&file, "read reader-0123456789").unwrap();
     refused("--logging-token-file", "facade", "may only read");
+    refused("--tls-cert", "facade", "--tls-key");
+    let with_key = ["--tls-cert", path, "--tls-key", path];
+    assert_refused(&binary("facade"), &with_key, "no private key");
 }
 
 #[test]

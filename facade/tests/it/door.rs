@@ -262,6 +262,81 @@ async fn address_over_its_rate_is_refused() {
     assert_eq!(read["count"], stored);
 }
 
+/// The files of a certificate and its key; a new pair replaces them.
+struct CertificateFiles {
+    folder: TempDir,
+}
+
+impl CertificateFiles {
+    fn make() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let files = Self { folder };
+        files.replace();
+        files
+    }
+
+    fn replace(&self) {
+        let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
+        let made = rcgen::generate_simple_self_signed(names).unwrap();
+        fs::write(self.path("key"), made.signing_key.serialize_pem()).unwrap();
+        fs::write(self.path("cert"), made.cert.pem()).unwrap();
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).display().to_string()
+    }
+}
+
+/// A service with a certificate speaks HTTPS only. It shows a new certificate without a restart, and keeps
+/// the old one while the files do not fit.
+#[tokio::test(flavor = "multi_thread")]
+async fn certificate_follows_its_files() {
+    let files = CertificateFiles::make();
+    let (cert, key) = (files.path("cert"), files.path("key"));
+    let tls = ["--tls-cert", &cert, "--tls-key", &key];
+    let system = Processes::start_with(&tls);
+    let port = system.facade.address.port();
+    let curl = |arguments: &[&str]| {
+        let mut curl = Command::new("curl");
+        curl.args(["--silent", "--fail", "--noproxy", "*", "--cacert", &cert]);
+        let output = curl.args(arguments).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let https = format!("https://localhost:{port}");
+    assert!(curl(&["-d", "msg=hello", &https]).contains("\"msg\":\"hello\""));
+    assert!(curl(&[&https]).contains("\"msg\":\"hello\""));
+    assert_eq!(curl(&[&format!("http://localhost:{port}/livez")]), "");
+    let listen = system.facade.address.to_string();
+    let healthcheck = |flags: &[&str]| {
+        let mut command = Command::new(crate::processes::binary("facade"));
+        command
+            .args(["healthcheck", "--listen", &listen])
+            .args(flags);
+        command.output().unwrap().status.success()
+    };
+    assert!(healthcheck(&tls));
+    assert!(!healthcheck(&[]));
+
+    let old = fs::read(&cert).unwrap();
+    fs::write(&cert, "no certificate").unwrap();
+    system
+        .facade
+        .wait_for_line(|line| line.contains("stays in use"));
+    fs::write(files.path("old"), old).unwrap();
+    let with_old = ["--cacert", &files.path("old"), &format!("{https}/livez")];
+    assert_eq!(curl(&with_old), "alive\n");
+    files.replace();
+    let begin = Instant::now();
+    while curl(&[&format!("{https}/livez")]) != "alive\n" {
+        assert!(
+            begin.elapsed() < PATIENCE,
+            "the new certificate is not shown"
+        );
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+    assert_eq!(curl(&with_old), "");
+}
+
 /// The scripts of the exercise bring the token, and say that one is missing.
 #[tokio::test(flavor = "multi_thread")]
 async fn scripts_bring_the_token() {
