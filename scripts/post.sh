@@ -12,11 +12,15 @@ Posts msg1 to msgN (default: 10), or each MESSAGE, to the facade. Prints the sta
 that stored the message, and the body of each answer.
 
   FACADE_URL  the URL of the facade (now: $url)
+  TOKEN       the token, if the facade asks for one
 
 Exit code: 0 if every answer was a 200, 1 otherwise.
 HELP
     exit 0
 fi
+
+# Not an argument of curl, which every user of this machine could read.
+authorization() { if [[ -n ${TOKEN:-} ]]; then echo "header = \"authorization: Bearer $TOKEN\""; fi; }
 
 messages=()
 if (($# == 0)) || { (($# == 1)) && [[ $1 =~ ^[1-9][0-9]*$ ]]; }; then
@@ -27,7 +31,7 @@ fi
 
 failed=0
 for message in "${messages[@]}"; do
-    answer=$(curl --silent --show-error --max-time 30 --data-urlencode "msg=$message" \
+    answer=$(curl --config <(authorization) --silent --show-error --max-time 30 --data-urlencode "msg=$message" \
         --write-out '\n%{http_code} %header{x-logging-instance}' "$url/") || exit 1
     status=${answer##*$'\n'}
     printf '%s %s\n' "$status" "${answer%$'\n'*}"

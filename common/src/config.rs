@@ -7,9 +7,11 @@ use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use clap::builder::BoolishValueParser;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Command, Parser};
 
+use crate::door::DoorConfig;
 use crate::telemetry::LogFormat;
 
 /// The exit code for wrong configuration, the same as that of `clap`.
@@ -27,6 +29,10 @@ pub struct ServiceConfig {
     /// Time for requests in flight to finish after SIGINT or SIGTERM; then their connections are cut
     #[arg(long, default_value = "10s", value_parser = duration)]
     pub grace: Duration,
+
+    /// Listen beyond loopback although no token is asked for: something else guards the port
+    #[arg(long, value_parser = BoolishValueParser::new())]
+    pub open: bool,
 
     /// Format of the log on standard output; RUST_LOG filters it (default: info)
     #[arg(long, value_enum, default_value = "text")]
@@ -114,6 +120,30 @@ pub fn timeout(text: &str) -> Result<Duration, String> {
         Duration::ZERO => Err("write a time above zero, for example 800ms or 10s".to_owned()),
         timeout => Ok(timeout),
     }
+}
+
+/// Checks that a service which others can reach asks for a token, or is to be open. `door` is `None` for a
+/// service that knows no tokens.
+///
+/// # Errors
+/// A line for the operator with the ways out.
+pub(crate) fn check_exposure(
+    listen: SocketAddr,
+    service: &ServiceConfig,
+    door: Option<&DoorConfig>,
+) -> Result<(), String> {
+    let has_tokens = door.is_some_and(|door| door.token_file.is_some());
+    if listen.ip().to_canonical().is_loopback() || has_tokens || service.open {
+        return Ok(());
+    }
+    let ways_out = match door {
+        Some(_) => "--token-file FILE to ask for a token, or --open",
+        None => "a loopback address, or --open",
+    };
+    Err(format!(
+        "on {listen} others could use this service without a token: give {ways_out} if something else \
+         guards the port"
+    ))
 }
 
 /// Binds a listening socket.

@@ -1,282 +1,160 @@
-//! The door of a service: it accepts connections up to a limit, and follows each of their requests.
+//! Who may come in: the checks of every request before a handler sees it. Connections, their number and
+//! their timeouts are the subject of `serve`.
 
-use std::convert::Infallible;
-use std::io::{self, ErrorKind};
-use std::net::IpAddr;
-use std::pin::Pin;
+mod host;
+mod origin;
+mod rate;
+mod tokens;
+
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::task::{Context, Poll};
-use std::time::Duration;
 
-use axum::Router;
-use axum::body::{Body, Bytes, HttpBody};
-use axum::http::{Method, Request, Response, Version};
-use axum_server::accept::Accept;
-use axum_server::{AddrListener, Address};
-use http_body::{Frame, SizeHint};
-use hyper::body::Incoming;
-use metrics::counter;
-use tokio::io::AsyncWriteExt;
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-use tokio::time::sleep;
-use tower::Service;
+use axum::extract::{Request, State};
+use axum::http::HeaderValue;
+use axum::http::request::Parts;
+use axum::middleware::Next;
+use axum::response::Response;
+use clap::Args;
 
+use self::host::Hosts;
+pub use self::host::host_name;
+use self::rate::Rate;
+pub use self::rate::rate;
+use self::tokens::Tokens;
 use crate::client::Client;
-use crate::connection::{Admitted, Connection, Connections};
-use crate::metrics::CONNECTIONS_CUT;
-use crate::serve::Endless;
-use crate::socket::Socket;
+use crate::files::{Followed, follow};
+use crate::problem::Problem;
+use crate::tls::{Certificate, follow_certificate};
 
-/// The pauses after errors of accepting, which begin short and double. Most such errors mean that the
-/// process or the machine has no file or no memory left.
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Options of the services that check tokens.
+#[derive(Args, Clone, Debug, Default)]
+pub struct DoorConfig {
+    /// File with one token a line, of at least 16 characters, that requests must carry; the line
+    /// `read TOKEN` is a token that may only GET; # begins a comment. Changes count within a second
+    #[arg(long, global = true, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
 
-/// Connections that are told at once that there are too many; more are closed without an answer.
-const MAX_REFUSALS: usize = 64;
+    /// Certificate and those of its issuers, in PEM: the service then speaks HTTPS only. Changes count
+    /// within a second
+    #[arg(long, global = true, value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
 
-/// How long a connection that is refused may take to read its answer.
-const REFUSE_WITHIN: Duration = Duration::from_secs(1);
-
-/// The answer to a connection for which there is no room; its body ends with the connection.
-const TOO_MANY: &str = "HTTP/1.1 503 Service Unavailable\r\n\
-    content-type: application/problem+json\r\n\
-    retry-after: 1\r\n\
-    connection: close\r\n\r\n\
-    {\"title\":\"Service Unavailable\",\"status\":503,\
-    \"detail\":\"too many connections at once: nothing was done; retry in a moment\"}\n";
-
-/// What axum-server calls an address. The socket knows the one of its client.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Peer;
-
-impl Address for Peer {
-    type Stream = Socket<Admitted>;
-    type Listener = Door;
+    /// Private key of --tls-cert, in PEM
+    #[arg(long, global = true, value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
 }
 
-/// A listening socket that takes in as many connections as there is room for.
-#[derive(Debug)]
-pub(crate) struct Door {
-    listener: TcpListener,
-    connections: Arc<Connections>,
-    refusals: Arc<Semaphore>,
-    /// For reading responses.
-    slack: Duration,
+impl DoorConfig {
+    /// Whether the service speaks HTTPS.
+    pub(crate) fn has_tls(&self) -> bool {
+        self.tls_cert.is_some()
+    }
+
+    /// The certificate, if the service is to speak HTTPS.
+    ///
+    /// # Errors
+    /// A line for the operator, when it cannot be read or is wrong.
+    pub fn certificate(&self) -> Result<Option<Certificate>, String> {
+        match (&self.tls_cert, &self.tls_key) {
+            (None, None) => Ok(None),
+            (Some(certificate), Some(key)) => {
+                follow_certificate(certificate.clone(), key.clone()).map(Some)
+            }
+            (Some(_), None) | (None, Some(_)) => {
+                Err("--tls-cert and --tls-key go together; give both".to_owned())
+            }
+        }
+    }
+}
+
+/// What a service checks of each request. The default lets everyone in.
+#[derive(Clone, Debug)]
+pub struct Door {
+    hosts: Hosts,
+    rate: Option<Arc<Rate>>,
+    tokens: Option<Followed<Tokens>>,
+}
+
+impl Default for Door {
+    fn default() -> Self {
+        Self {
+            hosts: Hosts::Any,
+            rate: None,
+            tokens: None,
+        }
+    }
 }
 
 impl Door {
-    pub(crate) fn new(listener: TcpListener, connections: Connections, slack: Duration) -> Self {
-        Self {
-            listener,
-            connections: Arc::new(connections),
-            refusals: Arc::new(Semaphore::new(MAX_REFUSALS)),
-            slack,
-        }
-    }
-
-    fn refuse(&self, stream: TcpStream, peer: IpAddr) {
-        counter!(CONNECTIONS_CUT, "reason" => "too_many").increment(1);
-        let Ok(permit) = self.refusals.clone().try_acquire_owned() else {
-            return;
-        };
-        let connection = Arc::new(Connection::new(stream, peer));
-        let mut socket = Socket::new(connection, REFUSE_WITHIN, permit);
-        tokio::spawn(tokio::time::timeout(REFUSE_WITHIN, async move {
-            socket.write_all(TOO_MANY.as_bytes()).await?;
-            socket.shutdown().await
-        }));
-    }
-}
-
-impl AddrListener<Socket<Admitted>, Peer> for Door {
-    async fn bind_to(_address: Peer) -> io::Result<Self> {
-        Err(ErrorKind::Unsupported.into())
-    }
-
-    async fn accept_stream(&self) -> io::Result<(Socket<Admitted>, Peer)> {
-        let mut pause = FIRST_PAUSE;
-        loop {
-            let (stream, peer) = match self.listener.accept().await {
-                Ok(accepted) => accepted,
-                // The client has given up while it waited to be accepted.
-                Err(error) if error.kind() == ErrorKind::ConnectionAborted => continue,
-                Err(error) => {
-                    tracing::error!(
-                        %error,
-                        "no connection can be accepted; if there are too many open files, raise their limit"
-                    );
-                    sleep(pause).await;
-                    pause = (pause * 2).min(LONGEST_PAUSE);
-                    continue;
-                }
-            };
-            if let Err(error) = stream.set_nodelay(true) {
-                tracing::debug!(%error, "TCP_NODELAY cannot be set");
-            }
-            let address = peer.ip().to_canonical();
-            match self.connections.admit(stream, address) {
-                Ok(admitted) => {
-                    let connection = admitted.connection.clone();
-                    return Ok((Socket::new(connection, self.slack, admitted), Peer));
-                }
-                Err(stream) => self.refuse(stream, address),
-            }
-        }
-    }
-
-    fn get_local_addr(&self) -> io::Result<Peer> {
-        Ok(Peer)
-    }
-}
-
-/// Follows the requests of each connection.
-#[derive(Clone, Debug)]
-pub(crate) struct Follow {
-    pub(crate) trusted_proxies: Arc<[IpAddr]>,
-}
-
-impl Accept<Socket<Admitted>, Router> for Follow {
-    type Stream = Socket<Admitted>;
-    type Service = Requests;
-    type Future = std::future::Ready<io::Result<(Self::Stream, Requests)>>;
-
-    fn accept(&self, socket: Socket<Admitted>, router: Router) -> Self::Future {
-        let requests = Requests {
-            router,
-            connection: socket.connection.clone(),
-            trusted_proxies: self.trusted_proxies.clone(),
-        };
-        std::future::ready(Ok((socket, requests)))
-    }
-}
-
-/// The requests of one connection: tells the router the client of each, and the socket how far each is.
-#[derive(Clone, Debug)]
-pub(crate) struct Requests {
-    router: Router,
-    connection: Arc<Connection>,
-    trusted_proxies: Arc<[IpAddr]>,
-}
-
-impl Service<Request<Incoming>> for Requests {
-    type Response = Response<ResponseBody>;
-    type Error = Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
-
-    fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: Request<Incoming>) -> Self::Future {
-        let busy = Busy::begin(&self.connection);
-        let peer = self.connection.peer;
-        let client = Client::behind(peer, request.headers(), &self.trusted_proxies);
-        let ends_with_the_connection =
-            request.version() < Version::HTTP_11 && request.method() != Method::HEAD;
-        let connection = self.connection.clone();
-        let mut request = request.map(|body| {
-            if body.is_end_stream() {
-                connection.note_request_read();
-            }
-            Body::new(RequestBody { body, connection })
-        });
-        request.extensions_mut().insert(client);
-        let answer = self.router.call(request);
-        Box::pin(async move {
-            let response = answer.await?;
-            if ends_with_the_connection && response.body().size_hint().exact().is_none() {
-                busy.0.begin_unframed_response();
-            }
-            let is_endless = response.extensions().get::<Endless>().is_some();
-            Ok(response.map(|body| ResponseBody {
-                body,
-                busy,
-                is_endless,
-            }))
+    /// The door of a service that listens on `listen` and serves the hosts `names`.
+    ///
+    /// # Errors
+    /// A line for the operator, when the tokens cannot be read.
+    pub fn new(config: &DoorConfig, listen: SocketAddr, names: &[String]) -> Result<Self, String> {
+        Ok(Self {
+            hosts: Hosts::new(listen, names),
+            rate: None,
+            tokens: config.token_file.clone().map(follow_tokens).transpose()?,
         })
     }
-}
 
-/// A request that is being served, until its response is written.
-#[derive(Debug)]
-struct Busy(Arc<Connection>);
-
-impl Busy {
-    fn begin(connection: &Arc<Connection>) -> Self {
-        connection.begin_request();
-        Self(connection.clone())
-    }
-}
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        self.0.end_request();
-    }
-}
-
-#[derive(Debug)]
-struct RequestBody {
-    body: Incoming,
-    connection: Arc<Connection>,
-}
-
-impl HttpBody for RequestBody {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
-        let frame = Pin::new(&mut self.body).poll_frame(context);
-        if matches!(frame, Poll::Ready(None)) || self.body.is_end_stream() {
-            self.connection.note_request_read();
+    /// Limits the requests of each client address to so many a second, but not those for health.
+    #[must_use]
+    pub fn with_rate(self, per_second: Option<NonZeroU32>) -> Self {
+        Self {
+            rate: per_second.map(|rate| Arc::new(Rate::new(rate))),
+            ..self
         }
-        frame
     }
 
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+    /// The cheapest check comes first.
+    fn check(&self, request: &Parts) -> Result<(), Problem> {
+        self.hosts.check(request)?;
+        if let (Some(rate), false) = (&self.rate, is_open(request)) {
+            let Client(address) = Client::of(&request.extensions);
+            rate.check(address)?;
+        }
+        origin::check(request)?;
+        match &self.tokens {
+            Some(tokens) if !is_open(request) => tokens.borrow().check(request),
+            _ => Ok(()),
+        }
     }
 }
 
-#[derive(Debug)]
-pub(crate) struct ResponseBody {
-    body: Body,
-    busy: Busy,
-    is_endless: bool,
+/// Follows the tokens of a file.
+///
+/// # Errors
+/// A line for the operator, when the file cannot be read or is wrong.
+fn follow_tokens(file: PathBuf) -> Result<Followed<Tokens>, String> {
+    follow(vec![file], |contents| Tokens::parse(&contents.concat()))
 }
 
-impl HttpBody for ResponseBody {
-    type Data = Bytes;
-    type Error = axum::Error;
+/// Follows the header that a client sends: the first token of a file that may do everything.
+///
+/// # Errors
+/// A line for the operator, when the file cannot be read, is wrong, or has no such token.
+pub fn follow_authorization(file: PathBuf) -> Result<Followed<HeaderValue>, String> {
+    follow(vec![file], |contents| {
+        Tokens::parse(&contents.concat())?.authorization()
+    })
+}
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let frame = Pin::new(&mut self.body).poll_frame(context);
-        if frame.is_pending() && self.is_endless && self.busy.0.poll_closed(context).is_ready() {
-            let gone = io::Error::from(ErrorKind::ConnectionAborted);
-            return Poll::Ready(Some(Err(axum::Error::new(gone))));
-        }
-        if matches!(frame, Poll::Ready(None)) || self.body.is_end_stream() {
-            self.busy.0.end_complete_response();
-        }
-        frame
-    }
+/// Lets a request in, or answers it.
+pub(crate) async fn admit(
+    State(door): State<Door>,
+    request: Request,
+    next: Next,
+) -> Result<Response, Problem> {
+    let (parts, body) = request.into_parts();
+    door.check(&parts)?;
+    Ok(next.run(Request::from_parts(parts, body)).await)
+}
 
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
+/// Whether a request asks only whether the service runs or is ready. The other answers of `/readyz` name
+/// the services behind.
+fn is_open(request: &Parts) -> bool {
+    matches!(request.uri.path(), "/livez" | "/readyz") && request.uri.query().is_none()
 }

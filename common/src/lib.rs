@@ -15,8 +15,9 @@
 //! # This crate
 //!
 //! - A service starts with [`config`], [`telemetry`] and [`serve`]; [`output`] prints its log.
-//! - A request passes through [`middleware`]; [`body`] reads it within a memory budget,
+//! - A request passes through [`middleware`] and the [`door`]; [`body`] reads it within a memory budget,
 //!   of which [`permits`] gives each [`client`] a share, and [`pace`] is what a client must keep.
+//! - [`files`] follows files that change, [`tls`] makes certificates of them.
 //! - [`entry`] is what the services store, [`bounds`] a part of the log.
 //! - [`api`] is the wire between facade and logging.
 //! - A response is written by [`json`] or [`problem`]; [`escape`] makes text safe to print.
@@ -32,11 +33,13 @@ pub mod bounds;
 pub mod client;
 pub mod config;
 mod connection;
-mod door;
+pub mod door;
 pub mod entry;
 pub mod escape;
+pub mod files;
 pub mod health;
 pub mod json;
+mod listener;
 pub mod metrics;
 pub mod middleware;
 pub mod output;
@@ -46,4 +49,5 @@ pub mod problem;
 pub mod serve;
 mod socket;
 pub mod telemetry;
+pub mod tls;
 pub mod traces;

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
-use axum::http::{HeaderMap, StatusCode};
-use axum::middleware::from_fn;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use tower::ServiceBuilder;
 use tower::util::MapRequestLayer;
@@ -15,11 +15,13 @@ use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::request_id::{
     MakeRequestUuid, PropagateRequestIdLayer, RequestId, SetRequestIdLayer,
 };
+use tower_http::set_header::SetResponseHeaderLayer;
 use tower_http::trace::TraceLayer;
 use tracing::Span;
 use tracing::field::Empty;
 
 use crate::client::Client;
+use crate::door::{Door, admit};
 use crate::metrics::measure;
 use crate::problem::Problem;
 use crate::traces::TRACE_ID;
@@ -43,10 +45,19 @@ pub enum RequestLog {
 }
 
 /// Adds the shared middleware to the routes of a service.
-pub fn with_middleware(routes: Router, log: RequestLog) -> Router {
-    // From the outside in: the request id, which the response repeats; the span and the log line, which
-    // name that id; the metrics; and the panic handler, inside all of them, so that its 500 is seen.
+pub fn with_middleware(routes: Router, log: RequestLog, door: Door) -> Router {
+    // From the outside in: headers of all answers; the request id, which the response repeats; the span and
+    // the log line, which name that id; the metrics; the panic handler, inside all of them, so that its 500 is seen; and the
+    // door, whose refusals are logged and counted.
     let stack = ServiceBuilder::new()
+        .layer(SetResponseHeaderLayer::overriding(
+            header::X_CONTENT_TYPE_OPTIONS,
+            HeaderValue::from_static("nosniff"),
+        ))
+        .layer(SetResponseHeaderLayer::overriding(
+            header::CACHE_CONTROL,
+            HeaderValue::from_static("no-store"),
+        ))
         .layer(MapRequestLayer::new(drop_unusable_request_id))
         .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid))
         .layer(PropagateRequestIdLayer::x_request_id())
@@ -66,7 +77,8 @@ pub fn with_middleware(routes: Router, log: RequestLog) -> Router {
                 .on_failure(()),
         )
         .layer(from_fn(measure))
-        .layer(CatchPanicLayer::custom(answer_panic));
+        .layer(CatchPanicLayer::custom(answer_panic))
+        .layer(from_fn_with_state(door, admit));
     routes
         .fallback(answer_not_found)
         .method_not_allowed_fallback(answer_method_not_allowed)

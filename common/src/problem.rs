@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use axum::extract::rejection::QueryRejection;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use problem_details::ProblemDetails;
 use serde::Serialize;
@@ -30,11 +30,11 @@ impl From<QueryRejection> for Problem {
     }
 }
 
-/// An error response: a status, a detail, further members, and the time until a retry.
+/// An error response: a status, a detail, further members, and headers.
 #[derive(Debug)]
 pub struct Problem {
     details: Box<ProblemDetails<Map<String, Value>>>,
-    retry_after: Option<Duration>,
+    headers: HeaderMap,
 }
 
 impl Problem {
@@ -45,7 +45,7 @@ impl Problem {
             .with_extensions(Map::new());
         Self {
             details: Box::new(details),
-            retry_after: None,
+            headers: HeaderMap::new(),
         }
     }
 
@@ -56,10 +56,23 @@ impl Problem {
 
     /// A 503 with a `Retry-After` of this time, in whole seconds, at least one.
     pub fn unavailable(detail: impl Into<String>, retry_after: Duration) -> Self {
-        Self {
-            retry_after: Some(retry_after),
-            ..Self::new(StatusCode::SERVICE_UNAVAILABLE, detail)
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, detail).retry_after(retry_after)
+    }
+
+    /// Adds a `Retry-After` of this time, in whole seconds, at least one.
+    #[must_use]
+    pub fn retry_after(self, wait: Duration) -> Self {
+        let seconds = HeaderValue::from(wait.as_secs().max(1));
+        self.with_headers([(header::RETRY_AFTER, seconds)])
+    }
+
+    /// Adds headers; a name may occur several times.
+    #[must_use]
+    pub fn with_headers<const N: usize>(mut self, headers: [(HeaderName, HeaderValue); N]) -> Self {
+        for (name, value) in headers {
+            self.headers.append(name, value);
         }
+        self
     }
 
     /// Adds a member beside the standard ones.
@@ -85,13 +98,6 @@ impl IntoResponse for Problem {
         let content_type = [(header::CONTENT_TYPE, "application/problem+json")];
         let mut body = Vec::new();
         json::write_line(&mut body, &self.details);
-        let mut response = (status, content_type, body).into_response();
-        if let Some(wait) = self.retry_after {
-            let seconds = wait.as_secs().max(1);
-            response
-                .headers_mut()
-                .insert(header::RETRY_AFTER, HeaderValue::from(seconds));
-        }
-        response
+        (status, self.headers, content_type, body).into_response()
     }
 }

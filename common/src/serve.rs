@@ -9,16 +9,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum_server::accept::Accept;
 use axum_server::{Handle, Server};
 use hyper_util::rt::TokioTimer;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, ServiceConfig};
-use crate::connection::Connections;
-use crate::door::{Door, Follow, Peer};
+use crate::connection::{Admitted, Connections};
+use crate::door::DoorConfig;
 use crate::health::{Task, healthcheck};
+use crate::listener::{Follow, Listener, Peer, Requests};
+use crate::socket::Socket;
+use crate::tls::{Certificate, TlsAcceptor};
 use crate::{metrics, telemetry};
 
 /// The largest request head; a larger one gets a 431. It is also what one read of a body returns at most, and
@@ -31,23 +36,36 @@ const FILES_KEPT_FREE: u64 = 4;
 
 /// Runs the `main` of `service`: the task, if one is given; otherwise it sets up the log, the router and
 /// the socket, and serves. The token given to `router` is cancelled by SIGINT or SIGTERM. An error is one
-/// line on stderr.
+/// line on stderr. `door` is `None` for a service that knows no tokens.
 pub async fn run(
     service: &'static str,
     config: &ServiceConfig,
+    door: Option<&DoorConfig>,
     listen: SocketAddr,
     task: Option<Task>,
     router: impl FnOnce(CancellationToken) -> anyhow::Result<Router>,
 ) -> ExitCode {
     config::exit_code(match task {
-        Some(Task::Healthcheck) => healthcheck(listen).await.map_err(anyhow::Error::msg),
-        None => start(service, config, listen, router).await,
+        Some(Task::Healthcheck) => {
+            let has_tls = door.is_some_and(DoorConfig::has_tls);
+            let scheme = if has_tls { "https" } else { "http" };
+            healthcheck(scheme, listen)
+                .await
+                .map_err(anyhow::Error::msg)
+        }
+        None => {
+            config::check_exposure(listen, config, door).unwrap_or_else(|line| config::fail(&line));
+            let certificate = door.map_or(Ok(None), DoorConfig::certificate);
+            let certificate = certificate.unwrap_or_else(|line| config::fail(&line));
+            start(service, config, certificate, listen, router).await
+        }
     })
 }
 
 async fn start(
     service: &'static str,
     config: &ServiceConfig,
+    certificate: Option<Certificate>,
     listen: SocketAddr,
     router: impl FnOnce(CancellationToken) -> anyhow::Result<Router>,
 ) -> anyhow::Result<()> {
@@ -62,9 +80,14 @@ async fn start(
     let limits = Limits {
         timeouts: Timeouts::default(),
         max_connections,
-        trusted_proxies: config.trusted_proxy.clone(),
+        trusted_proxies: config.trusted_proxy.clone().into(),
     };
-    serve(listener, router, limits, stop, config.grace).await?;
+    match certificate {
+        None => serve(listener, router, limits, stop, config.grace).await?,
+        Some(certificate) => {
+            serve_tls(listener, certificate, router, limits, stop, config.grace).await?;
+        }
+    }
     Ok(())
 }
 
@@ -132,7 +155,7 @@ pub struct Limits {
     /// Connections at once. A further one takes the place of an idle one, or gets a 503.
     pub max_connections: usize,
     /// Proxies whose word for a client's address is taken.
-    pub trusted_proxies: Vec<IpAddr>,
+    pub trusted_proxies: Arc<[IpAddr]>,
 }
 
 impl From<Timeouts> for Limits {
@@ -141,7 +164,7 @@ impl From<Timeouts> for Limits {
         Self {
             timeouts,
             max_connections: config::MAX_CONNECTIONS as usize,
-            trusted_proxies: Vec::new(),
+            trusted_proxies: Arc::default(),
         }
     }
 }
@@ -163,27 +186,64 @@ pub fn serve(
     stop: CancellationToken,
     grace: Duration,
 ) -> Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>> {
-    Box::pin(async move {
-        listener.set_nonblocking(true)?;
-        let listener = tokio::net::TcpListener::from_std(listener)?;
-        let trusted_proxies: Arc<[IpAddr]> = limits.trusted_proxies.into();
-        let connections = Connections::new(limits.max_connections, trusted_proxies.clone());
-        let door = Door::new(listener, connections, limits.timeouts.read);
-        let handle = Handle::new();
-        tokio::spawn(stop_gracefully(handle.clone(), stop, grace));
-        let mut server = Server::<Peer>::from_listener(door)
-            .handle(handle)
-            .acceptor(Follow { trusted_proxies })
-            .http1_only();
-        server
-            .http_builder()
-            .http1()
-            .timer(TokioTimer::new())
-            .header_read_timeout(limits.timeouts.head)
-            .max_buf_size(CONNECTION_BUFFER)
-            .half_close(true);
-        server.serve(router.into_make_service()).await
-    })
+    let acceptor = Follow {
+        trusted_proxies: limits.trusted_proxies.clone(),
+    };
+    Box::pin(serve_with(acceptor, listener, router, limits, stop, grace))
+}
+
+/// As [`serve`], with TLS.
+///
+/// # Errors
+/// When the socket fails.
+pub fn serve_tls(
+    listener: TcpListener,
+    certificate: Certificate,
+    router: Router,
+    limits: Limits,
+    stop: CancellationToken,
+    grace: Duration,
+) -> Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>> {
+    let acceptor = TlsAcceptor {
+        certificate,
+        below: Follow {
+            trusted_proxies: limits.trusted_proxies.clone(),
+        },
+    };
+    Box::pin(serve_with(acceptor, listener, router, limits, stop, grace))
+}
+
+async fn serve_with<A>(
+    acceptor: A,
+    listener: TcpListener,
+    router: Router,
+    limits: Limits,
+    stop: CancellationToken,
+    grace: Duration,
+) -> std::io::Result<()>
+where
+    A: Accept<Socket<Admitted>, Router, Service = Requests> + Clone + Send + Sync + 'static,
+    A::Stream: AsyncRead + AsyncWrite + Unpin + Send,
+    A::Future: Send,
+{
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    let connections = Connections::new(limits.max_connections, limits.trusted_proxies);
+    let listener = Listener::new(listener, connections, limits.timeouts.read);
+    let handle = Handle::new();
+    tokio::spawn(stop_gracefully(handle.clone(), stop, grace));
+    let mut server = Server::<Peer>::from_listener(listener)
+        .handle(handle)
+        .acceptor(acceptor)
+        .http1_only();
+    server
+        .http_builder()
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.timeouts.head)
+        .max_buf_size(CONNECTION_BUFFER)
+        .half_close(true);
+    server.serve(router.into_make_service()).await
 }
 
 async fn stop_gracefully(handle: Handle<Peer>, stop: CancellationToken, grace: Duration) {

@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,13 +15,16 @@ use bytes::{Bytes, BytesMut};
 use common::api::{
     Batch, InstanceStats, MARK, MAX_BATCH_BYTES, Mark, PutResult, READ_END, READ_SETTLED, ReadQuery,
 };
+use common::door::follow_authorization;
 use common::entry::Entry;
+use common::files::Followed;
 use common::middleware::REQUEST_ID;
 use common::traces::{TRACEPARENT, traceparent};
 use futures_util::{StreamExt, stream};
 use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
+use reqwest::header::HeaderValue;
 use reqwest::{Body, Client, RequestBuilder, Response, StatusCode, Url, header};
 use tokio::time::timeout;
 use tracing::Span;
@@ -58,12 +62,18 @@ pub struct Clients {
     /// Hyper's, because reqwest cannot bound hyper's read buffer, which grows to 512 KiB for each
     /// GET whose caller is slow.
     streams: legacy::Client<HttpConnector, Body>,
+    /// What logging instances ask for.
+    authorization: Option<Followed<HeaderValue>>,
 }
 
 impl Clients {
+    /// `token_file` has the token for the logging instances.
+    ///
     /// # Errors
-    /// When the client for requests cannot be built.
-    pub fn new(connect_timeout: Duration) -> reqwest::Result<Self> {
+    /// A line for the operator, when that file cannot be read or is wrong, or the client for requests cannot
+    /// be built.
+    pub fn new(connect_timeout: Duration, token_file: Option<PathBuf>) -> Result<Self, String> {
+        let authorization = token_file.map(follow_authorization).transpose()?;
         let requests = Client::builder()
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
@@ -71,7 +81,8 @@ impl Clients {
             .tcp_nodelay(true)
             .connect_timeout(connect_timeout)
             .pool_idle_timeout(IDLE_CONNECTION)
-            .build()?;
+            .build()
+            .map_err(|error| error.to_string())?;
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(connect_timeout));
@@ -80,7 +91,11 @@ impl Clients {
             .pool_idle_timeout(IDLE_CONNECTION)
             .http1_max_buf_size(STREAM_BUFFER)
             .build(connector);
-        Ok(Self { requests, streams })
+        Ok(Self {
+            requests,
+            streams,
+            authorization,
+        })
     }
 }
 
@@ -154,7 +169,19 @@ impl LoggingClient {
 
     /// Sends a request and accepts any status from a logging instance that serves the facade's map.
     async fn send(&self, request: RequestBuilder) -> Result<Response, UpstreamError> {
-        self.check(request.timeout(self.timeout).send().await?)
+        let request = self.authorized(request).timeout(self.timeout);
+        self.check(request.send().await?)
+    }
+
+    /// Adds the token that the instance asks for.
+    fn authorized(&self, request: RequestBuilder) -> RequestBuilder {
+        match &self.clients.authorization {
+            None => request,
+            Some(value) => {
+                let value = HeaderValue::clone(&value.borrow());
+                request.header(header::AUTHORIZATION, value)
+            }
+        }
     }
 
     fn check(&self, response: Response) -> Result<Response, UpstreamError> {
@@ -166,7 +193,12 @@ impl LoggingClient {
         let mark = mark.map_err(|reason| UpstreamError::Unmarked(response.status(), reason))?;
         let checked = self.served.check(&self.name, mark.map);
         checked.map_err(UpstreamError::OtherMap)?;
-        Ok(response)
+        match response.status() {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                Err(UpstreamError::Unauthorized(response.status()))
+            }
+            _ => Ok(response),
+        }
     }
 }
 
@@ -190,7 +222,8 @@ impl LoggingApi for LoggingClient {
         request_id: Option<&str>,
     ) -> Result<ReadAnswer, UpstreamError> {
         let request = self.clients.requests.get(self.base.clone()).query(&query);
-        let request = identified(request, request_id).build()?.try_into()?;
+        let request = identified(self.authorized(request), request_id);
+        let request = request.build()?.try_into()?;
         let asked = async {
             let response = self.clients.streams.request(request).await?;
             let response = Response::from(response.map(Body::wrap));
@@ -241,7 +274,9 @@ impl LoggingApi for LoggingClient {
 
     async fn ready(&self) -> Result<(), UpstreamError> {
         let mut url = self.base.clone();
+        // Without `verbose` an instance answers anyone, also a facade without its token.
         url.set_path("readyz");
+        url.set_query(Some("verbose"));
         require_success(self.send(self.clients.requests.get(url)).await?).await?;
         Ok(())
     }

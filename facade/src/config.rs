@@ -1,11 +1,14 @@
 //! The facade's flags.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
 use clap::Parser;
 use common::config::{self, ServiceConfig};
+use common::door::{DoorConfig, host_name, rate};
 use common::health::Task;
 use reqwest::Url;
 
@@ -27,6 +30,11 @@ pub struct Config {
         default_value = "http://127.0.0.1:8082,http://127.0.0.1:8083,http://127.0.0.1:8084"
     )]
     pub logging: Vec<Url>,
+
+    /// File with the token that the logging instances ask for: the first that may do everything, in the
+    /// form of --token-file. Changes count within a second
+    #[arg(long, value_name = "FILE")]
+    pub logging_token_file: Option<PathBuf>,
 
     /// URL of the messages service
     #[arg(long, value_parser = service_url, default_value = "http://127.0.0.1:8081")]
@@ -59,6 +67,18 @@ pub struct Config {
     /// GETs that follow the log at once, besides those; excess ones get a 503
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u16).range(1..))]
     pub max_followers: u16,
+
+    /// Host name under which browsers and clients reach this facade, besides those of loopback; may be
+    /// repeated. A facade on loopback serves no other names; elsewhere it serves all until one is given
+    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = host_name)]
+    pub host: Vec<String>,
+
+    /// Requests of one client address a second, for example 50/s; excess ones get a 429 [default: no limit]
+    #[arg(long, value_name = "N/s", value_parser = rate)]
+    pub rate: Option<NonZeroU32>,
+
+    #[command(flatten)]
+    pub door: DoorConfig,
 
     #[command(flatten)]
     pub service: ServiceConfig,

@@ -17,6 +17,7 @@ use uuid::Uuid;
 
 use crate::backoff::Backoff;
 use crate::batcher::{BatchFailure, Held};
+use crate::error::without_addresses;
 use crate::judge::{Doubt, Key, NotStored, Trouble, Verdict, judge};
 use crate::metrics::{HEDGE, REPEATS};
 use crate::pool::{Instance, Pool};
@@ -322,13 +323,24 @@ impl<'pool> Delivery<'pool> {
             true => self.maybe_stored,
             false => MaybeStored::Unknown,
         };
+        let why = match self.pool.is_any_up() {
+            true => self.failures(),
+            false => self.pool.down_reasons(),
+        };
+        let detail = without_addresses(&why);
+        let uuid = self.entry.uuid;
+        match self.overload {
+            WhenOverloaded::GiveUp => {
+                tracing::warn!(%uuid, why, "a POST failed: no logging instance stored it");
+            }
+            WhenOverloaded::Wait => {
+                tracing::debug!(%uuid, why, "a line failed: no logging instance stored it");
+            }
+        }
         NotStored::GaveUp {
-            uuid: self.entry.uuid,
+            uuid,
             maybe_stored,
-            detail: match self.pool.is_any_up() {
-                true => self.failures(),
-                false => self.pool.down_reasons(),
-            },
+            detail,
         }
     }
 

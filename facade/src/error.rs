@@ -1,5 +1,6 @@
 //! Maps errors to answers: a status and a detail for the caller.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use axum::http::StatusCode;
@@ -12,6 +13,28 @@ use crate::upstream::UpstreamError;
 
 /// The `Retry-After` of a 503.
 pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// A reason as the public may read it: without the addresses of the services behind, which the log has. `…`
+/// stands for each `HOST:PORT` and each IP address.
+pub(crate) fn without_addresses(reason: &str) -> String {
+    let is_address = |word: &str| {
+        let port = word.rsplit_once(':').map(|(_, port)| port);
+        let is_number =
+            |port: &str| !port.is_empty() && port.bytes().all(|digit| digit.is_ascii_digit());
+        port.is_some_and(is_number) || word.parse::<IpAddr>().is_ok()
+    };
+    let words = reason.split(' ').map(|word| {
+        let begin = word.trim_start_matches(PUNCTUATION);
+        let bare = begin.trim_end_matches(PUNCTUATION);
+        match is_address(bare) {
+            true => word.replace(bare, "…"),
+            false => word.to_owned(),
+        }
+    });
+    words.collect::<Vec<_>>().join(" ")
+}
+
+const PUNCTUATION: [char; 9] = [',', ';', ':', '.', '(', ')', '"', '\'', '/'];
 
 /// The answer to a request beyond a concurrency or memory bound.
 pub(crate) fn too_many(what: &str) -> Problem {
@@ -55,26 +78,66 @@ pub(crate) fn stopping() -> Problem {
 
 /// The answer to a GET that no logging instance of `pool` served, with the error most likely to go away.
 pub(crate) fn unreadable(pool: &Pool, error: &UpstreamError) -> Problem {
-    tracing::warn!(%error, "a GET failed: no logging instance could serve it");
+    let down = pool.down_reasons();
+    tracing::warn!(%error, down, "a GET failed: no logging instance could serve it");
     match error {
         UpstreamError::Status(StatusCode::INTERNAL_SERVER_ERROR, detail) => {
-            Problem::new(StatusCode::INTERNAL_SERVER_ERROR, detail)
+            Problem::new(StatusCode::INTERNAL_SERVER_ERROR, without_addresses(detail))
         }
         UpstreamError::Status(_, detail) => Problem::unavailable(
-            format!("the messages cannot be read now, retry in a moment: {detail}"),
+            without_addresses(&format!(
+                "the messages cannot be read now, retry in a moment: {detail}"
+            )),
             RETRY_AFTER,
         ),
         UpstreamError::OtherMap(reason) => Problem::unavailable(
-            format!("no logging instance can serve a GET; one {reason}"),
+            without_addresses(&format!(
+                "no logging instance can serve a GET; one {reason}"
+            )),
             RETRY_AFTER,
         ),
         UpstreamError::Unreachable(_)
         | UpstreamError::TimedOut
         | UpstreamError::Lost(_)
         | UpstreamError::Unmarked(..)
+        | UpstreamError::Unauthorized(_)
         | UpstreamError::Garbled(_) => Problem::unavailable(
-            format!("retry in a moment: {}", pool.down_reasons()),
+            without_addresses(&format!("retry in a moment: {down}")),
             RETRY_AFTER,
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_lose_their_addresses_and_nothing_else() {
+        for (reason, public) in [
+            (
+                "logging 127.0.0.1:8082 answered 503: redis 10.86.91.11:6379 refuses: NOREPLICAS",
+                "logging … answered 503: redis … refuses: NOREPLICAS",
+            ),
+            (
+                "logging [fd00::1]:8082 did not answer; logging h:1, too",
+                "logging … did not answer; logging …, too",
+            ),
+            (
+                "redis (redis-1.internal:6379) and fd00::1 or 10.0.0.1.",
+                "redis (…) and … or ….",
+            ),
+            (
+                "the disk that holds the map is full: 1.5 of 2 GiB",
+                "the disk that holds the map is full: 1.5 of 2 GiB",
+            ),
+            (
+                "it serves 01a203b3-3bb1-7319-90b9-a08e864b5eeb: 2",
+                "it serves 01a203b3-3bb1-7319-90b9-a08e864b5eeb: 2",
+            ),
+            ("", ""),
+        ] {
+            assert_eq!(without_addresses(reason), public);
+        }
     }
 }

@@ -122,7 +122,6 @@ pub(crate) async fn answer(app: App, follow: Follow, client: Client) -> Result<R
     let body = Body::from_stream(pieces.take_until(stop.cancelled_owned()).boxed());
     let headers = [
         (header::CONTENT_TYPE.as_str(), follow.format.content_type()),
-        (header::CACHE_CONTROL.as_str(), "no-store"),
         // Proxies such as nginx would otherwise hold messages back.
         ("x-accel-buffering", "no"),
     ];

@@ -22,7 +22,7 @@
 //! 2. [`read`] streams from one instance after the other; [`entry_stream`] checks each line.
 //!
 //! [`discovery`] finds the instances, [`served_map`] decides which map is served, [`readiness`], [`stats`] and
-//! [`console`], the page, report. [`origin`] refuses POSTs of other sites' pages.
+//! [`console`], the page, report. [`common::door`] decides which requests reach them.
 
 #![allow(
     rustdoc::private_intra_doc_links,
@@ -50,7 +50,6 @@ pub mod message;
 mod metrics;
 mod moment;
 mod openapi;
-mod origin;
 pub mod pool;
 mod post;
 mod read;

@@ -10,12 +10,13 @@ use facade::{App, Config, router};
 async fn main() -> ExitCode {
     let config: Config = config::parse();
     let service = |stop| {
-        let app = App::new(&config, Timeouts::default(), rand::make_rng(), stop)?;
-        Ok(router(app))
+        let app = App::new(&config, Timeouts::default(), rand::make_rng(), stop);
+        Ok(router(app.unwrap_or_else(|line| config::fail(&line))))
     };
     serve::run(
         env!("CARGO_PKG_NAME"),
         &config.service,
+        Some(&config.door),
         config.listen,
         config.task,
         service,

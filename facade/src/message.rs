@@ -7,6 +7,7 @@ use std::convert::Infallible;
 use axum::http::{HeaderMap, header};
 use bytes::Bytes;
 use common::api::MAX_BATCH_BYTES;
+use common::json::may_begin_escape;
 use common::problem::Problem;
 use futures_util::stream;
 use mediatype::{MediaType, ReadParams, names};
@@ -126,7 +127,8 @@ pub(crate) fn body_limit(max_message: usize) -> usize {
 
 /// An upper bound for the bytes of a message as a JSON string without its quotes.
 pub(crate) fn json_length(msg: &str) -> usize {
-    let is_escaped = |byte: &u8| *byte < b' ' || matches!(byte, b'"' | b'\\');
+    let is_escaped =
+        |byte: &u8| *byte < b' ' || matches!(byte, b'"' | b'\\') || may_begin_escape(*byte);
     let escaped = msg.bytes().filter(is_escaped).count();
     msg.len() + escaped * (MAX_JSON_EXPANSION - 1)
 }

@@ -26,7 +26,7 @@ pub(crate) use self::messages::{message, messages};
 use crate::docs;
 use crate::openapi::parts::{
     FAULT, Problems, answer, components, content, example, get_only, header_of, in_path, operation,
-    query, string, unavailable,
+    query, securities, string, unavailable,
 };
 use crate::state::App;
 
@@ -43,7 +43,9 @@ logging instances, and read in the order of their UUIDs.
 
 Errors are `application/problem+json` (RFC 9457) with a `detail` that says what to do. A path that is \
 not listed here is a 404, a method that a path does not take is a 405 with the header `allow`. GET \
-includes HEAD. A request that is not valid HTTP is a 400 without a body.";
+includes HEAD. A request that is not valid HTTP is a 400 without a body.
+
+With `--token-file` all paths need a token except `/livez` and `/readyz` without a query.";
 
 /// The description without its paths.
 pub(crate) fn head() -> OpenApi {
@@ -60,6 +62,7 @@ pub(crate) fn head() -> OpenApi {
     OpenApiBuilder::new()
         .info(info.build())
         .components(Some(components()))
+        .security(Some(securities()))
         .build()
 }
 

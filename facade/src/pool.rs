@@ -173,7 +173,7 @@ impl Pool {
         }
     }
 
-    /// Why no instance serves, for a caller.
+    /// Why no instance serves, for the log.
     pub fn down_reasons(&self) -> String {
         let instances = self.instances();
         let reasons = instances.iter().filter_map(|instance| {
@@ -271,6 +271,7 @@ fn is_failure_of_instance(error: &UpstreamError) -> bool {
         | UpstreamError::TimedOut
         | UpstreamError::Lost(_)
         | UpstreamError::Unmarked(..)
+        | UpstreamError::Unauthorized(_)
         | UpstreamError::OtherMap(_) => true,
         UpstreamError::Status(..) | UpstreamError::Garbled(_) => false,
     }
@@ -289,6 +290,7 @@ fn retry_rank(error: &UpstreamError) -> u8 {
         UpstreamError::Unreachable(_)
         | UpstreamError::Lost(_)
         | UpstreamError::Unmarked(..)
+        | UpstreamError::Unauthorized(_)
         | UpstreamError::Garbled(_) => 0,
         UpstreamError::Status(..) if error.is_map_unavailable() => 3,
         UpstreamError::Status(..) | UpstreamError::OtherMap(_) => 1,
@@ -314,7 +316,7 @@ mod tests {
     async fn pool_is_the_union_of_what_each_name_has() {
         let identifiers = Identifiers::new(SystemTime::now);
         let pool = Pool::new(StdRng::seed_from_u64(1), identifiers);
-        let clients = Clients::new(Duration::from_secs(1)).expect("a client");
+        let clients = Clients::new(Duration::from_secs(1), None).expect("a client");
         let found = |name: &str| {
             let address = "127.0.0.1:9".parse().expect("an address");
             let served = pool.served_map.clone();

@@ -2,30 +2,34 @@
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, Request, State};
-use axum::http::Method;
-use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::http::{HeaderValue, Method, header};
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::Response;
 use axum::routing::get;
 use axum::{Extension, Router};
 use common::health::{Check, ReadinessQuery, check_running, livez, readiness};
 use common::middleware::{RequestLog, with_middleware};
 use common::problem::Problem;
+use tower_http::set_header::SetResponseHeaderLayer;
 use utoipa_axum::router::OpenApiRouter;
 use uuid::Uuid;
 
+use crate::error::without_addresses;
 use crate::openapi::{self, at};
 use crate::readiness::check_all;
 use crate::state::App;
-use crate::{console, docs, get, metrics, origin, post, stats};
+use crate::{console, docs, get, metrics, post, stats};
 
 pub fn router(app: App) -> Router {
     metrics::describe();
     let served = openapi::Served::default();
+    let accept = HeaderValue::from_static("accept");
+    let vary = SetResponseHeaderLayer::overriding(header::VARY, accept);
     let (described, description) = OpenApiRouter::with_openapi(openapi::head())
         .routes(at(
             "/",
             openapi::messages(app.max_message),
-            get(get::list).post(post::create),
+            get(get::list).post(post::create).layer(vary),
         ))
         .routes(at(
             "/{uuid}",
@@ -49,11 +53,8 @@ pub fn router(app: App) -> Router {
         ))
         .split_for_parts();
     served.set(&description);
-    let routes = described
-        .merge(console::routes())
-        .layer(from_fn(origin::refuse_others))
-        .with_state(app.clone());
-    with_middleware(routes, RequestLog::On).layer(from_fn_with_state(app, count))
+    let routes = described.merge(console::routes()).with_state(app.clone());
+    with_middleware(routes, RequestLog::On, app.door.clone()).layer(from_fn_with_state(app, count))
 }
 
 /// Ready while any logging instance can read and store. With `?verbose` it lists every instance and
@@ -71,7 +72,10 @@ async fn readyz(
     });
     let (ready, checks) = match query.is_verbose() {
         true => check_all(&app.pool, &app.messages).await,
-        false => (app.readiness.any_instance(&app.pool).await, Vec::new()),
+        false => {
+            let ready = app.readiness.any_instance(&app.pool).await;
+            (ready.map_err(|why| without_addresses(&why)), Vec::new())
+        }
     };
     let checks: Vec<Check> = checks.into_iter().chain(clock_step).collect();
     let ready = check_running(&app.stop).and(ready);

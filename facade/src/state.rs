@@ -1,9 +1,9 @@
 //! The state that the handlers share.
 
-use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use common::door::Door;
 use common::permits::Permits;
 use common::serve::Timeouts;
 use rand::rngs::StdRng;
@@ -52,6 +52,7 @@ pub struct App {
     pub(crate) readiness: Arc<Readiness>,
     pub(crate) statistics: Arc<Semaphore>,
     pub(crate) counters: Arc<Counters>,
+    pub(crate) door: Door,
     pub(crate) stop: CancellationToken,
 }
 
@@ -60,13 +61,13 @@ impl App {
     /// be called within a runtime, where the batchers run.
     ///
     /// # Errors
-    /// When the HTTP client cannot be built.
+    /// A line for the operator, when a file cannot be read or is wrong, or the HTTP client cannot be built.
     pub fn new(
         config: &Config,
         timeouts: Timeouts,
         random: StdRng,
         stop: CancellationToken,
-    ) -> io::Result<Self> {
+    ) -> Result<Self, String> {
         let pool = Pool::new(random, Identifiers::new(SystemTime::now));
         Self::discovering(config, timeouts, Arc::new(pool), stop)
     }
@@ -74,29 +75,30 @@ impl App {
     /// As [`Self::new`], with a pool that discovery fills from the configured addresses.
     ///
     /// # Errors
-    /// When the HTTP client cannot be built or a look-up thread cannot be started.
+    /// As [`Self::new`], and when a look-up thread cannot be started.
     pub fn discovering(
         config: &Config,
         timeouts: Timeouts,
         pool: Arc<Pool>,
         stop: CancellationToken,
-    ) -> io::Result<Self> {
-        let clients = Clients::new(config.try_timeout / 2).map_err(io::Error::other)?;
-        discovery::start(&pool, &clients, &config.logging, config.try_timeout)?;
-        Self::with_pool(config, timeouts, pool, stop).map_err(io::Error::other)
+    ) -> Result<Self, String> {
+        let clients = Clients::new(config.try_timeout / 2, config.logging_token_file.clone())?;
+        discovery::start(&pool, &clients, &config.logging, config.try_timeout)
+            .map_err(|error| error.to_string())?;
+        Self::with_pool(config, timeouts, pool, stop)
     }
 
     /// As [`Self::new`], with a pool that the caller fills.
     ///
     /// # Errors
-    /// When the HTTP client cannot be built.
+    /// As [`Self::new`].
     pub fn with_pool(
         config: &Config,
         timeouts: Timeouts,
         pool: Arc<Pool>,
         stop: CancellationToken,
-    ) -> reqwest::Result<Self> {
-        let clients = Clients::new(config.try_timeout / 2)?;
+    ) -> Result<Self, String> {
+        let clients = Clients::new(config.try_timeout / 2, None)?;
         Ok(Self {
             pool,
             messages: MessagesClient::new(
@@ -116,6 +118,7 @@ impl App {
             readiness: Arc::default(),
             statistics: Arc::new(Semaphore::new(MAX_STATISTICS)),
             counters: Arc::default(),
+            door: Door::new(&config.door, config.listen, &config.host)?.with_rate(config.rate),
             stop,
         })
     }

@@ -26,6 +26,9 @@ pub enum UpstreamError {
     /// executed.
     #[error("gave an answer ({0}) that is not from a logging instance: {1}")]
     Unmarked(StatusCode, String),
+    /// The instance refuses the facade itself, and did nothing.
+    #[error("answered {0}: it does not take this facade's token; see --logging-token-file")]
+    Unauthorized(StatusCode),
     /// The instance serves a different map than the facade.
     #[error("{0}")]
     OtherMap(String),
@@ -56,7 +59,7 @@ impl UpstreamError {
     /// refusal of the instance proves that it was not.
     pub fn maybe_stored(&self) -> MaybeStored {
         match self {
-            Self::Unreachable(_) => MaybeStored::No,
+            Self::Unreachable(_) | Self::Unauthorized(_) => MaybeStored::No,
             Self::Status(..) if self.is_refusal() => MaybeStored::No,
             Self::Status(StatusCode::INSUFFICIENT_STORAGE, _) => MaybeStored::No,
             Self::Status(..)

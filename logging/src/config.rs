@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use common::config::{self, ServiceConfig};
+use common::door::DoorConfig;
 use common::health;
 
 use crate::map::{Location, Options};
@@ -48,6 +49,9 @@ pub struct Config {
     /// How old the time in a new entry's UUID may be; older parts of the log never change
     #[arg(long, global = true, default_value = "10s", value_parser = config::duration)]
     pub settle: Duration,
+
+    #[command(flatten)]
+    pub door: DoorConfig,
 
     #[command(flatten)]
     pub service: ServiceConfig,

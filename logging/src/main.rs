@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use common::config;
+use common::door::Door;
 use common::serve::{self, Timeouts};
 use logging::{App, Config, Task, map, router};
 
@@ -18,10 +19,13 @@ async fn main() -> ExitCode {
         None => None,
     };
     let service = |stop| {
+        let door = Door::new(&config.door, config.listen, &[]);
+        let door = door.unwrap_or_else(|line| config::fail(&line));
         let map = map::open(&location, options)?;
         tracing::info!(map = ?location, "opened the map");
         Ok(router(App::new(
             map,
+            door,
             Timeouts::default(),
             config.store_timeout,
             stop,
@@ -30,6 +34,7 @@ async fn main() -> ExitCode {
     serve::run(
         env!("CARGO_PKG_NAME"),
         &config.service,
+        Some(&config.door),
         config.listen,
         task,
         service,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::extract::{Request, State};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use common::api::{Batch, MAX_BATCH_BYTES, Posted, PutEntry, PutResult};
 use common::body::{BodyError, holding, read_body};
@@ -23,6 +24,7 @@ use crate::state::App;
 
 /// `POST /`: a batch, answered with a list of results in its order, or one entry, with its result.
 pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<Response, Problem> {
+    require_json(request.headers())?;
     let reserved = app.posts.take(Client::of(request.extensions()), 0);
     let mut reserved = reserved.map_err(|Exhausted| busy())?;
     let body = request.into_body();
@@ -71,6 +73,19 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
         false => JsonLine(results).into_response(),
     };
     Ok(holding(answer, reserved))
+}
+
+/// A page of another site can have a browser send forms and plain text, but not JSON.
+fn require_json(headers: &HeaderMap) -> Result<(), Problem> {
+    let content_type = headers.get(header::CONTENT_TYPE);
+    let content_type = content_type.and_then(|value| value.to_str().ok());
+    let essence = content_type.and_then(|value| value.split(';').next());
+    if essence.is_some_and(|essence| essence.trim().eq_ignore_ascii_case(Batch::CONTENT_TYPE)) {
+        return Ok(());
+    }
+    let detail = "this is a logging instance, which takes application/json; post messages to the facade, \
+                  by default http://localhost:8086";
+    Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail))
 }
 
 /// The request that an entry came with.

@@ -24,7 +24,8 @@ pub fn router(app: App) -> Router {
         .route("/livez", routing::get(livez))
         .route("/readyz", routing::get(readiness::readyz))
         .with_state(app.clone());
-    with_middleware(routes, RequestLog::Off).layer(map_response_with_state(app, mark))
+    with_middleware(routes, RequestLog::Off, app.door.clone())
+        .layer(map_response_with_state(app, mark))
 }
 
 /// Marks a response as one of a logging instance.

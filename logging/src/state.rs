@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::door::Door;
 use common::permits::Permits;
 use common::serve::Timeouts;
 use tokio::sync::Semaphore;
@@ -31,6 +32,7 @@ pub struct App {
     pub(crate) counters: Arc<Counters>,
     pub(crate) body_timeout: Duration,
     pub(crate) store_timeout: Duration,
+    pub(crate) door: Door,
     pub(crate) stop: CancellationToken,
 }
 
@@ -38,6 +40,7 @@ impl App {
     /// `store_timeout` is the map's; `stop` is cancelled when the process is told to stop.
     pub fn new(
         map: Arc<dyn DistributedMap>,
+        door: Door,
         timeouts: Timeouts,
         store_timeout: Duration,
         stop: CancellationToken,
@@ -50,6 +53,7 @@ impl App {
             counters: Arc::default(),
             body_timeout: timeouts.body,
             store_timeout,
+            door,
             stop,
         }
     }

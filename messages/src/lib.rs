@@ -12,6 +12,7 @@ use axum::response::Response;
 use axum::routing::get;
 use clap::Parser;
 use common::config::{self, ServiceConfig};
+use common::door::Door;
 use common::health::{self, Task, check_running, livez};
 use common::metrics;
 use common::middleware::{RequestLog, with_middleware};
@@ -45,7 +46,7 @@ pub fn router(stop: CancellationToken) -> Router {
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .with_state(stop);
-    with_middleware(routes, RequestLog::On)
+    with_middleware(routes, RequestLog::On, Door::default())
 }
 
 async fn reply() -> &'static str {

@@ -12,6 +12,7 @@ async fn main() -> ExitCode {
     serve::run(
         env!("CARGO_PKG_NAME"),
         &config.service,
+        None,
         config.listen,
         config.task,
         service,

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use uuid::fmt::Hyphenated;
 
 use crate::bounds::Bounds;
+use crate::json;
 
 /// The query of a read.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
@@ -70,7 +71,7 @@ pub fn write_entry(out: &mut Vec<u8>, uuid: Uuid, msg: &str) {
     let uuid = uuid.hyphenated().encode_lower(&mut buffer);
     out.extend_from_slice(uuid.as_bytes());
     out.extend_from_slice(LINE_MIDDLE);
-    serde_json::to_writer(&mut *out, msg).expect("text is plain JSON");
+    json::write(out, msg);
     out.extend_from_slice(LINE_TAIL);
     out.push(b'\n');
 }

@@ -72,7 +72,7 @@ impl Process {
     /// Waits until `/readyz` returns 200.
     pub fn wait_until_ready(&self) {
         let begin = Instant::now();
-        while !self.readiness().starts_with("HTTP/1.1 200") {
+        while !self.ask("/readyz").starts_with("HTTP/1.1 200") {
             assert!(begin.elapsed() < PATIENCE, "{}", self.readiness());
             std::thread::sleep(LOOK_AGAIN);
         }
@@ -80,8 +80,13 @@ impl Process {
 
     /// The whole response to `/readyz?verbose`.
     pub fn readiness(&self) -> String {
+        self.ask("/readyz?verbose")
+    }
+
+    fn ask(&self, path: &str) -> String {
         let mut connection = TcpStream::connect(self.address).unwrap();
-        let request = "GET /readyz?verbose HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n";
+        let request =
+            format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
         connection.write_all(request.as_bytes()).unwrap();
         let mut answer = String::new();
         connection.read_to_string(&mut answer).unwrap();

@@ -12,6 +12,7 @@ use axum::http::Extensions;
 use axum::routing::{get, post};
 use common::body::read_body;
 use common::client::Client;
+use common::door::Door;
 use common::middleware::{RequestLog, with_middleware};
 use common::permits::Permits;
 use common::problem::Problem;
@@ -49,7 +50,7 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let router = with_middleware(routes, RequestLog::On);
+        let router = with_middleware(routes, RequestLog::On, Door::default());
         let serving = tokio::spawn(serve(listener, router, limits, stop.clone(), grace));
         Self {
             address,

@@ -40,7 +40,7 @@ fn create(max_message: usize) -> Operation {
          a message. Each line is stored or fails by itself.",
     );
     let detail = "the message was not stored, post it again: no logging instance is up: \
-                  logging 127.0.0.1:8082 refuses connections";
+                  logging … refuses connections";
     let not_stored = with(example(503, detail), json!({"stored": "no", "uuid": FIRST}));
     let too_large =
         format!("a message may have {max_message} bytes at most; split it or raise --max-message");
@@ -66,7 +66,8 @@ fn create(max_message: usize) -> Operation {
         )
         .problem(
             403,
-            "A browser says that a page of another origin sent it; nothing was done.",
+            "The token may only read, or a browser says that a page of another origin sent it; nothing was \
+             done.",
             [],
         )
         .problem(

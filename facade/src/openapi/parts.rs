@@ -16,6 +16,7 @@ use utoipa::openapi::schema::{
     AllOfBuilder, ArrayBuilder, Components, ComponentsBuilder, KnownFormat, ObjectBuilder, Schema,
     SchemaFormat, Type,
 };
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{Content, ContentBuilder, Ref, RefOr, Required, ResponseBuilder};
 
 use crate::format::Tail;
@@ -38,11 +39,28 @@ pub(super) fn operation(id: &str, summary: &str, description: &str) -> Operation
          it has more than 128 characters or others than printable ASCII.",
         string(),
     );
+    let challenge = header_of("Bearer and Basic.", string());
+    let no_token = answer(
+        "The facade asks for a token (`--token-file`), and this one is missing or not known.",
+    )
+    .header(header::WWW_AUTHENTICATE.as_str(), challenge)
+    .content(PROBLEM, content(Ref::from_schema_name("Problem"), []));
     OperationBuilder::new()
         .operation_id(Some(id))
         .summary(Some(summary))
         .description((!description.is_empty()).then_some(description))
         .parameter(request_id)
+        .response("401", no_token)
+        .problem(
+            429,
+            "There are too many requests from this address: see `--rate`.",
+            [],
+        )
+        .problem(
+            421,
+            "The facade does not serve this host: see its `--host`.",
+            [],
+        )
         .response(
             "414",
             ResponseBuilder::new().description("The URI has more than 65534 bytes."),
@@ -134,7 +152,7 @@ pub(super) fn unavailable<const N: usize>(
 /// The 503 of a GET.
 pub(super) fn unreadable() -> ResponseBuilder {
     let detail = "retry in a moment: no logging instance is up: \
-                  logging 127.0.0.1:8082 refuses connections";
+                  logging … refuses connections";
     unavailable(
         "No logging instance can read the map now, or there are too many reads at once.",
         [("no_instance", example(503, detail))],
@@ -210,7 +228,34 @@ pub(super) fn components() -> Components {
         .schema_from::<Summary>()
         .schema_from::<Tail>()
         .schemas_from_iter(parts_of_stats)
+        .security_scheme(BEARER, http(HttpAuthScheme::Bearer))
+        .security_scheme(BASIC, http(HttpAuthScheme::Basic))
         .build()
+}
+
+/// Ways to send a token.
+const BEARER: &str = "bearer";
+const BASIC: &str = "basic";
+
+fn http(scheme: HttpAuthScheme) -> SecurityScheme {
+    let description = match scheme {
+        HttpAuthScheme::Basic => "The token is the password; any user name.",
+        _ => "The token.",
+    };
+    let http = HttpBuilder::new()
+        .scheme(scheme)
+        .description(Some(description));
+    SecurityScheme::Http(http.build())
+}
+
+/// A facade without `--token-file` asks for none of them.
+pub(super) fn securities() -> [SecurityRequirement; 3] {
+    let none: [&str; 0] = [];
+    [
+        SecurityRequirement::default(),
+        SecurityRequirement::new(BEARER, none),
+        SecurityRequirement::new(BASIC, none),
+    ]
 }
 
 fn problem() -> ObjectBuilder {

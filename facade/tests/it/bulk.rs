@@ -182,7 +182,7 @@ async fn cut_off_line_of_a_broken_upload_is_not_stored() {
 async fn results_before_a_break_are_not_lost() {
     let system = System::start().await;
     let mut connection = TcpStream::connect(system.url.trim_start_matches("http://")).unwrap();
-    let head = "POST / HTTP/1.1\r\nhost: h\r\ncontent-type: application/x-ndjson\r\n\
+    let head = "POST / HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/x-ndjson\r\n\
                 accept: application/x-ndjson\r\ntransfer-encoding: chunked\r\n\r\n";
     let body = "f\r\n\"one\"\n\"two\"\n\"cu\r\nnonsense\r\n";
     let exchange = tokio::task::spawn_blocking(move || {

@@ -29,8 +29,8 @@ fn healthcheck_asks_the_running_service() {
     let nobody = one_line(&healthcheck(everywhere));
     assert!(nobody.contains("is the service running"), "{nobody}");
 
-    let alone = facade("http://127.0.0.1:1", "http://127.0.0.1:1", &[]);
-    let alone = Process::start(alone, everywhere);
+    let alone = facade("http://127.0.0.1:1", "http://127.0.0.1:1", &["--open"]);
+    let mut alone = Process::start(alone, everywhere);
     let output = healthcheck(alone.address);
     assert_eq!(output.status.code(), Some(1));
     let why = one_line(&output);
@@ -38,12 +38,29 @@ fn healthcheck_asks_the_running_service() {
         why.contains("not ready: ") && why.contains("logging"),
         "{why}"
     );
+    alone.kill();
 
     let system = Processes::start();
     let output = healthcheck(system.facade.address);
     assert!(output.status.success(), "{output:?}");
     let printed = String::from_utf8(output.stdout).unwrap();
     assert!(printed.contains(r#""status":"ready""#), "{printed}");
+
+    // Without the token too, and where only other names than the address are served.
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = folder.path().join("tokens");
+    std::fs::write(&tokens, "poster-0123456789").unwrap();
+    let flags = [
+        "--token-file",
+        tokens.to_str().unwrap(),
+        "--host",
+        "a.example",
+    ];
+    let guarded = Process::start(system.another_facade(&flags), everywhere);
+    let output = healthcheck(guarded.address);
+    assert!(output.status.success(), "{output:?}");
+    let output = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output, "{\"status\":\"ready\"}\n");
 }
 
 #[test]
@@ -67,6 +84,9 @@ fn wrong_configuration_is_one_line_and_exit_code_2() {
     assert_refused(&binary, &["--max-message", "0"], "64KiB");
     assert_refused(&binary, &["--max-message", "2MiB"], "1MiB");
     assert_refused(&binary, &["--max-reads", "0"], "--max-reads");
+    assert_refused(&binary, &["--rate", "0/s"], "50/s");
+    assert_refused(&binary, &["--rate", "50"], "50/s");
+    assert_refused(&binary, &["--host", "http://a.example"], "log.example.org");
     assert_refused(&binary, &["--deadline", "5"], "10s");
     assert_refused(&binary, &["--deadline", "0s"], "above zero");
     let endless = "18446744073709551615s";
@@ -98,6 +118,62 @@ fn wrong_value_is_reported_with_its_flag_or_variable() {
         let line = one_line(&by_both.output().unwrap());
         assert!(line.contains("\"late\" for --deadline"), "{line}");
     }
+}
+
+/// Beyond loopback a service asks for a token, or was told that it need not.
+#[test]
+fn service_that_others_can_reach_does_not_start_without_a_decision() {
+    for (name, ways_out) in [
+        ("facade", &["--token-file", "--open"][..]),
+        ("logging", &["--token-file", "--open"]),
+        ("messages", &["a loopback address", "--open"]),
+    ] {
+        for listen in ["0.0.0.0:0", "[::]:0", "192.0.2.1:1"] {
+            for way_out in ways_out {
+                assert_refused(&binary(name), &["--listen", listen], way_out);
+            }
+        }
+    }
+    let everywhere = || SocketAddr::from(([0, 0, 0, 0], free_address().port()));
+    let mut open = Command::new(binary("messages"));
+    open.env("MESSAGES_OPEN", "true");
+    Process::start(open, everywhere());
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = folder.path().join("tokens");
+    std::fs::write(&tokens, "poster-0123456789").unwrap();
+    let flags = ["--token-file", tokens.to_str().unwrap()];
+    let guarded = facade("http://127.0.0.1:1", "http://127.0.0.1:1", &flags);
+    Process::start(guarded, everywhere());
+}
+
+#[test]
+fn file_of_tokens_that_is_wrong_is_wrong_configuration() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tokens");
+    let path = file.to_str().unwrap();
+    let refused = |flag: &str, name: &str, hint: &str| {
+        let map = format!("lmdb:{}", folder.path().join("map").display());
+        let map = if name == "logging" {
+            vec!["--map", &map]
+        } else {
+            vec![]
+        };
+        assert_refused(&binary(name), &[&[flag, path][..], &map].concat(), hint);
+    };
+    refused("--token-file", "facade", "No such file");
+    std::fs::write(&file, "secret").unwrap();
+    for name in ["facade", "logging"] {
+        refused(
+            "--token-file",
+            name,
+            "line 1 is wrong: a token has at least 16",
+        );
+    }
+    std::fs::write(&file, "read reader-0123456789").unwrap();
+    refused("--logging-token-file", "facade", "may only read");
+    refused("--tls-cert", "facade", "--tls-key");
+    let with_key = ["--tls-cert", path, "--tls-key", path];
+    assert_refused(&binary("facade"), &with_key, "no private key");
 }
 
 #[test]

@@ -147,6 +147,31 @@ async fn page_shows_the_numbers_of_stats_and_a_kill() {
     .await;
 }
 
+/// A browser asks its user for a token once, and sends it with all that the page asks for and posts.
+#[tokio::test(flavor = "multi_thread")]
+async fn page_works_with_a_token() {
+    const TOKEN: &str = "poster-0123456789";
+    let tokens = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&tokens, TOKEN).unwrap();
+    let flags = ["--token-file", tokens.path().to_str().unwrap()];
+    let system = Processes::start_with(&flags);
+    in_browser(Settings::default(), async |browser| {
+        // A user types it into the browser's dialog; a test puts it into a first URL.
+        let url = format!("{}/livez?sign-in", system.facade.url());
+        let with_token = url.replace("http://", &format!("http://:{TOKEN}@"));
+        browser.goto(with_token).await.unwrap();
+        open_live(browser, &system).await;
+        let field = browser.find(By::Id("msg")).await.unwrap();
+        field
+            .send_keys("hello".to_owned() + Key::Enter)
+            .await
+            .unwrap();
+        let newest = "document.querySelector('#newest .msg')?.textContent ?? null";
+        wait_for(browser, newest, |newest| *newest == "hello").await;
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn form_posts_with_and_without_scripts() {
     let system = Processes::start();

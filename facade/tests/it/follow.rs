@@ -338,7 +338,9 @@ async fn idle_followers_cost_polls_and_nobody_costs_nothing() {
     let app = App::with_pool(&config, Timeouts::default(), pool, Default::default()).unwrap();
     let facade = router(app);
     let follow = async |query: &str, accept: &str| {
-        let request = Request::get(format!("/{query}")).header("accept", accept);
+        let request = Request::get(format!("/{query}"))
+            .header("host", "localhost")
+            .header("accept", accept);
         let request = request.body(Body::empty()).unwrap();
         let response = facade.clone().oneshot(request).await.unwrap();
         assert_eq!(response.status(), 200);

@@ -25,6 +25,37 @@ async fn text(system: &System, path: &str, accept: &str) -> String {
     request.send().await.unwrap().text().await.unwrap()
 }
 
+/// A terminal that shows an answer is not steered by a message, and a program reads the message as it was.
+#[tokio::test]
+async fn no_answer_has_characters_that_act_on_a_terminal() {
+    let system = System::start().await;
+    let hostile = "a\u{9b}31m \u{202e}b\u{2066}c\u{200f}\u{7f}\u{1b}]0;x\u{7}\u{2028} größer 👍";
+    let posted = system.post().body(hostile).send().await.unwrap();
+    let mut answers = vec![posted.text().await.unwrap()];
+    let posted: Entry = serde_json::from_str(&answers[0]).unwrap();
+    assert_eq!(posted.msg, hostile);
+    for (path, accept) in [
+        ("/", "application/json"),
+        ("/", "application/x-ndjson"),
+        ("/", "text/plain"),
+        (&format!("/{}", posted.uuid), "application/json"),
+        (&format!("/?limit={hostile}"), "application/json"),
+    ] {
+        let request = system.http.get(format!("{}{path}", system.url));
+        let answer = request.header("accept", accept).send().await.unwrap();
+        answers.push(answer.text().await.unwrap());
+    }
+    for answer in &answers {
+        let acts = |one: &char| *one != '\n' && common::escape::needs_escape(*one);
+        assert_eq!(answer.chars().find(acts), None, "{answer:?}");
+        assert!(
+            answer.contains("größer 👍") || answer.contains("limit"),
+            "{answer:?}"
+        );
+    }
+    assert_eq!(system.messages().await, [hostile]);
+}
+
 #[tokio::test]
 async fn json_has_one_entry_a_line() {
     let system = System::start().await;

@@ -126,6 +126,44 @@ async fn every_answer_ends_with_a_newline() {
     }
 }
 
+/// No cache keeps an answer or gives one format for another, and no browser guesses what an answer is.
+#[tokio::test]
+async fn answers_are_neither_stored_nor_guessed() {
+    let system = System::start().await;
+    let uuid = system.store("hello").await;
+    let get = |path: &str| system.http.get(format!("{}{path}", system.url));
+    let log = [
+        get("/"),
+        get("/").header("accept", "text/plain"),
+        get("/").header("accept", "text/html"),
+        get("/").header("accept", "text/event-stream"),
+        get("/").header("accept", "image/png"),
+        get("/?limit=0"),
+    ];
+    let others = [
+        get(&format!("/{uuid}")),
+        get("/stats"),
+        get("/console"),
+        get("/console/console.js"),
+        get("/docs/swagger-ui.css"),
+        get("/nothing"),
+        get("/livez"),
+        get("/livez").header(HOST, "evil.example"),
+        system.post().body("hello"),
+        system.post().body(""),
+    ];
+    let varies = log.len();
+    for (index, request) in log.into_iter().chain(others).enumerate() {
+        let response = request.send().await.unwrap();
+        let (url, headers) = (response.url(), response.headers());
+        assert_eq!(headers["x-content-type-options"], "nosniff", "{url}");
+        assert_eq!(headers["cache-control"], "no-store", "{url}");
+        if index < varies {
+            assert_eq!(headers["vary"], "accept", "{url}");
+        }
+    }
+}
+
 /// A CONNECT has no path. It gets an answer like every other request.
 #[tokio::test(flavor = "multi_thread")]
 async fn request_without_a_path_is_a_problem() {

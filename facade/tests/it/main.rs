@@ -23,6 +23,8 @@ mod compose;
 mod configuration;
 /// The console, in a real browser and without one.
 mod console;
+/// Who may come in: tokens, hosts, origins.
+mod door;
 /// The requirements of the exercise, on real processes.
 mod exercise;
 /// Instances that die, hang and return, as real processes.

@@ -40,6 +40,9 @@ async fn each_route_is_described_and_each_described_one_is_served() {
     let system = System::start().await;
     let description = description(&system).await;
     assert!(description["openapi"].as_str().unwrap().starts_with("3.1."));
+    let schemes = object(&description["components"]["securitySchemes"]);
+    assert_eq!(schemes["bearer"]["scheme"], "bearer");
+    assert_eq!(schemes["basic"]["scheme"], "basic");
     for (path, operations) in object(&description["paths"]) {
         let url = format!("{}{}", system.url, filled_in(path));
         let refused = system
@@ -54,6 +57,11 @@ async fn each_route_is_described_and_each_described_one_is_served() {
         let mut methods: BTreeSet<String> = object(operations).keys().cloned().collect();
         methods.insert("head".to_owned());
         assert_eq!(allowed, methods, "{path}");
+        for operation in object(operations).values() {
+            for refusal in ["401", "421", "429"] {
+                assert!(operation["responses"][refusal].is_object(), "{path}");
+            }
+        }
 
         let response = system.http.get(&url).send().await.unwrap();
         let responses = &operations["get"]["responses"];

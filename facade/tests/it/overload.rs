@@ -58,7 +58,9 @@ async fn overload_is_turned_away_and_not_multiplied() {
     let mut posts = JoinSet::new();
     while began.elapsed() < LASTS {
         for _ in 0..OVERLOAD * INSTANCES {
-            let request = Request::post("/").header("content-length", 5);
+            let request = Request::post("/")
+                .header("host", "localhost")
+                .header("content-length", 5);
             let request = request.body(Body::from("hello")).unwrap();
             posts.spawn(facade.clone().oneshot(request));
         }

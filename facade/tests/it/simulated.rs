@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::body::{Body, to_bytes};
-use axum::http::Request;
+use axum::http::{HeaderValue, Request, header};
 use clap::Parser;
 use common::bounds::Order;
 use common::entry::Entry;
@@ -423,7 +423,9 @@ impl Caller {
     }
 
     /// The status, and the body unless it was aborted.
-    async fn send(&self, request: Request<Body>) -> (u16, Option<Vec<u8>>) {
+    async fn send(&self, mut request: Request<Body>) -> (u16, Option<Vec<u8>>) {
+        let host = HeaderValue::from_static("localhost");
+        request.headers_mut().insert(header::HOST, host);
         let sending = async {
             let response = router(self.app.clone()).oneshot(request).await.unwrap();
             let status = response.status().as_u16();

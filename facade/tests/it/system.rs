@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 use axum::{Json, Router, routing};
 use clap::Parser;
 use common::api::{MARK, Mark, PutEntry, PutResult};
+use common::door::Door;
 use common::entry::{Entry, Outcome};
 use common::serve::Timeouts;
 use facade::identifiers::Identifiers;
@@ -224,7 +225,13 @@ pub(crate) async fn instances_with_settle(
     let map = open(&location, options).unwrap();
     wait_until_ready(&*map).await;
     let servers = (0..count).map(|_| {
-        let app = logging::App::new(map.clone(), LIMITS, STORE_TIMEOUT, CancellationToken::new());
+        let app = logging::App::new(
+            map.clone(),
+            Door::default(),
+            LIMITS,
+            STORE_TIMEOUT,
+            CancellationToken::new(),
+        );
         serve(logging::router(app))
     });
     (servers.collect(), empty)

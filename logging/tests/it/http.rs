@@ -3,7 +3,8 @@
 use std::net::TcpListener;
 use std::time::Duration;
 
-use common::api::READ_END;
+use common::api::{Batch, READ_END};
+use common::door::{Door, DoorConfig};
 use common::entry::Entry;
 use common::serve::Timeouts;
 use logging::map::{Location, Options, open};
@@ -17,16 +18,16 @@ use uuid::Uuid;
 const STORE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A logging instance on an empty map.
-struct Instance {
-    url: String,
-    http: Client,
+pub(crate) struct Instance {
+    pub(crate) url: String,
+    pub(crate) http: Client,
     stop: CancellationToken,
     _stop_on_drop: DropGuard,
     _folder: TempDir,
 }
 
 impl Instance {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let options = Options {
             store_timeout: STORE_TIMEOUT,
@@ -36,10 +37,13 @@ impl Instance {
         };
         let map = open(&Location::Lmdb(folder.path().into()), options).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
+        let address = listener.local_addr().unwrap();
+        let url = format!("http://{address}");
+        let door = Door::new(&DoorConfig::default(), address, &[]).unwrap();
         let stop = CancellationToken::new();
         let router = router(App::new(
             map,
+            door,
             Timeouts::default(),
             STORE_TIMEOUT,
             stop.clone(),
@@ -62,7 +66,9 @@ impl Instance {
     }
 
     async fn post(&self, body: impl Into<reqwest::Body>) -> Response {
-        self.http.post(&self.url).body(body).send().await.unwrap()
+        let request = self.http.post(&self.url).body(body);
+        let request = request.header("content-type", Batch::CONTENT_TYPE);
+        request.send().await.unwrap()
     }
 
     async fn get(&self, path: &str) -> Response {
@@ -70,12 +76,12 @@ impl Instance {
         self.http.get(url).send().await.unwrap()
     }
 
-    async fn text(&self, path: &str) -> String {
+    pub(crate) async fn text(&self, path: &str) -> String {
         self.get(path).await.text().await.unwrap()
     }
 }
 
-fn json(uuid: Uuid, msg: &str) -> String {
+pub(crate) fn json(uuid: Uuid, msg: &str) -> String {
     format!(r#"{{"uuid":"{uuid}","msg":"{msg}"}}"#)
 }
 

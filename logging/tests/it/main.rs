@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+/// Which requests an instance takes: tokens, hosts, origins, content types.
+mod door;
 /// The folder of an LMDB map that several processes share.
 mod folder;
 /// The internal HTTP API, in-process.

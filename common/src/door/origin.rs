@@ -1,23 +1,23 @@
 //! Refuses requests that change something and come from a page of another origin. Browsers say where a
 //! request comes from; other clients send neither header and are served.
 
-use axum::extract::Request;
+use axum::http::request::Parts;
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
-use axum::middleware::Next;
-use axum::response::Response;
-use common::problem::Problem;
+
+use crate::problem::Problem;
 
 const SEC_FETCH_SITE: &str = "sec-fetch-site";
 
-/// Without this, a page on any site could post messages through a browser that can reach the facade.
-pub(crate) async fn refuse_others(request: Request, next: Next) -> Result<Response, Problem> {
-    if !request.method().is_safe() && is_from_another_origin(request.headers()) {
-        let detail = "a page of another origin sent this request; nothing was done: post from the \
-                      facade's own page, or from a program that is not a browser";
-        return Err(Problem::new(StatusCode::FORBIDDEN, detail));
+/// Without this, a page on any site could post messages through a browser that can reach the service, also
+/// with the token that the browser keeps for it.
+pub(super) fn check(request: &Parts) -> Result<(), Problem> {
+    if request.method.is_safe() || !is_from_another_origin(&request.headers) {
+        return Ok(());
     }
-    Ok(next.run(request).await)
+    let detail = "a page of another origin sent this request; nothing was done: post from the \
+                  facade's own page, or from a program that is not a browser";
+    Err(Problem::new(StatusCode::FORBIDDEN, detail))
 }
 
 fn is_from_another_origin(headers: &HeaderMap) -> bool {
@@ -30,7 +30,7 @@ fn is_from_another_origin(headers: &HeaderMap) -> bool {
     origins.any(|origin| {
         let origin: Option<Uri> = origin.to_str().ok().and_then(|text| text.parse().ok());
         let origin = origin.and_then(|uri| uri.into_parts().authority);
-        // `null`, the origin of a sandboxed page, is no host of a facade.
+        // `null`, the origin of a sandboxed page, is no host of a service.
         origin.is_none() || origin != host
     })
 }

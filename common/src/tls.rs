@@ -1,0 +1,117 @@
+//! TLS: the certificate of a service.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use axum_server::accept::Accept;
+use axum_server::tls_rustls::future::RustlsAcceptorFuture;
+use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{ClientConfig, DigitallySignedStruct, ServerConfig, SignatureScheme};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::server::TlsStream;
+
+use crate::files::{Followed, follow};
+
+/// The certificate that a service shows, for the connections to come.
+pub type Certificate = Followed<ServerConfig>;
+
+/// Follows the files of a certificate, with those of its issuers, and of its private key; both are PEM.
+///
+/// # Errors
+/// A line for the operator, when a file cannot be read or is wrong, or they do not fit.
+pub fn follow_certificate(certificate: PathBuf, key: PathBuf) -> Result<Certificate, String> {
+    follow(vec![certificate, key], |contents| {
+        let key = PrivateKeyDer::from_pem_slice(contents[1].as_bytes())
+            .map_err(|_| "the second holds no private key")?;
+        let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .and_then(|config| {
+                let config = config.with_no_client_auth();
+                config.with_single_cert(certificates(&contents[0]), key)
+            });
+        config.map_err(|error| error.to_string())
+    })
+}
+
+/// A client that takes any certificate: for a question without secrets to the own machine, where the
+/// certificate is for other names.
+pub(crate) fn trusting_anyone() -> Result<ClientConfig, rustls::Error> {
+    let provider = Arc::new(ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider.clone());
+    let config = config.with_safe_default_protocol_versions()?;
+    let config = config.dangerous();
+    let config = config.with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)));
+    Ok(config.with_no_client_auth())
+}
+
+#[derive(Debug)]
+struct AnyCertificate(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for AnyCertificate {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        verify_tls12_signature(message, certificate, signed, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        verify_tls13_signature(message, certificate, signed, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+fn certificates(pem: &str) -> Vec<CertificateDer<'static>> {
+    let all = CertificateDer::pem_slice_iter(pem.as_bytes());
+    all.flatten().collect()
+}
+
+/// Accepts connections with TLS on top of those of `below`.
+#[derive(Clone, Debug)]
+pub(crate) struct TlsAcceptor<A> {
+    pub(crate) certificate: Certificate,
+    pub(crate) below: A,
+}
+
+impl<I, S, A> Accept<I, S> for TlsAcceptor<A>
+where
+    A: Accept<I, S> + Clone,
+    A::Stream: AsyncRead + AsyncWrite + Unpin,
+{
+    type Stream = TlsStream<A::Stream>;
+    type Service = A::Service;
+    type Future = RustlsAcceptorFuture<A::Future, A::Stream, A::Service>;
+
+    fn accept(&self, stream: I, service: S) -> Self::Future {
+        let config = RustlsConfig::from_config(self.certificate.borrow().clone());
+        let acceptor = RustlsAcceptor::new(config).acceptor(self.below.clone());
+        acceptor.accept(stream, service)
+    }
+}
