@@ -8,22 +8,22 @@ the requests, the failures, and the 99th percentile in milliseconds.
 
 import asyncio
 import resource
+import socket
 import sys
 import time
 
 IDLE, POSTERS, READERS, UPLOADS = 10_000, 200, 64, 16
 POST = b"POST / HTTP/1.1\r\nhost: localhost\r\n"
-
-
-async def connect(host, port, **more):
-    return await asyncio.open_connection(host, port, limit=4096, **more)
+GET = b"GET / HTTP/1.1\r\nhost: localhost\r\n"
+# As if they came from one client elsewhere: one on this machine may have all permits.
+ELSEWHERE = b"x-forwarded-for: 192.0.2.1\r\n"
 
 
 async def cut_after(host, port, request, crumb, pause):
     """Sends or reads a crumb at a time; the seconds until the connection or the answer ends it."""
     began = time.monotonic()
     try:
-        reader, writer = await connect(host, port)
+        reader, writer = await asyncio.open_connection(host, port, limit=4096)
         writer.write(request)
         while True:
             await asyncio.sleep(pause)
@@ -34,6 +34,9 @@ async def cut_after(host, port, request, crumb, pause):
                     break
             elif not await reader.read(1):
                 break
+            # Neither an end nor a reset is seen while there is something to read.
+            if reader._eof or writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                break
     except OSError:
         pass
     return time.monotonic() - began
@@ -41,7 +44,7 @@ async def cut_after(host, port, request, crumb, pause):
 
 async def hold_idle(host, port, until):
     try:
-        reader, writer = await connect(host, port)
+        reader, writer = await asyncio.open_connection(host, port, limit=4096)
         await asyncio.wait_for(reader.read(1), until - time.monotonic())
         writer.close()
     except (OSError, asyncio.TimeoutError):
@@ -58,9 +61,9 @@ async def attack(host, port):
     ndjson = b"content-type: application/x-ndjson\r\n"
     chunked = b"transfer-encoding: chunked\r\n\r\n"
     kinds = {
-        "posters": (POSTERS, POST + chunked, b"1\r\nx\r\n", 3),
-        "readers": (READERS, b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n", None, 5),
-        "uploads": (UPLOADS, POST + ndjson + chunked, b"1\r\n \r\n", 3),
+        "posters": (POSTERS, POST + ELSEWHERE + chunked, b"1\r\nx\r\n", 3),
+        "readers": (READERS, GET + ELSEWHERE + b"\r\n", None, 5),
+        "uploads": (UPLOADS, POST + ELSEWHERE + ndjson + chunked, b"1\r\n \r\n", 3),
     }
 
     async def all_of(name, count, *what):
@@ -88,9 +91,13 @@ async def behave(host, port, seconds):
             await reader.readuntil(b"\r\n0\r\n\r\n")
         return head.startswith(b"HTTP/1.1 200")
 
+    async def own_connection():
+        own = ("127.0.0.2", 0)
+        return await asyncio.open_connection(host, port, local_addr=own, limit=1 << 22)
+
     async def client():
         nonlocal failures
-        reader, writer = await asyncio.open_connection(host, port, local_addr=("127.0.0.2", 0))
+        reader, writer = await own_connection()
         while time.monotonic() < end:
             for request in requests:
                 began = time.monotonic()
@@ -98,9 +105,7 @@ async def behave(host, port, seconds):
                     failures += not await ask(reader, writer, request)
                 except (OSError, asyncio.IncompleteReadError):
                     failures += 1
-                    reader, writer = await asyncio.open_connection(
-                        host, port, local_addr=("127.0.0.2", 0)
-                    )
+                    reader, writer = await own_connection()
                 times.append(time.monotonic() - began)
 
     await asyncio.gather(*(client() for _ in range(8)))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What hostile clients on 127.0.0.1 do to well-behaved ones on 127.0.0.2: 10,000 idle connections, 200 slow
+# What hostile clients on 127.0.0.1, as if from one address elsewhere, do to well-behaved ones on 127.0.0.2: 10,000 idle connections, 200 slow
 # posters, 64 slow readers and 16 slow uploads together. Prints the 99th percentile of both, requests that
 # failed, when the slow ones were cut, and the memory of each process. Needs a limit of 11,000 open files.
 set -euo pipefail
@@ -17,6 +17,7 @@ stop_all() {
     rm -rf "$folder"
 }
 trap stop_all EXIT
+export FACADE_TRUSTED_PROXY=127.0.0.1
 start_system "lmdb:$folder/map"
 # Larger than what the kernel buffers for the slow readers.
 awk 'BEGIN { for (m = 0; m < 2000; m++) printf "\"%060000d\"\n", m }' |
