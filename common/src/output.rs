@@ -1,7 +1,7 @@
 //! The log on standard output, which may block: a full pipe, a paused terminal, a full disk.
 //!
 //! A thread writes what has gathered, so no request ever waits for one that is being written. A line that
-//! finds [`MAX_WAITING`] bytes waiting is dropped and counted. A text of [`print`] is never dropped: its
+//! finds 4 MiB waiting is dropped and counted. A text of [`print`] is never dropped: its
 //! caller waits until it is written, and bounds what waits.
 
 use std::cell::RefCell;
@@ -85,7 +85,7 @@ pub fn collect(log: impl FnOnce()) -> Vec<u8> {
     COLLECTED.take().unwrap_or_default()
 }
 
-/// Writes collected lines, with one write if they are not longer than [`WRITE_PIECE`]. The future ends when
+/// Writes collected lines, with one write if they are not longer than 64 KiB. The future ends when
 /// they are written; they are also if it is dropped.
 pub fn print(lines: Vec<u8>) -> impl Future<Output = ()> + Send + 'static {
     let is_written = (!lines.is_empty()).then(|| OUTPUT.add(&lines));
