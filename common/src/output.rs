@@ -1,7 +1,7 @@
 //! The log on standard output, which may block: a full pipe, a paused terminal, a full disk.
 //!
 //! A thread writes what has gathered, so no request ever waits for one that is being written. A line that
-//! finds 4 MiB waiting is dropped and counted. A text of [`print`] is never dropped: its
+//! finds 4 MiB waiting is dropped and counted. A text of [`print()`] is never dropped: its
 //! caller waits until it is written, and bounds what waits.
 
 use std::cell::RefCell;
