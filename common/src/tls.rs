@@ -1,4 +1,4 @@
-//! TLS: the certificate of a service.
+//! TLS: the certificate of a service, and those that a client trusts.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, ServerConfig, SignatureScheme};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::server::TlsStream;
 
@@ -35,6 +35,24 @@ pub fn follow_certificate(certificate: PathBuf, key: PathBuf) -> Result<Certific
             });
         config.map_err(|error| error.to_string())
     })
+}
+
+/// A client that trusts the authorities in this PEM, and no others.
+///
+/// # Errors
+/// A line for the operator, when it holds no certificate of an authority.
+pub fn trusting(authorities: &str) -> Result<ClientConfig, String> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(authorities) {
+        roots.add(certificate).map_err(|error| error.to_string())?;
+    }
+    if roots.is_empty() {
+        return Err("it holds no certificate".to_owned());
+    }
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(|error| error.to_string())?;
+    Ok(config.with_root_certificates(roots).with_no_client_auth())
 }
 
 /// A client that takes any certificate: for a question without secrets to the own machine, where the

@@ -4,13 +4,14 @@
 //! instance's mark: a proxy or another server at the address may answer anything, whether or not it
 //! forwarded the request.
 
-use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use std::{fmt, fs};
 
 use async_trait::async_trait;
+use axum::body::to_bytes;
 use bytes::{Bytes, BytesMut};
 use common::api::{
     Batch, InstanceStats, MARK, MAX_BATCH_BYTES, Mark, PutResult, READ_END, READ_SETTLED, ReadQuery,
@@ -19,13 +20,18 @@ use common::door::follow_authorization;
 use common::entry::Entry;
 use common::files::Followed;
 use common::middleware::REQUEST_ID;
+use common::tls::trusting;
 use common::traces::{TRACEPARENT, traceparent};
 use futures_util::{StreamExt, stream};
+use hyper::body::Incoming;
+use hyper_rustls::{FixedServerNameResolver, HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy;
-use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::connect::{Connect, HttpConnector};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use reqwest::header::HeaderValue;
 use reqwest::{Body, Client, RequestBuilder, Response, StatusCode, Url, header};
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 use tokio::time::timeout;
 use tracing::Span;
 use uuid::Uuid;
@@ -64,15 +70,29 @@ pub struct Clients {
     streams: legacy::Client<HttpConnector, Body>,
     /// What logging instances ask for.
     authorization: Option<Followed<HeaderValue>>,
+    /// Whom logging instances with HTTPS are believed.
+    trust: Option<ClientConfig>,
+    /// For HTTPS, in place of the two.
+    secure: Option<legacy::Client<HttpsConnector<HttpConnector>, Body>>,
 }
 
 impl Clients {
-    /// `token_file` has the token for the logging instances.
+    /// `token_file` has the token for the logging instances, `authorities` the certificates of those that
+    /// vouch for them.
     ///
     /// # Errors
-    /// A line for the operator, when that file cannot be read or is wrong, or the client for requests cannot
-    /// be built.
-    pub fn new(connect_timeout: Duration, token_file: Option<PathBuf>) -> Result<Self, String> {
+    /// A line for the operator, when a file cannot be read or is wrong, or the client for requests cannot be
+    /// built.
+    pub fn new(
+        connect_timeout: Duration,
+        token_file: Option<PathBuf>,
+        authorities: Option<&Path>,
+    ) -> Result<Self, String> {
+        let trust = authorities.map(|file| {
+            let pem = fs::read_to_string(file).map_err(|error| error.to_string());
+            let trust = pem.and_then(|pem| trusting(&pem));
+            trust.map_err(|error| format!("{}: {error}", file.display()))
+        });
         let authorization = token_file.map(follow_authorization).transpose()?;
         let requests = Client::builder()
             .no_proxy()
@@ -83,20 +103,54 @@ impl Clients {
             .pool_idle_timeout(IDLE_CONNECTION)
             .build()
             .map_err(|error| error.to_string())?;
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(connect_timeout));
-        let streams = legacy::Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(IDLE_CONNECTION)
-            .http1_max_buf_size(STREAM_BUFFER)
-            .build(connector);
+        let streams = stream_client(connector(connect_timeout));
         Ok(Self {
             requests,
             streams,
             authorization,
+            trust: trust.transpose()?,
+            secure: None,
         })
     }
+
+    /// The same clients for HTTPS with instances whose certificate is for `host`.
+    ///
+    /// # Errors
+    /// A line for the operator, when no authorities are trusted or no certificate can be for that host.
+    pub(crate) fn securely(&self, host: &str, connect_timeout: Duration) -> Result<Self, String> {
+        let trust = self.trust.clone();
+        let trust = trust
+            .ok_or("https:// in --logging needs --logging-ca FILE, the authority's certificate")?;
+        let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned());
+        let name = name.map_err(|error| format!("{host}: {error}"))?;
+        let mut tcp = connector(connect_timeout);
+        tcp.enforce_http(false);
+        let tls = HttpsConnectorBuilder::new()
+            .with_tls_config(trust)
+            .https_only()
+            .with_server_name_resolver(FixedServerNameResolver::new(name))
+            .enable_http1()
+            .wrap_connector(tcp);
+        Ok(Self {
+            secure: Some(stream_client(tls)),
+            ..self.clone()
+        })
+    }
+}
+
+fn connector(connect_timeout: Duration) -> HttpConnector {
+    let mut connector = HttpConnector::new();
+    connector.set_nodelay(true);
+    connector.set_connect_timeout(Some(connect_timeout));
+    connector
+}
+
+fn stream_client<C: Connect + Clone>(connector: C) -> legacy::Client<C, Body> {
+    legacy::Client::builder(TokioExecutor::new())
+        .pool_timer(TokioTimer::new())
+        .pool_idle_timeout(IDLE_CONNECTION)
+        .http1_max_buf_size(STREAM_BUFFER)
+        .build(connector)
 }
 
 pub struct ReadAnswer {
@@ -157,7 +211,12 @@ impl LoggingClient {
         timeout: Duration,
         served: Arc<ServedMap>,
     ) -> Self {
-        let base = Url::parse(&format!("http://{address}")).expect("an address makes a URL");
+        let scheme = if clients.secure.is_some() {
+            "https"
+        } else {
+            "http"
+        };
+        let base = Url::parse(&format!("{scheme}://{address}")).expect("an address makes a URL");
         Self {
             clients,
             name: address.to_string(),
@@ -169,8 +228,35 @@ impl LoggingClient {
 
     /// Sends a request and accepts any status from a logging instance that serves the facade's map.
     async fn send(&self, request: RequestBuilder) -> Result<Response, UpstreamError> {
-        let request = self.authorized(request).timeout(self.timeout);
-        self.check(request.send().await?)
+        let request = self.authorized(request);
+        let response = match &self.clients.secure {
+            None => request.timeout(self.timeout).send().await?,
+            Some(_) => {
+                let answered = timeout(self.timeout, self.answer_of(request)).await;
+                answered.unwrap_or(Err(UpstreamError::TimedOut))?
+            }
+        };
+        self.check(response)
+    }
+
+    /// A whole answer by HTTPS.
+    async fn answer_of(&self, request: RequestBuilder) -> Result<Response, UpstreamError> {
+        let (head, body) = self.begin(request).await?.into_parts();
+        let body = to_bytes(axum::body::Body::new(body), MAX_ENTRY_BODY).await;
+        let body = body.map_err(|error| UpstreamError::Lost(error.into()))?;
+        Ok(axum::http::Response::from_parts(head, body).into())
+    }
+
+    /// Sends a request whose answer is read as it arrives.
+    async fn begin(
+        &self,
+        request: RequestBuilder,
+    ) -> Result<axum::http::Response<Incoming>, UpstreamError> {
+        let request = request.build()?.try_into()?;
+        Ok(match &self.clients.secure {
+            None => self.clients.streams.request(request).await?,
+            Some(secure) => secure.request(request).await?,
+        })
     }
 
     /// Adds the token that the instance asks for.
@@ -223,10 +309,8 @@ impl LoggingApi for LoggingClient {
     ) -> Result<ReadAnswer, UpstreamError> {
         let request = self.clients.requests.get(self.base.clone()).query(&query);
         let request = identified(self.authorized(request), request_id);
-        let request = request.build()?.try_into()?;
         let asked = async {
-            let response = self.clients.streams.request(request).await?;
-            let response = Response::from(response.map(Body::wrap));
+            let response = Response::from(self.begin(request).await?.map(Body::wrap));
             require_success(self.check(response)?).await
         };
         let asked = timeout(self.timeout, asked).await;

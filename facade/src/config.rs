@@ -26,10 +26,14 @@ pub struct Config {
     #[arg(
         long,
         value_delimiter = ',',
-        value_parser = service_url,
+        value_parser = logging_url,
         default_value = "http://127.0.0.1:8082,http://127.0.0.1:8083,http://127.0.0.1:8084"
     )]
     pub logging: Vec<Url>,
+
+    /// Certificates, in PEM, of the authorities that vouch for logging instances with https:// URLs
+    #[arg(long, value_name = "FILE")]
+    pub logging_ca: Option<PathBuf>,
 
     /// File with the token that the logging instances ask for: the first that may do everything, in the
     /// form of --token-file. Changes count within a second
@@ -86,6 +90,16 @@ pub struct Config {
     /// What to do instead of serving.
     #[command(subcommand)]
     pub task: Option<Task>,
+}
+
+fn logging_url(text: &str) -> Result<Url, String> {
+    match text.strip_prefix("https://") {
+        None => service_url(text),
+        Some(rest) => {
+            service_url(&format!("http://{rest}"))?;
+            Url::parse(text).map_err(|error| error.to_string())
+        }
+    }
 }
 
 fn service_url(text: &str) -> Result<Url, String> {

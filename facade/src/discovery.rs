@@ -24,24 +24,30 @@ const LONG_LOOK_UP: Duration = Duration::from_secs(6);
 /// the pool is dropped.
 ///
 /// # Errors
-/// When a look-up thread cannot be started.
+/// A line for the operator, when a URL needs more flags or a look-up thread cannot be started.
 pub(crate) fn start(
     pool: &Arc<Pool>,
     clients: &Clients,
     urls: &[Url],
     try_timeout: Duration,
-) -> io::Result<()> {
+) -> Result<(), String> {
     for url in urls {
+        let host = url.host_str().unwrap_or_default().to_owned();
+        let clients = match url.scheme() {
+            "https" => clients.securely(&host, try_timeout / 2)?,
+            _ => clients.clone(),
+        };
         let origin = Origin {
-            clients: clients.clone(),
-            host: url.host_str().unwrap_or_default().to_owned(),
+            clients,
+            host,
             port: url.port_or_known_default().unwrap_or_default(),
             try_timeout,
         };
         match origin.host.trim_matches(['[', ']']).parse::<IpAddr>() {
             Ok(address) => origin.publish(pool, vec![(address, origin.port).into()]),
             Err(_) => {
-                let look_ups = look_up_repeatedly(origin.host.clone(), origin.port)?;
+                let look_ups = look_up_repeatedly(origin.host.clone(), origin.port)
+                    .map_err(|error| error.to_string())?;
                 tokio::spawn(publish_look_ups(Arc::downgrade(pool), origin, look_ups));
             }
         }

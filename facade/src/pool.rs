@@ -316,7 +316,7 @@ mod tests {
     async fn pool_is_the_union_of_what_each_name_has() {
         let identifiers = Identifiers::new(SystemTime::now);
         let pool = Pool::new(StdRng::seed_from_u64(1), identifiers);
-        let clients = Clients::new(Duration::from_secs(1), None).expect("a client");
+        let clients = Clients::new(Duration::from_secs(1), None, None).expect("a client");
         let found = |name: &str| {
             let address = "127.0.0.1:9".parse().expect("an address");
             let served = pool.served_map.clone();

@@ -82,9 +82,12 @@ impl App {
         pool: Arc<Pool>,
         stop: CancellationToken,
     ) -> Result<Self, String> {
-        let clients = Clients::new(config.try_timeout / 2, config.logging_token_file.clone())?;
-        discovery::start(&pool, &clients, &config.logging, config.try_timeout)
-            .map_err(|error| error.to_string())?;
+        let clients = Clients::new(
+            config.try_timeout / 2,
+            config.logging_token_file.clone(),
+            config.logging_ca.as_deref(),
+        )?;
+        discovery::start(&pool, &clients, &config.logging, config.try_timeout)?;
         Self::with_pool(config, timeouts, pool, stop)
     }
 
@@ -98,7 +101,7 @@ impl App {
         pool: Arc<Pool>,
         stop: CancellationToken,
     ) -> Result<Self, String> {
-        let clients = Clients::new(config.try_timeout / 2, None)?;
+        let clients = Clients::new(config.try_timeout / 2, None, None)?;
         Ok(Self {
             pool,
             messages: MessagesClient::new(

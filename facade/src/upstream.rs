@@ -90,7 +90,15 @@ fn describe_unreachable(cause: &Cause) -> &'static str {
         if kind == Some(io::ErrorKind::ConnectionRefused) {
             return "refuses connections";
         }
-        next = cause.source();
+        if cause.is::<rustls::Error>() {
+            return "has no certificate that --logging-ca vouches for";
+        }
+        // The source of an I/O error is that of the error in it, which is skipped.
+        let within = cause.downcast_ref().and_then(io::Error::get_ref);
+        next = match within {
+            Some(within) => Some(within),
+            None => cause.source(),
+        };
     }
     "cannot be reached"
 }

@@ -99,6 +99,12 @@ fn wrong_configuration_is_one_line_and_exit_code_2() {
         "http://localhost:9000",
     );
     assert_refused(&binary, &["--messages", "https://a:1"], "only http");
+    assert_refused(
+        &binary,
+        &["--logging", "https://127.0.0.1:1"],
+        "--logging-ca",
+    );
+    assert_refused(&binary, &["--logging", "https://a:1/path"], "it has a path");
 }
 
 /// The error names the source of the value: the environment variable or the flag.

@@ -337,6 +337,77 @@ async fn certificate_follows_its_files() {
     assert_eq!(curl(&with_old), "");
 }
 
+/// The facade speaks HTTPS with instances whose certificate its authority vouches for, and with no others.
+#[tokio::test(flavor = "multi_thread")]
+async fn instances_with_certificates_serve_a_facade_that_trusts_them() {
+    let (ours, theirs) = (CertificateFiles::make(), CertificateFiles::make());
+    let tokens = TokenFile::with(POSTER);
+    let map = engine_under_test().empty_map();
+    let start = |_| {
+        let mut command = Command::new(crate::processes::binary("logging"));
+        command.args(["--map", &map.location, "--token-file", &tokens.flag()]);
+        command.args([
+            "--tls-cert",
+            &ours.path("cert"),
+            "--tls-key",
+            &ours.path("key"),
+        ]);
+        Process::start(command, free_address())
+    };
+    let mut logging: Vec<Process> = (0..2).map(start).collect();
+    // One by its address, one by its name: the certificate is for both.
+    let urls = format!(
+        "https://{},https://localhost:{}",
+        logging[0].address,
+        logging[1].address.port()
+    );
+    let start = |authority: &CertificateFiles| {
+        let ca = authority.path("cert");
+        let token = tokens.flag();
+        let flags = [
+            "--logging-ca",
+            &ca,
+            "--logging-token-file",
+            &token,
+            "--deadline",
+            "1s",
+        ];
+        Process::start(facade(&urls, "http://127.0.0.1:1", &flags), free_address())
+    };
+    let http = reqwest::Client::new();
+    let post = async |facade: &Process| {
+        let request = http.post(facade.url()).body("hello");
+        request.send().await.unwrap()
+    };
+    let trusting = start(&ours);
+    let begin = Instant::now();
+    while trusting.readiness().matches("\"ok\":true").count() < 2 {
+        assert!(begin.elapsed() < PATIENCE, "{}", trusting.readiness());
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+    let stored: Value = post(&trusting).await.json().await.unwrap();
+    let uuid = stored["uuid"].as_str().unwrap();
+    for path in ["/", &format!("/{uuid}"), "/stats"] {
+        let response = http.get(format!("{}{path}", trusting.url())).send().await;
+        let text = response.unwrap().text().await.unwrap();
+        assert!(
+            path == "/stats" || text.contains("\"msg\":\"hello\""),
+            "{text}"
+        );
+        assert!(!text.contains("\"problems\":[\""), "{text}");
+    }
+    logging[0].kill();
+    assert_eq!(post(&trusting).await.status(), 200);
+    let doubting = start(&theirs);
+    let refused = problem(post(&doubting).await, 503).await;
+    assert_eq!(refused["stored"], "no");
+    let readiness = doubting.readiness();
+    assert!(
+        readiness.contains("has no certificate that --logging-ca vouches for"),
+        "{readiness}"
+    );
+}
+
 /// The scripts of the exercise bring the token, and say that one is missing.
 #[tokio::test(flavor = "multi_thread")]
 async fn scripts_bring_the_token() {
