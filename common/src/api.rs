@@ -15,7 +15,9 @@ use std::str::FromStr;
 use uuid::Uuid;
 
 pub use put::{Batch, EncodedEntry, MAX_BATCH_BYTES, Posted, PutEntry, PutResult};
-pub use stats::{InstanceStats, MapStats, MemberStats, OutcomeCounts, Role, timestamp};
+pub use stats::{
+    InstanceStats, MapStats, MemberStats, OutcomeCounts, Role, nearly_full, timestamp,
+};
 pub use stream::{EntryLine, Poll, READ_END, READ_SETTLED, ReadQuery, StreamEnd, write_entry};
 
 /// The header of every response of a logging instance. Its value is a [`Mark`].

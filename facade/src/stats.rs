@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use common::api::{InstanceStats, MapStats, MemberStats, OutcomeCounts, timestamp};
+use common::api::{InstanceStats, MapStats, MemberStats, OutcomeCounts, nearly_full, timestamp};
 use common::json::JsonLine;
 use common::problem::Problem;
 use futures_util::future::join_all;
@@ -141,6 +141,14 @@ fn map_rows(answered: &[&InstanceStats], problems: &mut Vec<String>) -> Option<M
             is_complete = false;
             problems.push(format!("member {} does not answer", member.member));
             continue;
+        }
+        let memory = member.used_memory_bytes.zip(member.max_memory_bytes);
+        if let Some(percent) = memory.and_then(|(used, most)| nearly_full(used, most)) {
+            problems.push(format!(
+                "member {} uses {percent} % of its memory, and refuses entries when it is full: raise its \
+                 maxmemory, or add members",
+                member.member
+            ));
         }
         member.gets = gets.get(member.member.as_str()).copied();
         total.add(member);

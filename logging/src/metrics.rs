@@ -17,6 +17,9 @@ pub(crate) const COMMIT_DURATION: &str = "logging_commit_duration_seconds";
 pub(crate) const SERVER_UP: &str = "logging_map_server_up";
 /// By its address.
 pub(crate) const PRIMARY_OPEN: &str = "logging_map_primary_open";
+/// By its address.
+pub(crate) const SERVER_MEMORY: &str = "logging_map_server_memory_bytes";
+pub(crate) const SERVER_MAX_MEMORY: &str = "logging_map_server_max_memory_bytes";
 pub(crate) const FREE_QUEUE: &str = "logging_free_queue_bytes";
 const ENTRIES: &str = "logging_entries_total";
 const IN_FLIGHT: &str = "logging_puts_in_flight";
@@ -38,6 +41,11 @@ pub(crate) fn describe() {
         ),
         (SERVER_UP, "1 while a Redis server answers, or 0."),
         (PRIMARY_OPEN, "1 while a Redis primary takes entries, or 0."),
+        (SERVER_MEMORY, "The memory that a Redis server uses."),
+        (
+            SERVER_MAX_MEMORY,
+            "The maxmemory of a Redis server; 0 is no limit.",
+        ),
         (
             FREE_QUEUE,
             "What is left of the memory for batches in the map.",

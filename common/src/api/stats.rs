@@ -81,6 +81,9 @@ pub struct MemberStats {
     pub backup_memory_bytes: Option<u64>,
     /// The size of the whole member, in bytes: the file of LMDB, the memory of Redis.
     pub used_memory_bytes: Option<u64>,
+    /// What it may take at most, in bytes, if Redis has a `maxmemory`.
+    #[serde(default)]
+    pub max_memory_bytes: Option<u64>,
 }
 
 /// The role of a member in the map.
@@ -93,6 +96,16 @@ pub enum Role {
     Replica,
     /// An LMDB folder.
     Folder,
+}
+
+/// A member that uses more than this share of the memory that it may use, in percent, is reported: soon it
+/// refuses entries.
+const NEARLY_FULL_PERCENT: u64 = 90;
+
+/// The share of a member's memory in use, in percent, when that is worth a report.
+pub fn nearly_full(used: u64, most: u64) -> Option<u64> {
+    let percent = (used * 100).checked_div(most)?;
+    (percent >= NEARLY_FULL_PERCENT).then_some(percent)
 }
 
 impl MemberStats {
@@ -110,6 +123,7 @@ impl MemberStats {
             backups: None,
             backup_memory_bytes: None,
             used_memory_bytes: None,
+            max_memory_bytes: None,
         }
     }
 }

@@ -12,6 +12,7 @@ use reqwest::{Body, Client};
 use serde_json::Value;
 use testing::engine::Engine;
 use testing::process::{LOOK_AGAIN, OnSmallDisk, PATIENCE, Process, free_address};
+use testing::redis_servers::RedisServer;
 use testing::requirements::unshare;
 use uuid::Uuid;
 
@@ -428,6 +429,76 @@ async fn host_name_counts_as_one_instance_per_address() {
     std::fs::write(&hosts, "").unwrap();
     facade.wait_for_line(|line| line.contains("a look-up failed"));
     assert!(is_from(&post().await, &second));
+}
+
+/// A Redis server whose memory is nearly full is reported, in words and by numbers. When it is full, a POST
+/// gets a 503 with the reason, GETs succeed, and POSTs succeed again with a larger `maxmemory`.
+#[tokio::test(flavor = "multi_thread")]
+async fn full_memory_is_foretold_and_a_503_with_the_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = RedisServer::single(folder.path());
+    let map = format!("redis://{}", server.address());
+    let system = Processes::on_map(&["--map", &map], &["--deadline", "2s"]);
+    let get = async |url: String, path: &str| {
+        let response = system.http.get(format!("{url}{path}")).send().await;
+        response.unwrap().text().await.unwrap()
+    };
+    let wait_until_said = async |url: String, path: &str, words: &str| {
+        let begin = Instant::now();
+        while !get(url.clone(), path).await.contains(words) {
+            assert!(begin.elapsed() < PATIENCE, "{path}: {words}");
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    };
+    let set_memory = |percent_used: u64| {
+        let used: u64 = server.info("used_memory").unwrap().parse().unwrap();
+        let most = (used * 100 / percent_used).to_string();
+        let _: () = server.ask(&["CONFIG", "SET", "maxmemory", &most]);
+    };
+    assert_eq!(system.post("before").await.status(), 200);
+    let stats = get(system.facade.url(), "/stats").await;
+    assert!(stats.contains("\"problems\":[]"), "{stats}");
+
+    set_memory(93);
+    assert_eq!(system.post("nearly full").await.status(), 200);
+    wait_until_said(
+        system.facade.url(),
+        "/stats",
+        "% of its memory, and refuses",
+    )
+    .await;
+    let instance = system.logging[0].url();
+    wait_until_said(instance.clone(), "/readyz?verbose", "% of its maxmemory").await;
+    let limit: String = server.info("maxmemory").unwrap();
+    let gauge = format!(
+        "logging_map_server_max_memory_bytes{{server=\"{}\"}} {limit}\n",
+        server.address()
+    );
+    wait_until_said(instance, "/metrics", &gauge).await;
+
+    set_memory(110);
+    let refused = system.post("full").await;
+    assert_eq!(refused.status(), 503);
+    let problem: Value = refused.json().await.unwrap();
+    assert_eq!(problem["stored"], "no", "{problem}");
+    let detail = problem["detail"].as_str().unwrap();
+    assert!(detail.contains("its memory is full"), "{detail}");
+    let stored: Vec<String> = system
+        .read_all()
+        .await
+        .into_iter()
+        .map(|entry| entry.msg)
+        .collect();
+    assert_eq!(stored, ["before", "nearly full"]);
+
+    set_memory(50);
+    wait_until_said(
+        system.facade.url(),
+        "/readyz?verbose",
+        "\"status\":\"ready\"",
+    )
+    .await;
+    assert_eq!(system.post("after").await.status(), 200);
 }
 
 /// On a full disk a POST gets a 503 with the reason, GETs succeed, and POSTs succeed again with space.

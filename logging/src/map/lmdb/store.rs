@@ -240,6 +240,7 @@ impl Store {
             backups: Some(0),
             backup_memory_bytes: Some(0),
             used_memory_bytes: file.ok().map(|file| file.len()),
+            max_memory_bytes: None,
         })
     }
 

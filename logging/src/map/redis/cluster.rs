@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use common::api::nearly_full;
 use common::health::Check;
 use metrics::gauge;
 use tokio::sync::{Notify, watch};
@@ -15,7 +16,7 @@ use super::partition;
 use super::primary_writer::PrimaryWriter;
 use super::replies::{Direction, MovingSlot, ServerInfo};
 use crate::map::contract::{Health, MapError};
-use crate::metrics::{PRIMARY_OPEN, SERVER_UP};
+use crate::metrics::{PRIMARY_OPEN, SERVER_MAX_MEMORY, SERVER_MEMORY, SERVER_UP};
 
 /// The cluster as discovery sees it.
 #[derive(Debug)]
@@ -127,6 +128,10 @@ impl Cluster {
             };
             gauge!(SERVER_UP, "server" => address.to_string(), "role" => role)
                 .set(as_number(connection.down_reason()));
+        }
+        for (address, info) in &self.state.borrow().infos {
+            gauge!(SERVER_MEMORY, "server" => address.to_string()).set(info.used_memory as f64);
+            gauge!(SERVER_MAX_MEMORY, "server" => address.to_string()).set(info.max_memory as f64);
         }
         for Shard { connection, writer } in topology.shards.iter().map(|shard| &**shard) {
             gauge!(PRIMARY_OPEN, "server" => connection.address.to_string())
@@ -296,6 +301,13 @@ impl ClusterState {
                 let warning = "has evicted keys since it started: entries can be lost; restore the \
                                map from a copy";
                 warnings.push((address, warning.to_owned()));
+            }
+            if let Some(percent) = nearly_full(info.used_memory, info.max_memory) {
+                let warning = format!(
+                    "uses {percent} % of its maxmemory, and refuses entries beyond it: raise it, or \
+                     add members and move slots"
+                );
+                warnings.push((address, warning));
             }
             let (replicas, backups) = (info.replicas, self.backups);
             if replicas > u64::from(backups) && self.topology.has_primary(address) {

@@ -166,11 +166,15 @@ impl Primary {
         if code == "NOFENCE" {
             self.shared.fence.fetch_add(1, Ordering::Relaxed);
         }
+        let address = &self.connection.address;
         Failure {
-            detail: format!(
-                "redis {} refuses: {code} {details}",
-                self.connection.address
-            ),
+            detail: match code {
+                "OOM" => format!(
+                    "redis {address} refuses: its memory is full; messages can be read, and to store \
+                     more, raise its maxmemory or add members"
+                ),
+                _ => format!("redis {address} refuses: {code} {details}"),
+            },
             may_be_executed: !BEFORE_EXECUTION.contains(&code),
         }
     }

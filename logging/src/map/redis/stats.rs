@@ -51,6 +51,7 @@ pub(super) async fn stats(cluster: &Cluster) -> MapStats {
             backups,
             backup_memory_bytes,
             used_memory_bytes: Some(info.used_memory),
+            max_memory_bytes: (info.max_memory > 0).then_some(info.max_memory),
         }
     });
     let members = join_all(rows).await;
