@@ -437,6 +437,8 @@ async fn host_name_counts_as_one_instance_per_address() {
 async fn full_memory_is_foretold_and_a_503_with_the_reason() {
     let folder = tempfile::tempdir().unwrap();
     let server = RedisServer::single(folder.path());
+    // Beside it what connections take and give back is nothing.
+    let _: i64 = server.ask(&["SETRANGE", "filler", "50000000", "x"]);
     let map = format!("redis://{}", server.address());
     let system = Processes::on_map(&["--map", &map], &["--deadline", "2s"]);
     let get = async |url: String, path: &str| {
