@@ -37,7 +37,7 @@ pub fn write(out: &mut Vec<u8>, value: &(impl Serialize + ?Sized)) {
     written.expect("the value is plain JSON");
 }
 
-/// Whether a byte of a string may begin a character that [`write`] escapes and JSON allows: U+007F, U+0080
+/// Whether a byte of a string may begin a character that [`write()`] escapes and JSON allows: U+007F, U+0080
 /// to U+009F, U+061C, U+200E and others.
 pub fn may_begin_escape(byte: u8) -> bool {
     (byte == 0x7f) | (byte == 0xc2) | (byte == 0xd8) | (byte == 0xe2)
