@@ -42,6 +42,8 @@ pub mod entry_stream;
 mod error;
 mod follow;
 pub mod format;
+#[cfg(test)]
+mod fuzz;
 mod get;
 pub mod health;
 pub mod identifiers;

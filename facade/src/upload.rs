@@ -271,7 +271,7 @@ impl LineResult {
 }
 
 /// A line is a JSON string, or an object with `msg` and an optional `uuid`.
-fn parse_line(text: &[u8], max_message: usize) -> Result<(String, Key), String> {
+pub(crate) fn parse_line(text: &[u8], max_message: usize) -> Result<(String, Key), String> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Object {
@@ -303,12 +303,12 @@ struct Broken {
 }
 
 /// One line of the body, numbered from 1.
-struct Line {
+pub(crate) struct Line {
     number: u64,
-    content: Content,
+    pub(crate) content: Content,
 }
 
-enum Content {
+pub(crate) enum Content {
     /// A copy, so that the read buffer can be freed.
     Text(Box<[u8]>),
     TooLong,
@@ -317,7 +317,7 @@ enum Content {
 
 /// The lines of a body, of which it buffers at most one of `limit` bytes. A body that breaks off,
 /// falls behind by `slack`, or is cut because the process stops ends with [`Content::Broken`].
-fn read_lines(
+pub(crate) fn read_lines(
     body: Body,
     limit: usize,
     slack: Duration,

@@ -24,6 +24,8 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+/// The wire with anything on it.
+mod fuzz;
 /// Clients that send or read slowly, partly, too much, or too often.
 mod hostile;
 

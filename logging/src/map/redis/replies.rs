@@ -178,7 +178,47 @@ fn slot_range(text: &str) -> Option<RangeInclusive<u16>> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use testing::fuzz::near;
+
     use super::*;
+    use crate::map::RedisConfig;
+
+    const NODES: &[&[u8]] = &[
+        b"aaa :7001@17001 myself,master - 0 1780000000000 4 connected 0-5460 9000 [77->-bbb]\n\
+          bbb 10.0.0.2:7002@17002,two.example master,fail - 0 1780000000000 2 disconnected 5461-8999\n",
+        b"ccc [::1]:7003@17003 slave aaa 0 1780000000000 4 connected [1-<-aaa]\n",
+    ];
+
+    const INFO: &[&[u8]] = &[
+        b"# Server\r\nredis_version:7.0.15\r\ncluster_enabled:1\r\naof_enabled:0\r\n# Memory\r\n\
+          used_memory:1000\r\nmaxmemory:2000\r\nmaxmemory_policy:noeviction\r\nrole:slave\r\n",
+    ];
+
+    proptest! {
+        /// Whatever a server says of its cluster, each member that is read from it can be connected to.
+        #[test]
+        fn members_are_read_or_left_out(reply in near(NODES), is_tls in any::<bool>()) {
+            let reply = String::from_utf8_lossy(&reply);
+            let asked = Address { host: "10.0.0.1".to_owned(), port: 7001 };
+            let scheme = if is_tls { "rediss" } else { "redis" };
+            let config: RedisConfig = format!("{scheme}://10.0.0.1:7001").parse().expect("a location");
+            let nodes = Node::parse_all(&reply, &asked, is_tls);
+            for node in &nodes {
+                let _ = config.client(&node.address);
+            }
+            let nodes: Vec<&Node> = nodes.iter().collect();
+            for slot in [0, 77, 5460, 16383, u16::MAX] {
+                let _ = Node::primary_of(slot, &nodes);
+            }
+        }
+
+        #[test]
+        fn info_is_read(reply in near(INFO)) {
+            let info = ServerInfo::parse(&String::from_utf8_lossy(&reply));
+            let _ = (info.is_new_enough(), info.may_evict_entries());
+        }
+    }
 
     #[test]
     fn members_and_their_slots() {
