@@ -16,7 +16,8 @@ async fn ask_often(address: SocketAddr, requests: usize) {
     let (mut answers, mut asking) = TcpStream::connect(address).await.unwrap().into_split();
     let id = "x".repeat(100);
     let path = "y".repeat(200);
-    let request = format!("GET /livez?{path} HTTP/1.1\r\nhost: h\r\nx-request-id: {id}\r\n\r\n");
+    let request =
+        format!("GET /livez?{path} HTTP/1.1\r\nhost: localhost\r\nx-request-id: {id}\r\n\r\n");
     let last = request.replace("host:", "connection: close\r\nhost:");
     tokio::spawn(async move {
         for _ in 1..requests {

@@ -50,7 +50,7 @@ async fn stuck_output_makes_an_instance_unready_and_loses_no_line() {
         .await
         .unwrap();
     assert_eq!(refused.status(), StatusCode::INSUFFICIENT_STORAGE);
-    let trial = http.post(&url).body("[]").send().await.unwrap();
+    let trial = http.post(&url).json(&[(); 0]).send().await.unwrap();
     assert_eq!(trial.status(), StatusCode::INSUFFICIENT_STORAGE);
     let readiness = process.readiness();
     assert!(readiness.starts_with("HTTP/1.1 503"), "{readiness}");

@@ -339,7 +339,6 @@ fn help_names_each_flag_with_its_environment_variable() {
     let flags = [
         ("--listen", "LOGGING_LISTEN", "127.0.0.1:8082"),
         ("--map", "LOGGING_MAP", "lmdb:data/map"),
-        ("--map-password-file", "LOGGING_MAP_PASSWORD_FILE", ""),
         (
             "--backups",
             "LOGGING_BACKUPS",
