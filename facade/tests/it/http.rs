@@ -2,6 +2,7 @@
 
 use reqwest::header::{HOST, ORIGIN};
 use serde_json::Value;
+use testing::process::{Process, free_address};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::processes::Processes;
@@ -189,8 +190,9 @@ async fn line_of_a_request_names_the_client_and_is_short() {
         let request = request.header("x-forwarded-for", "192.0.2.1");
         assert_eq!(request.send().await.unwrap().status(), 404);
     }
-    let direct = Processes::start_with(&[]);
-    assert_eq!(direct.get().await.status(), 200);
+    let direct = Process::start(proxied.another_facade(&[]), free_address());
+    let read = proxied.http.get(direct.url()).send().await.unwrap();
+    assert_eq!(read.status(), 200);
     let lines = |log: &[String], client: &str| {
         let is_of = |line: &&String| line.contains(client) && line.contains("status=");
         log.iter()
@@ -203,9 +205,7 @@ async fn line_of_a_request_names_the_client_and_is_short() {
         assert!(lengths.iter().all(|length| *length < 1000), "{lengths:?}");
         lengths.len() == 2
     });
-    direct
-        .facade
-        .wait_for_log(|log| lines(log, "client=127.0.0.1").len() == 1);
+    direct.wait_for_log(|log| lines(log, "client=127.0.0.1").len() == 1);
 }
 
 /// A page of another site cannot make a browser post.
