@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/system.sh
 source bench/maps.sh
+source bench/cost.sh
 
 rounds=${1:-10}
 duration=${2:-4}
@@ -56,38 +57,17 @@ curl --silent --output /dev/null --insecure --retry 100 --retry-delay 1 --retry-
     "http://$(address token)/livez" --next --silent --output /dev/null --insecure --retry 100 --retry-delay 1 \
     --retry-connrefused "https://$(address tls)/livez"
 
-# ticks FACADE: the CPU time of this facade and the instances so far, in clock ticks.
-ticks() {
-    local name sum=0 fields
-    for name in "$1" "${instances[@]}"; do
-        read -ra fields <"/proc/${pids[$name]}/stat"
-        ((sum += fields[13] + fields[14]))
-    done
-    echo "$sum"
-}
-
-# cost_of_post FACADE URL: microseconds of CPU time per POST.
-cost_of_post() {
-    local before posts
-    before=$(ticks "$1")
-    posts=$(wrk -t2 -c256 -d"${duration}s" -H "authorization: Bearer $token" -s bench/post.lua "$2/" \
-        2>"$folder/summary" | awk '/requests in/ { print $1 }')
-    awk '$2 > 0' "$folder/summary" >>"$folder/failed"
-    awk "BEGIN { printf \"%.2f\", ($(ticks "$1") - $before) * 1000000 / $(getconf CLK_TCK) / $posts }"
-}
-
-precise_ratio() { awk "BEGIN { printf \"%.3f\", $1 / $2 }"; }
-
+wrk_options=(-H "authorization: Bearer $token")
 describe_run "bench/door.sh $rounds $duration"
 plain=() token_cost=() tls_cost=() token_ratio=() tls_ratio=()
 for ((round = 0; round < rounds; round++)); do
-    plain+=("$(cost_of_post facade "http://$facade")")
-    token_cost+=("$(cost_of_post token "http://$(address token)")")
-    tls_cost+=("$(cost_of_post tls "https://$(address tls)")")
+    plain+=("$(cost_of_post "http://$facade" facade "${instances[@]}")")
+    token_cost+=("$(cost_of_post "http://$(address token)" token "${instances[@]}")")
+    tls_cost+=("$(cost_of_post "https://$(address tls)" tls "${instances[@]}")")
     token_ratio+=("$(precise_ratio "${token_cost[-1]}" "${plain[-1]}")")
     tls_ratio+=("$(precise_ratio "${tls_cost[-1]}" "${plain[-1]}")")
 done
-[[ ! -s $folder/failed ]] || fail "requests failed (rate, failures, p99): $(cat "$folder/failed")"
+require_no_failures
 echo "| facade | CPU time of a POST, us | ratio |"
 echo "|---|---|---|"
 echo "| plain | $(median "${plain[@]}") | 1 |"

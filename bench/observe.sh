@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/system.sh
 source bench/maps.sh
+source bench/cost.sh
 
 rounds=${1:-10}
 count=${2:-1000000}
@@ -48,16 +49,6 @@ times() {
 # middle_and_last NUMBER…: of sorted ones.
 middle_and_last() { echo "$(sed -n "$((($# + 1) / 2))p" <(printf '%s\n' "$@")) / ${*: -1}"; }
 
-# ticks: the CPU time of the services so far, in clock ticks.
-ticks() {
-    local name sum=0 fields
-    for name in facade "${instances[@]}"; do
-        read -ra fields <"/proc/${pids[$name]}/stat"
-        ((sum += fields[13] + fields[14]))
-    done
-    echo "$sum"
-}
-
 # scrape: all services once a second, from one process: one that starts for each request costs the services their caches.
 scrape() {
     local second name requests=()
@@ -65,14 +56,6 @@ scrape() {
         for name in facade "${instances[@]}"; do requests+=(--output /dev/null "http://$(address "$name")/metrics"); done
     done
     exec curl --silent --rate "$((${#instances[@]} + 1))/s" "${requests[@]}"
-}
-
-# cost_of_post: microseconds of CPU time per POST.
-cost_of_post() {
-    local before posts
-    before=$(ticks)
-    posts=$(wrk -t2 -c256 -d"${duration}s" -s bench/post.lua "http://$facade/" 2>/dev/null | awk '/requests in/ { print $1 }')
-    awk "BEGIN { printf \"%.2f\", ($(ticks) - $before) * 1000000 / $(getconf CLK_TCK) / $posts }"
 }
 
 describe_run "bench/observe.sh $rounds $count $duration"
@@ -104,20 +87,21 @@ start_map lmdb
 start_system "$map"
 without=() with=() pairs=()
 for ((round = 0; round < rounds; round++)); do
-    without+=("$(cost_of_post)")
+    without+=("$(cost_of_post "http://$facade" facade "${instances[@]}")")
     scrape &
     scraper=$!
-    with+=("$(cost_of_post)")
+    with+=("$(cost_of_post "http://$facade" facade "${instances[@]}")")
     kill "$scraper"
     wait "$scraper" 2>/dev/null || true
-    pairs+=("$(awk "BEGIN { printf \"%.3f\", ${with[-1]} / ${without[-1]} }")")
+    pairs+=("$(precise_ratio "${with[-1]}" "${without[-1]}")")
 done
+require_no_failures
 echo
 echo "CPU time of a POST on LMDB, medians of $rounds: $(median "${without[@]}") us without a scrape," \
     "$(median "${with[@]}") us with one each second; of the ratios of pairs: $(median "${pairs[@]}")"
 
-before=$(ticks)
+before=$(ticks facade "${instances[@]}")
 for name in facade "${instances[@]}"; do
     curl --silent --output /dev/null "http://$(address "$name")/metrics?[1-1000]"
 done
-echo "CPU time of a scrape of all services: $(awk "BEGIN { print ($(ticks) - $before) * 1000 / $(getconf CLK_TCK) / 1000 }") ms"
+echo "CPU time of a scrape of all services: $(awk "BEGIN { print ($(ticks facade "${instances[@]}") - $before) * 1000 / $(getconf CLK_TCK) / 1000 }") ms"

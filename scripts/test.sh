@@ -118,7 +118,7 @@ fi
 run --workspace -- "$@"
 # Without the tests that do not depend on the engine or choose it themselves.
 own=(
-    compose:: cluster:: scripts:: simulated:: overload:: clock:: fates:: configuration:: openapi:: console::
+    compose:: cluster:: full:: scripts:: simulated:: overload:: clock:: fates:: configuration:: openapi:: console::
     large::largest
 )
 for engine in redis cluster; do

@@ -1,13 +1,12 @@
-//! GET: formats, bounds, single entries, and services that are away.
+//! GET: formats, bounds, and single entries.
 
-use std::collections::VecDeque;
-use std::sync::atomic::AtomicUsize;
-use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex};
+/// Services that are away or answer wrongly.
+mod behind;
+
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use axum::Router;
-use axum::http::StatusCode;
 use axum::routing::get;
 use common::entry::{Entry, unix_millis};
 use futures_util::StreamExt;
@@ -17,7 +16,7 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 use uuid::{Builder, Uuid};
 
-use crate::system::{Server, System, nobody, problem, serve, serve_instance};
+use crate::system::{Server, System, problem, serve, serve_instance};
 
 async fn text(system: &System, path: &str, accept: &str) -> String {
     let url = format!("{}{path}", system.url);
@@ -318,166 +317,6 @@ fn logging_of(system_entries: usize) -> Server {
     entries.for_each(|entry| common::json::write_line(&mut body, &entry));
     body.extend_from_slice(format!("{{\"count\":{system_entries}}}\n").as_bytes());
     serve_instance(Router::new().route("/", get(async move || body)))
-}
-
-#[tokio::test]
-async fn entries_are_returned_when_the_messages_service_is_away() {
-    let away = serve(Router::new().fallback(StatusCode::INTERNAL_SERVER_ERROR));
-    let system = System::with_stubs(vec![logging_of(3)], away, &[]);
-    let read = system.read("").await;
-    assert_eq!((read.count, read.messages_service), (3, None));
-    assert!(
-        read.messages_service_error
-            .unwrap()
-            .contains("messages service")
-    );
-    let ndjson = text(&system, "/", "application/x-ndjson").await;
-    assert!(ndjson.contains("{\"messages_service\":null,\"messages_service_error\":\""));
-    let plain = text(&system, "/", "text/plain").await;
-    assert!(
-        plain.contains("3 messages\nthe messages service "),
-        "{plain}"
-    );
-}
-
-#[tokio::test]
-async fn hanging_messages_service_delays_only_the_tail() {
-    let answer = Arc::new(Notify::new());
-    let waiting = answer.clone();
-    let reply = async move || {
-        waiting.notified().await;
-        "at last"
-    };
-    let slow = serve(Router::new().route("/", get(reply)));
-    let flags = ["--messages-timeout", "30s"];
-    let system = System::with_stubs(vec![logging_of(3)], slow, &flags);
-    let mut body = system.get("/").await.bytes_stream();
-    let mut read = String::new();
-    while read.lines().count() < 4 {
-        let chunk = body.next().await.unwrap().unwrap();
-        read += std::str::from_utf8(&chunk).unwrap();
-    }
-    assert!(!read.contains("messages_service"));
-    answer.notify_one();
-    while let Some(chunk) = body.next().await {
-        read += std::str::from_utf8(&chunk.unwrap()).unwrap();
-    }
-    assert!(
-        read.ends_with("],\"messages_service\":\"at last\",\"count\":3}\n"),
-        "{read}"
-    );
-}
-
-#[tokio::test]
-async fn messages_service_that_never_answers_is_named_in_time() {
-    let hanging = serve(Router::new().route("/", get(std::future::pending::<()>)));
-    let flags = ["--messages-timeout", "100ms"];
-    let system = System::with_stubs(vec![logging_of(1)], hanging, &flags);
-    let read = system.read("").await;
-    assert_eq!(
-        read.messages_service_error.unwrap(),
-        "the messages service did not answer in time"
-    );
-}
-
-#[tokio::test]
-async fn no_logging_instance_is_a_503() {
-    let not_ready = serve_instance(Router::new().fallback(StatusCode::SERVICE_UNAVAILABLE));
-    for logging in [vec![not_ready], vec![nobody(), nobody()]] {
-        let system = System::with_stubs(logging, nobody(), &["--read-deadline", "200ms"]);
-        let response = system.get("/").await;
-        assert!(response.headers().contains_key("retry-after"));
-        problem(response, 503).await;
-        problem(system.get(&format!("/{}", Uuid::now_v7())).await, 503).await;
-    }
-}
-
-/// During a failover the instances answer that the map cannot be read, and GETs wait. When the instances
-/// are overloaded or away, GETs do not wait.
-#[tokio::test]
-async fn get_waits_while_the_map_cannot_be_read() {
-    let refusals = Arc::new(AtomicUsize::new(3));
-    let answer = |refusals: Arc<AtomicUsize>, body: String| async move {
-        let left = refusals.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1));
-        match left {
-            Ok(_) => Err(StatusCode::SERVICE_UNAVAILABLE),
-            Err(_) => Ok(body),
-        }
-    };
-    let (for_page, for_entry) = (refusals.clone(), refusals.clone());
-    let page = move || answer(for_page.clone(), format!("{FIRST_LINE}\n{{\"count\":1}}\n"));
-    let entry = move || answer(for_entry.clone(), FIRST_LINE.to_owned());
-    let failing_over = Router::new()
-        .route("/", get(page))
-        .route("/{uuid}", get(entry));
-    let system = System::with_stubs(vec![serve_instance(failing_over), nobody()], nobody(), &[]);
-    assert_eq!(system.read("").await.count, 1);
-    assert_eq!(refusals.swap(3, Relaxed), 0);
-    let uuid = "01890000-0000-7000-8000-000000000001";
-    assert_eq!(system.get(&format!("/{uuid}")).await.status(), 200);
-    assert_eq!(refusals.load(Relaxed), 0);
-
-    let reads = Arc::new(AtomicUsize::new(0));
-    let count = reads.clone();
-    let busy = async move || {
-        count.fetch_add(1, Relaxed);
-        StatusCode::TOO_MANY_REQUESTS
-    };
-    let busy = serve_instance(Router::new().route("/", get(busy)));
-    let system = System::with_stubs(vec![busy], nobody(), &[]);
-    problem(system.get("/").await, 503).await;
-    assert_eq!(reads.load(Relaxed), 1);
-}
-
-/// A logging service with one of these responses for each read, and errors after the last.
-fn logging_script(answers: &[&str]) -> Server {
-    let answers: VecDeque<String> = answers.iter().map(|&answer| answer.to_owned()).collect();
-    let answers = Arc::new(Mutex::new(answers));
-    let answer = async move || {
-        let next = answers.lock().unwrap().pop_front();
-        next.ok_or(StatusCode::SERVICE_UNAVAILABLE)
-    };
-    serve_instance(Router::new().route("/", get(answer)))
-}
-
-const FIRST_LINE: &str = r#"{"uuid":"01890000-0000-7000-8000-000000000001","msg":"a"}"#;
-const SECOND_LINE: &str = r#"{"uuid":"01890000-0000-7000-8000-000000000002","msg":"b"}"#;
-
-/// When no instance can continue a stream, the body is aborted and never ended properly.
-#[tokio::test]
-async fn body_that_cannot_be_finished_is_aborted() {
-    let handed_over = format!("{FIRST_LINE}\n{{\"count\":1,\"go_on_elsewhere\":\"I stop\"}}\n");
-    let logging = logging_script(&[&handed_over]);
-    let messages = serve(messages::router(Default::default()));
-    let system = System::with_stubs(vec![logging], messages, &["--read-deadline", "200ms"]);
-    let mut body = system.get("/").await.bytes_stream();
-    let mut read = Vec::new();
-    while let Some(chunk) = body.next().await {
-        match chunk {
-            Ok(chunk) => read.extend_from_slice(&chunk),
-            Err(_) => return assert!(read.ends_with(FIRST_LINE.as_bytes())),
-        }
-    }
-    panic!("it ended politely");
-}
-
-#[tokio::test]
-async fn stream_that_contradicts_itself_is_not_passed_on() {
-    let line_with_more = FIRST_LINE.replace('}', ",\"inner\":1}");
-    let streams = [
-        format!("{FIRST_LINE}\n{SECOND_LINE}\n{{\"count\":3}}\n"),
-        format!("{SECOND_LINE}\n{FIRST_LINE}\n{{\"count\":2}}\n"),
-        format!("{FIRST_LINE}\n{FIRST_LINE}\n{{\"count\":2}}\n"),
-        format!("{line_with_more}\n{{\"count\":1}}\n"),
-        FIRST_LINE.to_owned(),
-        "nonsense\n{\"count\":1}\n".to_owned(),
-        String::new(),
-    ];
-    for stream in streams {
-        let messages = serve(messages::router(Default::default()));
-        let system = System::with_stubs(vec![logging_script(&[&stream])], messages, &[]);
-        problem(system.get("/").await, 503).await;
-    }
 }
 
 #[tokio::test]

@@ -33,6 +33,8 @@ mod failover;
 mod fates;
 /// GETs that follow the log.
 mod follow;
+/// A full disk, a full memory.
+mod full;
 /// GET: formats, bounds, single entries, services that are away.
 mod get;
 /// Clients that want to keep others out.

@@ -5,7 +5,8 @@ use serde_json::{Value, json};
 use thirtyfour::prelude::*;
 
 use super::browser::{Settings, in_browser, value, wait_for};
-use super::{HOSTILE, SUMMARY, open, open_live};
+use super::search::SUMMARY;
+use super::{HOSTILE, open, open_live};
 use crate::processes::Processes;
 
 /// Elements that break a rule, each as the rule and the beginning of its HTML.
