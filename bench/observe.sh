@@ -18,8 +18,9 @@ Fills an LMDB map, one Redis server and a Redis Cluster of six with MESSAGES (10
 median and the longest time of 50 requests for /stats and for /metrics; on the cluster also of /stats
 while one member hangs. Then wrk posts with 256 connections for SECONDS (5), ROUNDS times (10) without
 and with a scrape of all services each second, in turn, and the CPU time of the facade and the logging
-instances (user and system, from /proc) is divided by the POSTs; the ratio is the median of the pairs'. The rounds
-differ by several per cent, so the CPU time of a scrape is also measured by itself, over 1,000 of them.
+instances (user and system, from /proc) is divided by the POSTs; the ratio is the median of the pairs'.
+The rounds differ by several per cent, so the CPU time of a scrape is also measured by itself, over
+1,000 of them.
 HELP
     exit 0
 fi

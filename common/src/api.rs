@@ -2,8 +2,8 @@
 //! results, `stream` the query and the lines of a read, `stats` the statistics.
 //!
 //! A logging instance answers 429 when it is overloaded, 503 when its map is unavailable, and 507 to a batch
-//! while its standard output is stuck. With the mark, each proves that the request was not executed. Without the mark no status proves it: the
-//! response may come from a proxy or from another server at the address.
+//! while its standard output is stuck. With the mark, each proves that the request was not executed. Without the
+//! mark no status proves it: the response may come from a proxy or from another server at the address.
 
 mod put;
 mod stats;

@@ -42,15 +42,15 @@ impl Client {
     }
 
     /// What counts as one client when permits are shared out; `None` for this machine, which may have all.
-    /// A network of IPv6 is one client, because each of its members has as many addresses as it likes.
     pub(crate) fn sharer(self) -> Option<IpAddr> {
-        match self.0 {
-            ip if ip.is_loopback() => None,
-            IpAddr::V4(ip) => Some(ip.into()),
-            IpAddr::V6(ip) => {
-                let network = ip.to_bits() & !u128::from(u64::MAX);
-                Some(Ipv6Addr::from_bits(network).into())
-            }
+        (!self.0.is_loopback()).then(|| self.network())
+    }
+
+    /// The address, of IPv6 its /64: each member of such a network has as many addresses as it likes.
+    pub(crate) fn network(self) -> IpAddr {
+        match self.0.to_canonical() {
+            IpAddr::V4(ip) => ip.into(),
+            IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX)).into(),
         }
     }
 }

@@ -113,8 +113,7 @@ impl Door {
     fn check(&self, request: &Parts) -> Result<(), Problem> {
         self.hosts.check(request)?;
         if let (Some(rate), false) = (&self.rate, is_open(request)) {
-            let Client(address) = Client::of(&request.extensions);
-            rate.check(address)?;
+            rate.check(Client::of(&request.extensions))?;
         }
         origin::check(request)?;
         match &self.tokens {

@@ -47,8 +47,8 @@ pub enum RequestLog {
 /// Adds the shared middleware to the routes of a service.
 pub fn with_middleware(routes: Router, log: RequestLog, door: Door) -> Router {
     // From the outside in: headers of all answers; the request id, which the response repeats; the span and
-    // the log line, which name that id; the metrics; the panic handler, inside all of them, so that its 500 is seen; and the
-    // door, whose refusals are logged and counted.
+    // the log line, which name that id; the metrics; the panic handler, inside all of them, so that its 500 is
+    // seen; and the door, whose refusals are logged and counted.
     let stack = ServiceBuilder::new()
         .layer(SetResponseHeaderLayer::overriding(
             header::X_CONTENT_TYPE_OPTIONS,

@@ -104,7 +104,7 @@ const NEARLY_FULL_PERCENT: u64 = 90;
 
 /// The share of a member's memory in use, in percent, when that is worth a report.
 pub fn nearly_full(used: u64, most: u64) -> Option<u64> {
-    let percent = (used * 100).checked_div(most)?;
+    let percent = used.saturating_mul(100).checked_div(most)?;
     (percent >= NEARLY_FULL_PERCENT).then_some(percent)
 }
 

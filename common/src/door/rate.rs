@@ -1,13 +1,13 @@
 //! Limits the requests of each client address.
 
 use std::hash::{BuildHasher, RandomState};
-use std::net::IpAddr;
 use std::num::NonZeroU32;
 
 use axum::http::StatusCode;
 use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 
+use crate::client::Client;
 use crate::problem::Problem;
 
 /// Addresses are divided among so many cells, and those of one cell share its rate: memory is bounded, however
@@ -31,22 +31,14 @@ impl Rate {
         }
     }
 
-    pub(super) fn check(&self, client: IpAddr) -> Result<(), Problem> {
-        let cell = self.cells.hash_one(network(client)) as Cell;
+    pub(super) fn check(&self, client: Client) -> Result<(), Problem> {
+        let cell = self.cells.hash_one(client.network()) as Cell;
         self.limiter.check_key(&cell).map_err(|until| {
             let wait = until.wait_time_from(self.clock.now());
             let detail =
                 "too many requests from this address; nothing was done: send them more slowly";
             Problem::new(StatusCode::TOO_MANY_REQUESTS, detail).retry_after(wait)
         })
-    }
-}
-
-/// Who has an IPv6 address has all those of its /64.
-fn network(client: IpAddr) -> u128 {
-    match client.to_canonical() {
-        IpAddr::V4(address) => u32::from(address).into(),
-        IpAddr::V6(address) => u128::from(address) >> 64 << 64,
     }
 }
 
@@ -68,7 +60,10 @@ mod tests {
     #[test]
     fn address_and_its_network_have_one_rate() {
         let rate = Rate::new(NonZeroU32::MIN);
-        let passes = |address: &str| rate.check(address.parse().expect("an address")).is_ok();
+        let passes = |address: &str| {
+            let client = Client(address.parse().expect("an address"));
+            rate.check(client).is_ok()
+        };
         assert!(passes("192.0.2.1"));
         assert!(!passes("192.0.2.1"));
         assert!(!passes("::ffff:192.0.2.1"));
