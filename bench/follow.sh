@@ -13,9 +13,9 @@ if [[ $engine == --help || $engine == -h ]]; then
 usage: bench/follow.sh [lmdb|cluster] [SECONDS]
 
 Prints the CPU of the facade and of a logging instance with no follower, and with 100 that wait; the
-delay from a POST's answer to the delivery with 100 followers, at 100 and 500 messages a second; and
-the same, and the facade's memory, with 1,000 at 100 a second. Each takes SECONDS (20). The map is an
-LMDB folder, or a Redis Cluster of six; load and system share the machine.
+time of a POST and the delay from its answer to the delivery, with nobody and with 100 followers, at 100
+and 500 messages a second; and the same, and the facade's memory, with 1,000 at 100 a second. Each takes
+SECONDS (20). The map is an LMDB folder, or a Redis Cluster of six; load and system share the machine.
 HELP
     exit 0
 fi
@@ -67,9 +67,10 @@ kill "${waiting[@]}"
 wait "${waiting[@]}" 2>/dev/null || true
 
 echo
-echo "| followers | messages/s | delay p50, ms | p99, ms | longest, ms |"
-echo "|---|---|---|---|---|"
+echo "| followers | messages/s | POST p50, ms | p99, ms | longest, ms | delay p50, ms | p99, ms | longest, ms |"
+echo "|---|---|---|---|---|---|---|---|"
 before=$(anonymous "$facade_pid")
+"$followers" "http://$facade" 0 100 "$seconds"
 "$followers" "http://$facade" 100 100 "$seconds"
 "$followers" "http://$facade" 100 500 "$seconds"
 "$followers" "http://$facade" 1000 100 "$seconds"

@@ -13,5 +13,5 @@ read -r logging </passwords/logging
 exec redis-server /redis.conf "$@" - <<CONFIGURATION
 requirepass $admin
 masterauth $admin
-user logging on >$logging ~entries:* ~message:* ~fence:* ~id:* +get +set +asking +eval +zadd +zrange +zrevrange +zrangebylex +zrevrangebylex +zcard +readonly +incr +time +wait +info +ping +cluster|nodes
+user logging on >$logging ~entries:* ~message:* ~fence:* ~id:* +get +set +asking +eval +evalsha +zadd +zrange +zrevrange +zrangebylex +zrevrangebylex +zcard +readonly +incr +time +wait +info +ping +cluster|nodes
 CONFIGURATION

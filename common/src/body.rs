@@ -71,6 +71,9 @@ pub async fn read_body(
                 return Err(BodyError::TooLarge(limit));
             }
             reserved.resize(bytes).map_err(|_| BodyError::NoMemory)?;
+            if read.is_empty() && body.is_end_stream() {
+                return Ok(piece);
+            }
             read.extend_from_slice(&piece);
             // What has arrived may be in twice as much memory.
             let reserve = reserved.resize(read.capacity());

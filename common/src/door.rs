@@ -11,11 +11,8 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use axum::extract::{Request, State};
+use axum::extract::Request;
 use axum::http::HeaderValue;
-use axum::http::request::Parts;
-use axum::middleware::Next;
-use axum::response::Response;
 use clap::Args;
 
 use self::host::Hosts;
@@ -109,11 +106,14 @@ impl Door {
         }
     }
 
-    /// The cheapest check comes first.
-    fn check(&self, request: &Parts) -> Result<(), Problem> {
+    /// Whether a request may come in. The cheapest check comes first.
+    ///
+    /// # Errors
+    /// The answer to one that may not.
+    pub(crate) fn check(&self, request: &Request) -> Result<(), Problem> {
         self.hosts.check(request)?;
         if let (Some(rate), false) = (&self.rate, is_open(request)) {
-            rate.check(Client::of(&request.extensions))?;
+            rate.check(Client::of(request.extensions()))?;
         }
         origin::check(request)?;
         match &self.tokens {
@@ -141,19 +141,8 @@ pub fn follow_authorization(file: PathBuf) -> Result<Followed<HeaderValue>, Stri
     })
 }
 
-/// Lets a request in, or answers it.
-pub(crate) async fn admit(
-    State(door): State<Door>,
-    request: Request,
-    next: Next,
-) -> Result<Response, Problem> {
-    let (parts, body) = request.into_parts();
-    door.check(&parts)?;
-    Ok(next.run(Request::from_parts(parts, body)).await)
-}
-
 /// Whether a request asks only whether the service runs or is ready. The other answers of `/readyz` name
 /// the services behind.
-fn is_open(request: &Parts) -> bool {
-    matches!(request.uri.path(), "/livez" | "/readyz") && request.uri.query().is_none()
+fn is_open(request: &Request) -> bool {
+    matches!(request.uri().path(), "/livez" | "/readyz") && request.uri().query().is_none()
 }

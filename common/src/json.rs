@@ -11,6 +11,9 @@ use serde_json::ser::Formatter;
 
 use crate::escape::needs_escape;
 
+/// Bytes that a line begins with, so that the usual one needs no more.
+const USUAL_LINE: usize = 256;
+
 /// A JSON response that ends with a newline, so that a terminal shows its prompt on the next line.
 #[derive(Debug)]
 pub struct JsonLine<T>(pub T);
@@ -18,7 +21,7 @@ pub struct JsonLine<T>(pub T);
 impl<T: Serialize> IntoResponse for JsonLine<T> {
     fn into_response(self) -> Response {
         let content_type = [(header::CONTENT_TYPE, "application/json")];
-        let mut line = Vec::new();
+        let mut line = Vec::with_capacity(USUAL_LINE);
         write_line(&mut line, &self.0);
         (content_type, line).into_response()
     }

@@ -6,15 +6,14 @@ use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use axum::extract::{MatchedPath, Request};
-use axum::http::{HeaderMap, Method, header};
-use axum::middleware::Next;
+use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use metrics::{counter, describe_gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use metrics_process::Collector;
 use metrics_util::MetricKindMask;
 use tracing::field::Empty;
-use tracing::{Instrument, Span, debug_span};
+use tracing::{Span, debug_span};
 
 use crate::output;
 use crate::traces::{TRACE_ID, TRACEPARENT, TRACES, continue_trace, trace_id};
@@ -135,38 +134,60 @@ fn open_metrics(prometheus: &str) -> String {
     text
 }
 
-/// Measures a request, and makes it a span of its trace. Labels are bounded: the route's template, and of
-/// the methods and paths that no route has, one name for all.
-pub(crate) async fn measure(request: Request, next: Next) -> Response {
-    let route = request.extensions().get::<MatchedPath>();
-    let route = route.map_or("other", MatchedPath::as_str).to_owned();
-    let method = match *request.method() {
-        Method::GET => "GET",
-        Method::POST => "POST",
-        Method::HEAD => "HEAD",
-        _ => "other",
-    };
-    let span = debug_span!(
-        target: TRACES,
-        "request",
-        "otel.kind" = "server",
-        "otel.name" = format!("{method} {route}"),
-        "http.request.method" = method,
-        "http.route" = route,
-        "http.response.status_code" = Empty,
-    );
-    let traceparent = request.headers().get(TRACEPARENT);
-    continue_trace(&span, traceparent.and_then(|parent| parent.to_str().ok()));
-    if let Some(id) = trace_id(&span) {
-        Span::current().record(TRACE_ID, id);
+/// The measurement of a request, which is also a span of its trace. Labels are bounded: the route's template,
+/// and of the methods and paths that no route has, one name for all.
+pub(crate) struct Measurement {
+    begin: Instant,
+    method: &'static str,
+    route: Option<MatchedPath>,
+    /// What answers the request is in it.
+    pub(crate) span: Span,
+}
+
+impl Measurement {
+    pub(crate) fn begin(request: &Request) -> Self {
+        let route = request.extensions().get::<MatchedPath>().cloned();
+        let method = match *request.method() {
+            Method::GET => "GET",
+            Method::POST => "POST",
+            Method::HEAD => "HEAD",
+            _ => "other",
+        };
+        let route_name = name_of(route.as_ref());
+        let span = debug_span!(
+            target: TRACES,
+            "request",
+            "otel.kind" = "server",
+            "otel.name" = format!("{method} {route_name}"),
+            "http.request.method" = method,
+            "http.route" = route_name,
+            "http.response.status_code" = Empty,
+        );
+        let traceparent = request.headers().get(TRACEPARENT);
+        continue_trace(&span, traceparent.and_then(|parent| parent.to_str().ok()));
+        if let Some(id) = trace_id(&span) {
+            Span::current().record(TRACE_ID, id);
+        }
+        Self {
+            begin: Instant::now(),
+            method,
+            route,
+            span,
+        }
     }
-    let begin = Instant::now();
-    let response = next.run(request).instrument(span.clone()).await;
-    let status = response.status().as_str().to_owned();
-    span.record("http.response.status_code", response.status().as_u16());
-    histogram!(REQUEST_DURATION, "method" => method, "route" => route, "status" => status)
-        .record(begin.elapsed());
-    response
+
+    pub(crate) fn end(self, status: StatusCode) {
+        self.span
+            .record("http.response.status_code", status.as_u16());
+        let route = name_of(self.route.as_ref()).to_owned();
+        let status = status.as_str().to_owned();
+        histogram!(REQUEST_DURATION, "method" => self.method, "route" => route, "status" => status)
+            .record(self.begin.elapsed());
+    }
+}
+
+fn name_of(route: Option<&MatchedPath>) -> &str {
+    route.map_or("other", MatchedPath::as_str)
 }
 
 #[cfg(test)]

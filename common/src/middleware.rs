@@ -2,27 +2,23 @@
 //! that no handler answers.
 
 use std::any::Any;
-use std::time::Duration;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Instant;
 
 use axum::Router;
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
-use axum::middleware::{from_fn, from_fn_with_state};
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use tower::ServiceBuilder;
-use tower::util::MapRequestLayer;
-use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::request_id::{
-    MakeRequestUuid, PropagateRequestIdLayer, RequestId, SetRequestIdLayer,
-};
-use tower_http::set_header::SetResponseHeaderLayer;
-use tower_http::trace::TraceLayer;
-use tracing::Span;
+use futures_util::FutureExt;
 use tracing::field::Empty;
+use tracing::{Instrument, Span};
+use uuid::Uuid;
 
 use crate::client::Client;
-use crate::door::{Door, admit};
-use crate::metrics::measure;
+use crate::door::Door;
+use crate::metrics::Measurement;
 use crate::problem::Problem;
 use crate::traces::TRACE_ID;
 
@@ -44,45 +40,97 @@ pub enum RequestLog {
     Off,
 }
 
+/// Counts the requests of a service, besides the metrics.
+pub trait Count: Send + Sync {
+    /// Counts a request that begins, and returns whether its answer is to be counted too.
+    fn count_request(&self, request: &Request) -> bool;
+
+    /// Counts an answer.
+    fn count_answer(&self, status: StatusCode);
+}
+
+/// What the middleware of a service needs.
+struct Service {
+    log: RequestLog,
+    door: Door,
+    counts: Option<Arc<dyn Count>>,
+}
+
 /// Adds the shared middleware to the routes of a service.
-pub fn with_middleware(routes: Router, log: RequestLog, door: Door) -> Router {
-    // From the outside in: headers of all answers; the request id, which the response repeats; the span and
-    // the log line, which name that id; the metrics; the panic handler, inside all of them, so that its 500 is
-    // seen; and the door, whose refusals are logged and counted.
-    let stack = ServiceBuilder::new()
-        .layer(SetResponseHeaderLayer::overriding(
-            header::X_CONTENT_TYPE_OPTIONS,
-            HeaderValue::from_static("nosniff"),
-        ))
-        .layer(SetResponseHeaderLayer::overriding(
-            header::CACHE_CONTROL,
-            HeaderValue::from_static("no-store"),
-        ))
-        .layer(MapRequestLayer::new(drop_unusable_request_id))
-        .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid))
-        .layer(PropagateRequestIdLayer::x_request_id())
-        .layer(
-            TraceLayer::new_for_http()
-                .make_span_with(request_span)
-                .on_request(())
-                .on_response(
-                    move |response: &axum::http::Response<_>, elapsed, _: &Span| {
-                        if log == RequestLog::On {
-                            log_answer(response.status(), elapsed);
-                        }
-                    },
-                )
-                .on_body_chunk(())
-                .on_eos(())
-                .on_failure(()),
-        )
-        .layer(from_fn(measure))
-        .layer(CatchPanicLayer::custom(answer_panic))
-        .layer(from_fn_with_state(door, admit));
+pub fn with_middleware(
+    routes: Router,
+    log: RequestLog,
+    door: Door,
+    counts: Option<Arc<dyn Count>>,
+) -> Router {
+    let service = Arc::new(Service { log, door, counts });
     routes
         .fallback(answer_not_found)
         .method_not_allowed_fallback(answer_method_not_allowed)
-        .layer(stack)
+        .layer(from_fn_with_state(service, observe))
+}
+
+/// Has the door and then a handler answer a request. Whoever answers, and if the handler panics, the answer
+/// is measured and logged under the request's id, and has the headers of all answers.
+///
+/// One function, as each layer of a stack costs a box or two for every request.
+async fn observe(
+    State(service): State<Arc<Service>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let begin = Instant::now();
+    let counts = service.counts.as_ref();
+    let counts = counts.filter(|counts| counts.count_request(&request));
+    let id = identify(request.headers_mut());
+    let span = request_span(&request, &id);
+    let answering = async {
+        let measurement = Measurement::begin(&request);
+        let answering = async {
+            match service.door.check(&request) {
+                Ok(()) => next.run(request).await,
+                Err(problem) => problem.into_response(),
+            }
+        };
+        let answering = answering.instrument(measurement.span.clone());
+        let answer = AssertUnwindSafe(answering).catch_unwind().await;
+        let response = answer.unwrap_or_else(|panic| answer_panic(&*panic));
+        measurement.end(response.status());
+        if service.log == RequestLog::On {
+            let elapsed_ms = begin.elapsed().as_micros() as f64 / 1000.0;
+            let status = response.status().as_u16();
+            tracing::info!(status, elapsed_ms, "answered");
+        }
+        response
+    };
+    let mut response = answering.instrument(span).await;
+    if let Some(counts) = counts {
+        counts.count_answer(response.status());
+    }
+    let headers = response.headers_mut();
+    headers.insert(REQUEST_ID, id);
+    headers.insert(
+        header::X_CONTENT_TYPE_OPTIONS,
+        HeaderValue::from_static("nosniff"),
+    );
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(header::VARY, HeaderValue::from_static("accept"));
+    response
+}
+
+/// The request's id; makes one if it has none that can be used.
+fn identify(headers: &mut HeaderMap) -> HeaderValue {
+    let is_usable = |id: &&HeaderValue| {
+        let bytes = id.as_bytes();
+        (1..=MAX_REQUEST_ID).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
+    };
+    if let Some(id) = headers.get(REQUEST_ID).filter(is_usable) {
+        return id.clone();
+    }
+    let id = Uuid::new_v4().to_string();
+    let id = HeaderValue::try_from(id).expect("a UUID is plain ASCII");
+    headers.insert(REQUEST_ID, id.clone());
+    id
 }
 
 /// The request id that [`with_middleware`] gave this request.
@@ -90,25 +138,10 @@ pub fn request_id(headers: &HeaderMap) -> Option<&str> {
     headers.get(REQUEST_ID)?.to_str().ok()
 }
 
-fn drop_unusable_request_id<B>(mut request: Request<B>) -> Request<B> {
-    let usable = request.headers().get(REQUEST_ID).is_none_or(|id| {
-        let bytes = id.as_bytes();
-        (1..=MAX_REQUEST_ID).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
-    });
-    if !usable {
-        request.headers_mut().remove(REQUEST_ID);
-    }
-    request
-}
-
-fn request_span<B>(request: &Request<B>) -> Span {
-    let id = request
-        .extensions()
-        .get::<RequestId>()
-        .and_then(|id| id.header_value().to_str().ok());
+fn request_span(request: &Request, id: &HeaderValue) -> Span {
     tracing::info_span!(
         "request",
-        id,
+        id = id.to_str().ok(),
         method = shown(request.method().as_str()),
         path = shown(request.uri().path()),
         client = %Client::of(request.extensions()).0,
@@ -121,12 +154,7 @@ fn shown(text: &str) -> &str {
     &text[..text.floor_char_boundary(MAX_SHOWN)]
 }
 
-fn log_answer(status: StatusCode, elapsed: Duration) {
-    let elapsed_ms = elapsed.as_micros() as f64 / 1000.0;
-    tracing::info!(status = status.as_u16(), elapsed_ms, "answered");
-}
-
-fn answer_panic(panic: Box<dyn Any + Send>) -> Response {
+fn answer_panic(panic: &(dyn Any + Send)) -> Response {
     let message = panic
         .downcast_ref::<String>()
         .map(String::as_str)

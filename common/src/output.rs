@@ -23,6 +23,10 @@ const MAX_WAITING: usize = 4 * 1024 * 1024;
 /// The bytes of one write at most. Each that ends shows that the output moves.
 const WRITE_PIECE: usize = 64 * 1024;
 
+/// For how long lines gather that nobody waits for: a write, and waking the thread for it, costs more than
+/// formatting a line.
+const GATHER: Duration = Duration::from_millis(5);
+
 /// The pause after a write that failed, before it is tried again.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -107,6 +111,13 @@ pub(crate) fn dropped_lines() -> u64 {
     OUTPUT.dropped_lines.load(Ordering::Relaxed)
 }
 
+impl Waiting {
+    /// Whether the text is written at once.
+    fn is_urgent(&self) -> bool {
+        !self.callers.is_empty() || self.text.len() >= WRITE_PIECE
+    }
+}
+
 impl Output {
     fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
@@ -131,10 +142,14 @@ impl Output {
     }
 
     fn append(&self, mut waiting: MutexGuard<'_, Waiting>, text: &[u8]) {
+        let was_empty = waiting.text.is_empty();
         waiting.text.extend_from_slice(text);
         waiting.stuck_since.get_or_insert_with(Instant::now);
+        let wakes = was_empty || waiting.is_urgent();
         drop(waiting);
-        self.grown.notify_one();
+        if wakes {
+            self.grown.notify_one();
+        }
     }
 
     fn write_to(&self, mut output: impl Write) {
@@ -148,6 +163,10 @@ impl Output {
                     .wait(waiting)
                     .unwrap_or_else(PoisonError::into_inner);
             }
+            let gathered = self
+                .grown
+                .wait_timeout_while(waiting, GATHER, |waiting| !waiting.is_urgent());
+            let (mut waiting, _) = gathered.unwrap_or_else(PoisonError::into_inner);
             let text = std::mem::take(&mut waiting.text);
             let callers = std::mem::take(&mut waiting.callers);
             drop(waiting);
@@ -208,6 +227,10 @@ impl Write for Lines {
 /// there is nothing to escape.
 fn escape(line: &[u8]) -> Option<String> {
     // The other control characters of ASCII are the newline of the line and the colours.
+    let may_be_escaped = |byte: &u8| *byte >= 0x7f;
+    if !line.iter().any(may_be_escaped) {
+        return None;
+    }
     let is_escaped = |character: char| {
         character == '\u{7f}' || (!character.is_ascii() && needs_escape(character))
     };

@@ -202,11 +202,8 @@ fn poll_read(
 ) -> Poll<io::Result<()>> {
     loop {
         ready!(stream.poll_read_ready(context))?;
-        match stream.try_read(buffer.initialize_unfilled()) {
-            Ok(bytes) => {
-                buffer.advance(bytes);
-                return Poll::Ready(Ok(()));
-            }
+        match stream.try_read_buf(buffer) {
+            Ok(_) => return Poll::Ready(Ok(())),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Err(error) => return Poll::Ready(Err(error)),
         }

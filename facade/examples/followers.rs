@@ -1,5 +1,5 @@
 //! The load of `bench/follow.sh`: followers of the log, and messages at a steady rate. Prints how long
-//! after the POST's answer each message was delivered to each follower.
+//! the POSTs took, and how long after the answer each message was delivered to each follower.
 //! Usage: followers URL FOLLOWERS MESSAGES_PER_SECOND SECONDS
 
 use std::collections::HashMap;
@@ -33,13 +33,17 @@ async fn main() -> anyhow::Result<()> {
         ticks.tick().await;
         let post = http.post(url).body(format!("message number {n}"));
         posts.spawn(async move {
+            let begin = Instant::now();
             let answer: Value = post.send().await?.error_for_status()?.json().await?;
             let uuid: Uuid = serde_json::from_value(answer["uuid"].clone())?;
-            anyhow::Ok((uuid, Instant::now()))
+            anyhow::Ok((uuid, begin, Instant::now()))
         });
     }
-    let answered = posts.join_all().await;
-    let answered: HashMap<Uuid, Instant> = answered.into_iter().collect::<Result<_, _>>()?;
+    let posted = posts.join_all().await;
+    let posted: Vec<(Uuid, Instant, Instant)> = posted.into_iter().collect::<Result<_, _>>()?;
+    let took = posted.iter().map(|(_, begin, end)| *end - *begin).collect();
+    let answered: HashMap<Uuid, Instant> =
+        posted.into_iter().map(|post| (post.0, post.2)).collect();
     let mut delays = Vec::new();
     for delivered in following.join_all().await {
         let delivered = delivered?;
@@ -52,18 +56,25 @@ async fn main() -> anyhow::Result<()> {
             delays.push(at.saturating_duration_since(*answered));
         }
     }
-    delays.sort();
-    let percentile = |percent: usize| {
-        let index = (delays.len() * percent / 100).min(delays.len() - 1);
-        delays[index].as_secs_f64() * 1000.0
-    };
     println!(
-        "| {followers} | {rate} | {:.1} | {:.1} | {:.1} |",
-        percentile(50),
-        percentile(99),
-        percentile(100)
+        "| {followers} | {rate} | {} | {} |",
+        percentiles(took),
+        percentiles(delays)
     );
     Ok(())
+}
+
+/// The median, the 99th percentile and the longest, in milliseconds, as cells of a table.
+fn percentiles(mut times: Vec<Duration>) -> String {
+    times.sort();
+    let percentile = |percent: usize| {
+        let index = (times.len() * percent / 100).min(times.len().saturating_sub(1));
+        let time = times.get(index);
+        time.map_or("".to_owned(), |time| {
+            format!("{:.1}", time.as_secs_f64() * 1000.0)
+        })
+    };
+    [50, 99, 100].map(percentile).join(" | ")
 }
 
 /// When each of the next `count` messages was delivered.

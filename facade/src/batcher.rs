@@ -5,13 +5,17 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use common::api::{Batch, EncodedEntry, PutEntry, PutResult};
 use common::entry::Outcome;
+use futures_util::FutureExt;
 use metrics::histogram;
 use tokio::sync::{Notify, oneshot};
+use tokio::task::yield_now;
 use tokio::time::Instant;
 
 use crate::client::LoggingApi;
@@ -105,11 +109,7 @@ impl Batcher {
 
     /// Queues one entry and returns a future of its outcome. If the future is dropped, the entry
     /// may or may not be stored.
-    pub fn put(
-        &self,
-        entry: &PutEntry,
-        held: Held,
-    ) -> impl Future<Output = Result<Outcome, BatchFailure>> + Send + use<> {
+    pub fn put(&self, entry: &PutEntry, held: Held) -> Answer {
         let entry = entry.encode();
         let (reply, outcome) = oneshot::channel();
         let mut queue = self.shared.lock();
@@ -122,10 +122,7 @@ impl Batcher {
         });
         drop(queue);
         self.shared.changed.notify_one();
-        async {
-            let stopping = Outcome::unknown("the facade is stopping");
-            outcome.await.unwrap_or(Ok(stopping))
-        }
+        Answer(outcome)
     }
 
     /// The encoded length of all entries that wait for a batch.
@@ -139,6 +136,19 @@ impl Batcher {
         let waited = queue.entries.front().map(|first| first.since.elapsed());
         let is_behind = waited.is_some_and(|waited| waited > LONG_WAIT);
         !is_behind || queue.bytes <= MAX_WAITING_BATCHES * queue.batch_limit
+    }
+}
+
+/// The future outcome of an entry.
+#[derive(Debug)]
+pub struct Answer(oneshot::Receiver<Result<Outcome, BatchFailure>>);
+
+impl Future for Answer {
+    type Output = Result<Outcome, BatchFailure>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let answer = ready!(self.0.poll_unpin(context));
+        Poll::Ready(answer.unwrap_or_else(|_| Ok(Outcome::unknown("the facade is stopping"))))
     }
 }
 
@@ -157,6 +167,8 @@ impl Shared {
     /// `None` when the batcher is dropped and its queue is empty.
     async fn next_batch(&self) -> Option<Vec<Queued>> {
         loop {
+            // The tasks that can run now may have entries for the batch.
+            yield_now().await;
             {
                 let mut queue = self.lock();
                 let batch = queue.take_batch();

@@ -6,6 +6,7 @@
 mod messages;
 mod values;
 
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use askama::Template;
@@ -88,7 +89,7 @@ pub(crate) struct PageQuery {
 }
 
 /// The page and its files, which are no part of the API.
-pub(crate) fn routes() -> Router<App> {
+pub(crate) fn routes() -> Router<Arc<App>> {
     Router::new()
         .route("/console", get(show).post(post))
         .route("/console/console.css", get(style))
@@ -96,7 +97,7 @@ pub(crate) fn routes() -> Router<App> {
 }
 
 /// `GET /console`.
-async fn show(State(app): State<App>, client: Client, uri: Uri) -> Response {
+async fn show(State(app): State<Arc<App>>, client: Client, uri: Uri) -> Response {
     answer(&app, client, &uri).await
 }
 
@@ -114,7 +115,7 @@ pub(crate) async fn answer(app: &App, client: Client, uri: &Uri) -> Response {
 }
 
 /// `POST /console`: the page's form without JavaScript. Posts as `POST /` does, then leads back to the page.
-async fn post(State(app): State<App>, request: Request) -> Response {
+async fn post(State(app): State<Arc<App>>, request: Request) -> Response {
     #[derive(Deserialize)]
     struct Stored {
         uuid: Uuid,

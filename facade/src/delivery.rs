@@ -1,22 +1,24 @@
 //! Delivers one message: decides on which instances, how often, under which UUID and until when it
 //! is tried. `judge` decides what an outcome means.
 
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use common::api::PutEntry;
 use common::entry::Outcome;
 use common::traces::{TRACES, traceparent};
-use futures_util::StreamExt;
-use futures_util::stream::FuturesUnordered;
+use futures_util::FutureExt;
 use metrics::counter;
+use smallvec::SmallVec;
 use tokio::time::{Instant, sleep, timeout_at};
 use tower::retry::budget::Budget;
-use tracing::{Instrument, debug_span};
+use tracing::{Span, debug_span};
 use uuid::Uuid;
 
 use crate::backoff::Backoff;
-use crate::batcher::{BatchFailure, Held};
+use crate::batcher::{Answer, BatchFailure, Held};
 use crate::error::without_addresses;
 use crate::judge::{Doubt, Key, NotStored, Trouble, Verdict, judge};
 use crate::metrics::{HEDGE, REPEATS};
@@ -61,8 +63,8 @@ pub enum WhenOverloaded {
 #[derive(Debug)]
 pub struct Stored {
     pub uuid: Uuid,
-    /// `HOST:PORT` of the instance that reported the entry stored.
-    pub instance: String,
+    /// The instance that reported the entry stored.
+    pub instance: Arc<Instance>,
     /// Whether the entry was in the map before this request.
     pub is_duplicate: bool,
 }
@@ -100,10 +102,10 @@ struct Delivery<'pool> {
     overload: WhenOverloaded,
     /// Whether an ended try may have stored the message.
     maybe_stored: MaybeStored,
-    /// The instances whose tries have not ended.
-    pending: Vec<Arc<Instance>>,
+    /// The tries that have not ended.
+    pending: SmallVec<[Try; 2]>,
     /// The instances tried in this round.
-    tried: Vec<Arc<Instance>>,
+    tried: SmallVec<[Arc<Instance>; 2]>,
     /// The reason of the last failed try on each instance, for the caller.
     reasons: Vec<(String, String)>,
     backoff: Backoff,
@@ -111,6 +113,14 @@ struct Delivery<'pool> {
     moves: u32,
     /// Tries whose UUID had a time that the map rejects.
     clock_tries: u32,
+}
+
+/// A message that an instance has in its queue or in a batch.
+struct Try {
+    instance: Arc<Instance>,
+    answer: Answer,
+    /// The try's part of the request's trace.
+    _span: Span,
 }
 
 /// When the next try begins.
@@ -143,8 +153,8 @@ impl<'pool> Delivery<'pool> {
             held: message.held,
             overload: message.overload,
             maybe_stored: MaybeStored::No,
-            pending: Vec::new(),
-            tried: Vec::new(),
+            pending: SmallVec::new(),
+            tried: SmallVec::new(),
             reasons: Vec::new(),
             backoff: Backoff::new(FIRST_PAUSE, MAX_PAUSE),
             moves: 0,
@@ -155,22 +165,19 @@ impl<'pool> Delivery<'pool> {
     async fn run(&mut self) -> Result<Stored, NotStored> {
         let first = self.first_instance().await?;
         self.pool.retry_budget.deposit();
-        let mut tries = FuturesUnordered::new();
-        tries.push(self.try_on(first));
+        self.begin_try(first);
         loop {
             let ended = tokio::select! {
-                ended = tries.next() => ended,
+                ended = self.next_answer() => Some(ended),
                 () = sleep(HEDGE_AFTER) => None,
             };
             let Some((instance, answer)) = ended else {
                 if let Some(second) = self.hedge() {
                     counter!(REPEATS, "reason" => HEDGE).increment(1);
-                    tries.push(self.try_on(second));
+                    self.begin_try(second);
                 }
                 continue;
             };
-            self.pending
-                .retain(|pending| !Arc::ptr_eq(pending, &instance));
             let doubt = Doubt {
                 key: self.key,
                 maybe_stored: self.maybe_stored,
@@ -183,7 +190,7 @@ impl<'pool> Delivery<'pool> {
                     self.log_continued(&instance.name);
                     return Ok(Stored {
                         uuid: self.entry.uuid,
-                        instance: instance.name.clone(),
+                        instance,
                         is_duplicate,
                     });
                 }
@@ -193,9 +200,24 @@ impl<'pool> Delivery<'pool> {
             self.note(&instance.name, detail);
             if let Some(next) = self.next_instance(trouble).await? {
                 counter!(REPEATS, "reason" => trouble.word()).increment(1);
-                tries.push(self.try_on(next));
+                self.begin_try(next);
             }
         }
+    }
+
+    /// Waits for the first answer to a pending try; for ever when there is none.
+    fn next_answer(
+        &mut self,
+    ) -> impl Future<Output = (Arc<Instance>, Result<Outcome, BatchFailure>)> {
+        poll_fn(|context| {
+            for index in 0..self.pending.len() {
+                let answer = self.pending[index].answer.poll_unpin(context);
+                if let Poll::Ready(answer) = answer {
+                    return Poll::Ready((self.pending.remove(index).instance, answer));
+                }
+            }
+            Poll::Pending
+        })
     }
 
     /// Waits for an instance that is up and not overloaded.
@@ -292,15 +314,11 @@ impl<'pool> Delivery<'pool> {
     }
 
     /// Queues the entry on an instance, under a new UUID if it may have one.
-    fn try_on(
-        &mut self,
-        instance: Arc<Instance>,
-    ) -> impl Future<Output = (Arc<Instance>, Result<Outcome, BatchFailure>)> + use<> {
+    fn begin_try(&mut self, instance: Arc<Instance>) {
         let is_retry = !self.reasons.is_empty();
         if is_retry && self.may_renew() {
             self.entry.uuid = self.pool.identifiers.next();
         }
-        self.pending.push(instance.clone());
         self.tried.push(instance.clone());
         let span = debug_span!(
             target: TRACES,
@@ -310,7 +328,11 @@ impl<'pool> Delivery<'pool> {
         );
         self.entry.traceparent = traceparent(&span);
         let answer = instance.batcher.put(&self.entry, self.held.clone());
-        async { (instance, answer.await) }.instrument(span)
+        self.pending.push(Try {
+            instance,
+            answer,
+            _span: span,
+        });
     }
 
     fn note(&mut self, instance: &str, reason: impl Into<String>) {
@@ -348,8 +370,8 @@ impl<'pool> Delivery<'pool> {
     fn failures(&self) -> String {
         let failed = self.reasons.iter();
         let failed = failed.map(|(instance, reason)| format!("logging {instance} {reason}"));
-        let pending = self.pending.iter();
-        let pending = pending.map(|instance| format!("logging {} did not answer", instance.name));
+        let pending = self.pending.iter().map(|pending| &pending.instance.name);
+        let pending = pending.map(|instance| format!("logging {instance} did not answer"));
         failed.chain(pending).collect::<Vec<_>>().join("; ")
     }
 

@@ -87,7 +87,11 @@ pub(crate) struct Follow {
 ///
 /// # Errors
 /// When there are too many followers, or no instance answers within the read deadline.
-pub(crate) async fn answer(app: App, follow: Follow, client: Client) -> Result<Response, Problem> {
+pub(crate) async fn answer(
+    app: Arc<App>,
+    follow: Follow,
+    client: Client,
+) -> Result<Response, Problem> {
     let permit = app.followers.permits.take(client, 1);
     let permit = permit.map_err(|Exhausted| too_many("followers"))?;
     let window = app.followers.window.join(&app.pool, app.read_deadline);
@@ -155,7 +159,7 @@ impl From<UpstreamError> for Cut {
 
 /// A follower from its first piece to its last.
 struct Follower {
-    app: App,
+    app: Arc<App>,
     window: Arc<Window>,
     format: Format,
     /// Everything up to here was sent, or is not wanted.
@@ -264,7 +268,7 @@ impl Follower {
             pool,
             read_deadline,
             ..
-        } = &self.app;
+        } = &*self.app;
         Cursor::new(pool, *read_deadline, query, self.request_id.clone())
     }
 

@@ -83,7 +83,7 @@ impl ListQuery {
 /// `GET /`: all messages within the bounds, merged with the messages service's reply; to a browser the
 /// console.
 pub(crate) async fn list(
-    State(app): State<App>,
+    State(app): State<Arc<App>>,
     uri: Uri,
     headers: HeaderMap,
     client: Client,
@@ -159,7 +159,7 @@ fn resumed(follow: Follow, headers: &HeaderMap) -> Result<Follow, Problem> {
 
 /// `GET /{uuid}`: one entry.
 pub(crate) async fn show(
-    State(app): State<App>,
+    State(app): State<Arc<App>>,
     path: Result<Path<Uuid>, PathRejection>,
     client: Client,
 ) -> Result<Response, Problem> {

@@ -2,6 +2,7 @@
 //!
 //! Unexpected parts of a body are refused, never dropped: a silently cut message is a lost message.
 
+use std::borrow::Cow;
 use std::convert::Infallible;
 
 use axum::http::{HeaderMap, header};
@@ -34,6 +35,8 @@ const MAX_JSON_EXPANSION: usize = 6;
 
 /// The most bytes of a body around its message: `{"msg":"…"}` and white space.
 const BODY_OVERHEAD: usize = 1024;
+
+const FORM: &str = "application/x-www-form-urlencoded";
 
 /// Working commands, quoted in errors.
 const COMMANDS: &str = "with curl: --data-urlencode 'msg=TEXT', or --json '{\"msg\":\"TEXT\"}', or \
@@ -79,6 +82,7 @@ impl ContentType {
         let mut content_types = headers.get_all(header::CONTENT_TYPE).iter();
         let content_type = match (content_types.next(), content_types.next()) {
             (None, _) => return Ok(Self::body(BodyFormat::Text)),
+            (Some(form), None) if form == FORM => return Ok(Self::body(BodyFormat::Form)),
             (Some(content_type), None) => content_type.to_str().ok(),
             (Some(_), Some(_)) => None,
         };
@@ -88,7 +92,7 @@ impl ContentType {
         require_utf8(&media_type)?;
         let essence = media_type.essence().to_string().to_ascii_lowercase();
         match essence.as_str() {
-            "application/x-www-form-urlencoded" => Ok(Self::body(BodyFormat::Form)),
+            FORM => Ok(Self::body(BodyFormat::Form)),
             "application/json" => Ok(Self::body(BodyFormat::Json)),
             "text/plain" => Ok(Self::body(BodyFormat::Text)),
             "application/x-ndjson" => Ok(Self::Ndjson),
@@ -161,6 +165,7 @@ pub(crate) fn check_size(msg: &str, max_message: usize) -> Result<(), Problem> {
 fn form_message(body: Bytes) -> Result<String, Problem> {
     let body = utf8(body.into())?;
     let field = match body.split_once('=') {
+        Some(("msg", value)) if !value.contains('&') => value,
         Some((name, value)) if !body.contains('&') && decode_form(name)? == "msg" => value,
         _ => {
             return Err(Problem::bad_request(format!(
@@ -207,7 +212,10 @@ pub(crate) async fn multipart_message(
 
 fn decode_form(text: &str) -> Result<String, Problem> {
     let spaced = text.replace('+', " ");
-    utf8(percent_decode_str(&spaced).collect())
+    match percent_decode_str(&spaced).into() {
+        Cow::Borrowed(_) => Ok(spaced),
+        Cow::Owned(decoded) => utf8(decoded),
+    }
 }
 
 fn json_message(body: &[u8]) -> Result<String, Problem> {

@@ -1,6 +1,8 @@
 //! `GET /metrics`: what the facade measures besides requests. What only a scrape needs is read then;
 //! the rest is counted where it happens.
 
+use std::sync::Arc;
+
 use ::metrics::{counter, gauge};
 use axum::extract::State;
 use axum::http::HeaderMap;
@@ -62,7 +64,7 @@ pub(crate) fn describe() {
     }
 }
 
-pub(crate) async fn show(State(app): State<App>, headers: HeaderMap) -> Response {
+pub(crate) async fn show(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
     for instance in app.pool.instances() {
         let is_up = if instance.health.is_up() { 1.0 } else { 0.0 };
         let name = &instance.name;

@@ -70,8 +70,8 @@ pub(crate) fn head() -> OpenApi {
 pub(crate) fn at(
     path: &str,
     description: PathItem,
-    methods: MethodRouter<App>,
-) -> UtoipaMethodRouter<App> {
+    methods: MethodRouter<Arc<App>>,
+) -> UtoipaMethodRouter<Arc<App>> {
     let paths = PathsBuilder::new().path(path, description).build();
     (Vec::new(), paths, methods)
 }

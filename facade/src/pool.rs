@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
+use smallvec::SmallVec;
 use tokio::sync::Notify;
 use tokio::time;
 use tower::retry::budget::TpsBudget;
@@ -154,7 +155,8 @@ impl Pool {
     fn pick(&self, is_candidate: impl Fn(&Instance) -> bool) -> Option<Arc<Instance>> {
         let members = self.members.read().unwrap_or_else(PoisonError::into_inner);
         let instances = members.iter().map(|member| &member.instance);
-        let candidates: Vec<_> = instances.filter(|one| is_candidate(one)).collect();
+        let candidates = instances.filter(|one| is_candidate(one));
+        let candidates: SmallVec<[_; 8]> = candidates.collect();
         let mut random = self.random.lock().unwrap_or_else(PoisonError::into_inner);
         candidates.choose(&mut *random).copied().cloned()
     }

@@ -31,7 +31,10 @@ pub(crate) const LOGGING_INSTANCE: HeaderName = HeaderName::from_static("x-loggi
 pub(crate) const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
 /// `POST /`, which hands NDJSON over to `upload`.
-pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<Response, Problem> {
+pub(crate) async fn create(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
     let format = match ContentType::of(&parts.headers)? {
         ContentType::OneMessage(format) => format,
@@ -120,6 +123,6 @@ fn answer_stored(stored: &Stored, msg: &str) -> Response {
         msg,
         duplicate: stored.is_duplicate,
     };
-    let instance = [(LOGGING_INSTANCE, stored.instance.clone())];
+    let instance = [(LOGGING_INSTANCE, stored.instance.name.as_str())];
     (instance, JsonLine(answer)).into_response()
 }

@@ -23,7 +23,6 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, Span, debug_span};
 use uuid::Uuid;
 
-use crate::counters::Counters;
 use crate::entry_stream::{EntryStream, Part};
 use crate::error::unreadable;
 use crate::format::{Format, Tail};
@@ -47,7 +46,7 @@ pub(crate) struct Read {
 ///
 /// # Errors
 /// When no logging instance begins within the read deadline.
-pub(crate) async fn answer(app: App, read: Read, permit: Permit) -> Result<Response, Problem> {
+pub(crate) async fn answer(app: Arc<App>, read: Read, permit: Permit) -> Result<Response, Problem> {
     let search = read.contains.map(|text| Search::new(text, read.limit));
     let query = ReadQuery {
         bounds: read.bounds,
@@ -58,31 +57,32 @@ pub(crate) async fn answer(app: App, read: Read, permit: Permit) -> Result<Respo
         poll: None,
     };
     let mut cursor = Cursor::new(&app.pool, app.read_deadline, query, read.request_id.clone());
-    let messages = app.messages;
-    let reply = async move { messages.reply(read.request_id.as_deref()).await };
+    let asking = app.clone();
+    let reply = async move { asking.messages.reply(read.request_id.as_deref()).await };
     let reply = AbortOnDropHandle::new(tokio::spawn(reply.in_current_span()));
     let begun = cursor.begin().await;
     begun.map_err(|error| unreadable(&app.pool, &error))?;
+    let head = Bytes::from_static(read.format.head());
+    app.counters.count_read(head.len());
     let body = MergedBody {
+        app,
         cursor,
         search,
         format: read.format,
         reply,
         count: 0,
         is_finished: false,
-        counters: app.counters.clone(),
     };
     let rest = stream::try_unfold(body, |mut body| async move {
         let chunk = body.next_chunk().await.inspect_err(|error| {
             counter!(READS_ABORTED).increment(1);
             tracing::warn!(%error, entries = body.count, "a GET is aborted: no instance continues");
         })?;
-        body.counters
+        body.app
+            .counters
             .count_read(chunk.as_ref().map_or(0, Bytes::len));
         Ok::<_, UpstreamError>(chunk.map(|chunk| (chunk, body)))
     });
-    let head = Bytes::from_static(read.format.head());
-    app.counters.count_read(head.len());
     let content_type = [(header::CONTENT_TYPE, read.format.content_type())];
     let body = Body::from_stream(stream::iter([Ok(head)]).chain(rest));
     Ok(holding((content_type, body).into_response(), permit))
@@ -220,13 +220,13 @@ impl Cursor {
 }
 
 struct MergedBody {
+    app: Arc<App>,
     cursor: Cursor,
     search: Option<Search>,
     format: Format,
     reply: AbortOnDropHandle<Result<String, UpstreamError>>,
     count: u64,
     is_finished: bool,
-    counters: Arc<Counters>,
 }
 
 impl MergedBody {

@@ -1,16 +1,16 @@
 //! All routes of the service, and `/readyz`.
 
+use std::sync::Arc;
+
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, Request, State};
-use axum::http::{HeaderValue, Method, header};
-use axum::middleware::{Next, from_fn_with_state};
+use axum::http::{Method, StatusCode};
 use axum::response::Response;
 use axum::routing::get;
 use axum::{Extension, Router};
 use common::health::{Check, ReadinessQuery, check_running, livez, readiness};
-use common::middleware::{RequestLog, with_middleware};
+use common::middleware::{Count, RequestLog, with_middleware};
 use common::problem::Problem;
-use tower_http::set_header::SetResponseHeaderLayer;
 use utoipa_axum::router::OpenApiRouter;
 use uuid::Uuid;
 
@@ -20,16 +20,14 @@ use crate::readiness::check_all;
 use crate::state::App;
 use crate::{console, docs, get, metrics, post, stats};
 
-pub fn router(app: App) -> Router {
+pub fn router(app: Arc<App>) -> Router {
     metrics::describe();
     let served = openapi::Served::default();
-    let accept = HeaderValue::from_static("accept");
-    let vary = SetResponseHeaderLayer::overriding(header::VARY, accept);
     let (described, description) = OpenApiRouter::with_openapi(openapi::head())
         .routes(at(
             "/",
             openapi::messages(app.max_message),
-            get(get::list).post(post::create).layer(vary),
+            get(get::list).post(post::create),
         ))
         .routes(at(
             "/{uuid}",
@@ -54,14 +52,14 @@ pub fn router(app: App) -> Router {
         .split_for_parts();
     served.set(&description);
     let routes = described.merge(console::routes()).with_state(app.clone());
-    with_middleware(routes, RequestLog::On, app.door.clone()).layer(from_fn_with_state(app, count))
+    with_middleware(routes, RequestLog::On, app.door.clone(), Some(app))
 }
 
 /// Ready while any logging instance can read and store. With `?verbose` it lists every instance and
 /// the messages service, which readiness does not need. A clock step that breaks the order of
 /// messages is listed in either case.
 async fn readyz(
-    State(app): State<App>,
+    State(app): State<Arc<App>>,
     query: Result<Query<ReadinessQuery>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let Query(query) = query?;
@@ -83,21 +81,25 @@ async fn readyz(
 }
 
 /// Counts all requests but those of operators. A POST to the console is one of a message.
-async fn count(State(app): State<App>, request: Request, next: Next) -> Response {
-    let path = request.uri().path();
-    let posts_message = path == "/console" && request.method() == Method::POST;
-    let is_operators = matches!(path, "/stats" | "/metrics" | "/livez" | "/readyz")
-        || path.starts_with("/console");
-    if is_operators && !posts_message {
-        return next.run(request).await;
+impl Count for App {
+    fn count_request(&self, request: &Request) -> bool {
+        let path = request.uri().path();
+        let posts_message = path == "/console" && request.method() == Method::POST;
+        let is_operators = matches!(path, "/stats" | "/metrics" | "/livez" | "/readyz")
+            || path.starts_with("/console");
+        if is_operators && !posts_message {
+            return false;
+        }
+        // The path of a CONNECT is empty.
+        let below_root = path.strip_prefix('/');
+        let is_messages = |name: &str| name.is_empty() || Uuid::try_parse(name).is_ok();
+        if posts_message || below_root.is_some_and(is_messages) {
+            self.counters.count_request(request.method());
+        }
+        true
     }
-    // The path of a CONNECT is empty.
-    let below_root = path.strip_prefix('/');
-    let is_messages = |name: &str| name.is_empty() || Uuid::try_parse(name).is_ok();
-    if posts_message || below_root.is_some_and(is_messages) {
-        app.counters.count_request(request.method());
+
+    fn count_answer(&self, status: StatusCode) {
+        self.counters.count_answer(status);
     }
-    let response = next.run(request).await;
-    app.counters.count_answer(response.status());
-    response
 }

@@ -32,7 +32,7 @@ const MAX_LOOKUP_BYTES: usize = 64 * 1024 * 1024;
 /// Requests for statistics at once: each asks every instance. More get a 503.
 const MAX_STATISTICS: usize = 4;
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct App {
     pub pool: Arc<Pool>,
     pub(crate) messages: MessagesClient,
@@ -46,12 +46,12 @@ pub struct App {
     pub(crate) uploads: Arc<Permits>,
     /// Permits for GETs of the log.
     pub(crate) reads: Arc<Permits>,
-    pub(crate) followers: Arc<Followers>,
+    pub(crate) followers: Followers,
     /// Budget for GETs of one message, in bytes.
     pub(crate) lookups: Arc<Permits>,
-    pub(crate) readiness: Arc<Readiness>,
-    pub(crate) statistics: Arc<Semaphore>,
-    pub(crate) counters: Arc<Counters>,
+    pub(crate) readiness: Readiness,
+    pub(crate) statistics: Semaphore,
+    pub(crate) counters: Counters,
     pub(crate) door: Door,
     pub(crate) stop: CancellationToken,
 }
@@ -67,7 +67,7 @@ impl App {
         timeouts: Timeouts,
         random: StdRng,
         stop: CancellationToken,
-    ) -> Result<Self, String> {
+    ) -> Result<Arc<Self>, String> {
         let pool = Pool::new(random, Identifiers::new(SystemTime::now));
         Self::discovering(config, timeouts, Arc::new(pool), stop)
     }
@@ -81,7 +81,7 @@ impl App {
         timeouts: Timeouts,
         pool: Arc<Pool>,
         stop: CancellationToken,
-    ) -> Result<Self, String> {
+    ) -> Result<Arc<Self>, String> {
         let clients = Clients::new(
             config.try_timeout / 2,
             config.logging_token_file.clone(),
@@ -100,9 +100,9 @@ impl App {
         timeouts: Timeouts,
         pool: Arc<Pool>,
         stop: CancellationToken,
-    ) -> Result<Self, String> {
+    ) -> Result<Arc<Self>, String> {
         let clients = Clients::new(config.try_timeout / 2, None, None)?;
-        Ok(Self {
+        Ok(Arc::new(Self {
             pool,
             messages: MessagesClient::new(
                 clients,
@@ -116,13 +116,13 @@ impl App {
             posts: Permits::new(MAX_POSTED_BYTES),
             uploads: Permits::new(MAX_UPLOADS),
             reads: Permits::new(config.max_reads.into()),
-            followers: Arc::new(Followers::new(config.max_followers.into())),
+            followers: Followers::new(config.max_followers.into()),
             lookups: Permits::new(MAX_LOOKUP_BYTES),
-            readiness: Arc::default(),
-            statistics: Arc::new(Semaphore::new(MAX_STATISTICS)),
-            counters: Arc::default(),
+            readiness: Readiness::default(),
+            statistics: Semaphore::new(MAX_STATISTICS),
+            counters: Counters::default(),
             door: Door::new(&config.door, config.listen, &config.host)?.with_rate(config.rate),
             stop,
-        })
+        }))
     }
 }

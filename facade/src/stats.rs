@@ -77,7 +77,7 @@ struct InstanceRow {
     put_p99_ms: Option<f64>,
 }
 
-pub(crate) async fn show(State(app): State<App>) -> Result<Response, Problem> {
+pub(crate) async fn show(State(app): State<Arc<App>>) -> Result<Response, Problem> {
     Ok(JsonLine(collect(&app).await?).into_response())
 }
 

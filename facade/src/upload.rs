@@ -60,7 +60,7 @@ pub(crate) const REPLY_FORMATS: [Format; 2] = [Format::Json, Format::Ndjson];
 
 /// Stores each line of the body. The reply is a summary after the last line, because many clients
 /// read nothing before they have sent everything; as NDJSON it streams each line's result at once.
-pub(crate) async fn create(app: App, parts: Parts, body: Body) -> Result<Response, Problem> {
+pub(crate) async fn create(app: Arc<App>, parts: Parts, body: Body) -> Result<Response, Problem> {
     let headers = &parts.headers;
     if headers.contains_key("idempotency-key") {
         return Err(Problem::bad_request(
@@ -165,7 +165,7 @@ fn stream_results(
 /// Stores the lines of a body and yields their results in order. When the body breaks off, the last
 /// item is an error; the lines before it have been processed.
 fn store_lines(
-    app: App,
+    app: Arc<App>,
     body: Body,
     request_id: Option<String>,
     upload_permit: Held,

@@ -42,7 +42,7 @@ const MAX_PIECE: usize = 256 * 1024;
 
 /// `GET /{uuid}`: one entry.
 pub(crate) async fn show(
-    State(app): State<App>,
+    State(app): State<Arc<App>>,
     path: Result<Path<Uuid>, PathRejection>,
     client: Client,
 ) -> Result<Response, Problem> {
@@ -59,7 +59,7 @@ pub(crate) async fn show(
 
 /// `GET /`: the entries within the bounds as a stream; see [`common::api::StreamEnd`].
 pub(crate) async fn list(
-    State(app): State<App>,
+    State(app): State<Arc<App>>,
     query: Result<Query<ReadQuery>, QueryRejection>,
     client: Client,
 ) -> Result<Response, Problem> {
@@ -98,8 +98,8 @@ pub(crate) async fn list(
         last: bounds.near(),
         is_finished: false,
         piece_bytes: FIRST_PIECE,
-        reads: app.reads,
-        stop: app.stop,
+        reads: app.reads.clone(),
+        stop: app.stop.clone(),
     };
     let span = map_span();
     let first = stream.next_lines().instrument(span.clone()).await;

@@ -1,6 +1,8 @@
 //! `GET /metrics`: what an instance measures besides requests. What only a scrape needs is read then;
 //! the rest is counted where it happens.
 
+use std::sync::Arc;
+
 use ::metrics::{counter, gauge, histogram};
 use axum::extract::State;
 use axum::http::HeaderMap;
@@ -63,7 +65,7 @@ pub(crate) fn describe() {
     }
 }
 
-pub(crate) async fn show(State(app): State<App>, headers: HeaderMap) -> Response {
+pub(crate) async fn show(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
     app.map.measure();
     let (outcomes, in_flight) = app.counters.puts();
     for (outcome, count) in [

@@ -23,7 +23,10 @@ use crate::readiness::check_output;
 use crate::state::App;
 
 /// `POST /`: a batch, answered with a list of results in its order, or one entry, with its result.
-pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<Response, Problem> {
+pub(crate) async fn create(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Response, Problem> {
     require_json(request.headers())?;
     let reserved = app.posts.take(Client::of(request.extensions()), 0);
     let mut reserved = reserved.map_err(|Exhausted| busy())?;

@@ -1,5 +1,6 @@
 //! `/readyz`: whether the map can be read and written, and the log be printed.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::rejection::QueryRejection;
@@ -13,7 +14,7 @@ use crate::state::App;
 
 /// Ready while the map is and the log moves; `?verbose` also lists the map's parts.
 pub(crate) async fn readyz(
-    State(app): State<App>,
+    State(app): State<Arc<App>>,
     query: Result<Query<ReadinessQuery>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let Query(query) = query?;

@@ -1,5 +1,7 @@
 //! All routes of the service, and the header that identifies its responses.
 
+use std::sync::Arc;
+
 use axum::Router;
 use axum::extract::State;
 use axum::http::HeaderValue;
@@ -14,7 +16,7 @@ use crate::state::App;
 use crate::{get, metrics, put, readiness, stats};
 
 /// All routes of the service.
-pub fn router(app: App) -> Router {
+pub fn router(app: Arc<App>) -> Router {
     metrics::describe();
     let routes = Router::new()
         .route("/", routing::get(get::list).post(put::create))
@@ -24,12 +26,12 @@ pub fn router(app: App) -> Router {
         .route("/livez", routing::get(livez))
         .route("/readyz", routing::get(readiness::readyz))
         .with_state(app.clone());
-    with_middleware(routes, RequestLog::Off, app.door.clone())
+    with_middleware(routes, RequestLog::Off, app.door.clone(), None)
         .layer(map_response_with_state(app, mark))
 }
 
 /// Marks a response as one of a logging instance.
-async fn mark(State(app): State<App>, mut response: Response) -> Response {
+async fn mark(State(app): State<Arc<App>>, mut response: Response) -> Response {
     let mark = Mark { map: app.map.id() }.to_string();
     let value = HeaderValue::try_from(mark).expect("a mark is plain ASCII");
     response.headers_mut().insert(MARK, value);

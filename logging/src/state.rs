@@ -22,14 +22,14 @@ pub(crate) const MAX_READS: usize = 512;
 const MAX_STATISTICS: usize = 8;
 
 /// The state that the handlers share.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct App {
     pub(crate) map: Arc<dyn DistributedMap>,
     /// One permit is one byte of a batch's body.
     pub(crate) posts: Arc<Permits>,
     pub(crate) reads: Arc<Permits>,
-    pub(crate) statistics: Arc<Semaphore>,
-    pub(crate) counters: Arc<Counters>,
+    pub(crate) statistics: Semaphore,
+    pub(crate) counters: Counters,
     pub(crate) body_timeout: Duration,
     pub(crate) store_timeout: Duration,
     pub(crate) door: Door,
@@ -44,17 +44,17 @@ impl App {
         timeouts: Timeouts,
         store_timeout: Duration,
         stop: CancellationToken,
-    ) -> Self {
-        Self {
+    ) -> Arc<Self> {
+        Arc::new(Self {
             map,
             posts: Permits::new(MAX_POSTED_BYTES),
             reads: Permits::new(MAX_READS),
-            statistics: Arc::new(Semaphore::new(MAX_STATISTICS)),
-            counters: Arc::default(),
+            statistics: Semaphore::new(MAX_STATISTICS),
+            counters: Counters::default(),
             body_timeout: timeouts.body,
             store_timeout,
             door,
             stop,
-        }
+        })
     }
 }

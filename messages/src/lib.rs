@@ -46,7 +46,7 @@ pub fn router(stop: CancellationToken) -> Router {
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .with_state(stop);
-    with_middleware(routes, RequestLog::On, Door::default())
+    with_middleware(routes, RequestLog::On, Door::default(), None)
 }
 
 async fn reply() -> &'static str {

@@ -10,6 +10,9 @@ use crate::entry::{Outcome, require_entry_uuid};
 /// The facade keeps its batches below it and rejects a `--max-message` that might not fit.
 pub const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
 
+/// The usual bytes of an encoded entry besides its message.
+const FIELDS: usize = 128;
+
 /// An entry on its way to a logging instance.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -33,7 +36,9 @@ pub struct EncodedEntry(Vec<u8>);
 impl PutEntry {
     /// Encodes the entry for a [`Batch`].
     pub fn encode(&self) -> EncodedEntry {
-        EncodedEntry(serde_json::to_vec(self).expect("an entry is plain JSON"))
+        let mut encoded = Vec::with_capacity(self.msg.len() + FIELDS);
+        serde_json::to_writer(&mut encoded, self).expect("an entry is plain JSON");
+        EncodedEntry(encoded)
     }
 }
 

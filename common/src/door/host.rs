@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use axum::http::request::Parts;
+use axum::extract::Request;
 use axum::http::uri::Authority;
 use axum::http::{StatusCode, Version, header};
 
@@ -30,18 +30,18 @@ impl Hosts {
         Self::Loopback { and }
     }
 
-    pub(super) fn check(&self, request: &Parts) -> Result<(), Problem> {
-        let mut hosts = request.headers.get_all(header::HOST).iter();
+    pub(super) fn check(&self, request: &Request) -> Result<(), Problem> {
+        let mut hosts = request.headers().get_all(header::HOST).iter();
         let host = match (hosts.next(), hosts.next()) {
             (Some(host), None) => host,
-            (None, _) if request.version < Version::HTTP_11 => return Ok(()),
+            (None, _) if request.version() < Version::HTTP_11 => return Ok(()),
             _ => return Err(Problem::bad_request("send one host header")),
         };
         let host: Option<Authority> = host.to_str().ok().and_then(|text| text.parse().ok());
         let host = host.filter(|host| !host.as_str().contains('@'));
         let host = host.ok_or_else(|| Problem::bad_request("the host header is malformed"))?;
         // The target of a request to a proxy names a host too, and then counts.
-        let target = request.uri.authority();
+        let target = request.uri().authority();
         if self.serve(host.host()) && target.is_none_or(|target| self.serve(target.host())) {
             return Ok(());
         }
@@ -82,7 +82,7 @@ pub fn host_name(text: &str) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
-    use axum::http::Request;
+    use axum::body::Body;
 
     use super::*;
 
@@ -91,8 +91,8 @@ mod tests {
         let request = headers
             .iter()
             .fold(request, |request, host| request.header(header::HOST, *host));
-        let (parts, ()) = request.body(()).expect("a request").into_parts();
-        match hosts.check(&parts) {
+        let request = request.body(Body::empty()).expect("a request");
+        match hosts.check(&request) {
             Ok(()) => 200,
             Err(problem) => axum::response::IntoResponse::into_response(problem)
                 .status()

@@ -1,7 +1,7 @@
 //! Refuses requests that change something and come from a page of another origin. Browsers say where a
 //! request comes from; other clients send neither header and are served.
 
-use axum::http::request::Parts;
+use axum::extract::Request;
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
 
@@ -11,8 +11,8 @@ const SEC_FETCH_SITE: &str = "sec-fetch-site";
 
 /// Without this, a page on any site could post messages through a browser that can reach the service, also
 /// with the token that the browser keeps for it.
-pub(super) fn check(request: &Parts) -> Result<(), Problem> {
-    if request.method.is_safe() || !is_from_another_origin(&request.headers) {
+pub(super) fn check(request: &Request) -> Result<(), Problem> {
+    if request.method().is_safe() || !is_from_another_origin(request.headers()) {
         return Ok(());
     }
     let detail = "a page of another origin sent this request; nothing was done: post from the \

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use axum::http::request::Parts;
+use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use headers::authorization::{Authorization, Basic, Bearer};
 use headers::{HeaderMapExt, HeaderName};
@@ -86,12 +86,12 @@ impl Tokens {
         Ok(value)
     }
 
-    pub(super) fn check(&self, request: &Parts) -> Result<(), Problem> {
-        let presented = presented(&request.headers);
+    pub(super) fn check(&self, request: &Request) -> Result<(), Problem> {
+        let presented = presented(request.headers());
         let right = presented.as_deref().and_then(|token| self.right_of(token));
         match right {
             Some(Right::All) => Ok(()),
-            Some(Right::Read) if is_read(&request.method) => Ok(()),
+            Some(Right::Read) if is_read(request.method()) => Ok(()),
             Some(Right::Read) => Err(Problem::new(
                 StatusCode::FORBIDDEN,
                 "this token may only read; nothing was done",

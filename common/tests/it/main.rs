@@ -52,7 +52,7 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let router = with_middleware(routes, RequestLog::On, Door::default());
+        let router = with_middleware(routes, RequestLog::On, Door::default(), None);
         let serving = tokio::spawn(serve(listener, router, limits, stop.clone(), grace));
         Self {
             address,

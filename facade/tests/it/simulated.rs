@@ -196,7 +196,7 @@ fn never_will_be(answer: &Value) -> bool {
 
 /// The callers, which post and read and record the answers.
 struct Caller {
-    app: App,
+    app: Arc<App>,
     seed: u64,
     has_survivor: bool,
     network: Arc<Mutex<Network>>,

@@ -335,7 +335,7 @@ async fn backups_of_a_single_server_are_waited_for() {
 async fn user_with_a_password_needs_few_rights() {
     let folder = tempfile::tempdir().unwrap();
     let server = RedisServer::single(folder.path());
-    let rights = "on >secret/word ~entries:* ~message:* ~fence:* ~id:* +get +set +asking +eval +zadd +zrange +zrevrange +zrangebylex +zrevrangebylex +zcard +readonly \
+    let rights = "on >secret/word ~entries:* ~message:* ~fence:* ~id:* +get +set +asking +eval +evalsha +zadd +zrange +zrevrange +zrangebylex +zrevrangebylex +zcard +readonly \
                   +incr +time +wait +info +ping +cluster|nodes";
     let mut command = vec!["ACL", "SETUSER", "logging"];
     command.extend(rights.split_whitespace());

@@ -111,17 +111,22 @@ impl Writer {
         };
         for entry in group.iter().flat_map(|job| job.entries.iter()) {
             let key = entry.uuid.as_bytes();
-            let found = entries.get(txn, key)?.map(|value| compare(entry, value));
-            let not_new = found.or_else(|| staleness(entry.uuid, now, self.settle));
-            written.outcomes.push(match not_new {
-                Some(outcome) => outcome,
+            let not_new = match staleness(entry.uuid, now, self.settle) {
                 None => {
-                    entries.put(txn, key, &encode(entry))?;
-                    let oldest = written.oldest_new.unwrap_or(entry.uuid);
-                    written.oldest_new = Some(oldest.min(entry.uuid));
-                    Outcome::Stored
+                    let value = encode(entry);
+                    let found = entries.get_or_put(txn, key, &value)?;
+                    found.map(|value| compare(entry, value))
                 }
-            });
+                Some(stale) => {
+                    let found = entries.get(txn, key)?;
+                    Some(found.map_or(stale, |value| compare(entry, value)))
+                }
+            };
+            written.outcomes.push(not_new.unwrap_or_else(|| {
+                let oldest = written.oldest_new.unwrap_or(entry.uuid);
+                written.oldest_new = Some(oldest.min(entry.uuid));
+                Outcome::Stored
+            }));
         }
         Ok(written)
     }

@@ -2,13 +2,13 @@
 //! call of `put.lua` and a `WAIT` for the replicas. The script first increments a counter, the
 //! fence, so that `WAIT` has a write to wait for even when no entry is new.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use common::entry::Outcome;
+use common::entry::{Outcome, unix_millis};
 use redis::aio::MultiplexedConnection;
-use redis::{Pipeline, ServerError, Value};
+use redis::{Pipeline, Script, ServerError, Value};
 use tokio::sync::watch;
 
 use super::connection::{self, ServerConnection};
@@ -18,6 +18,10 @@ use crate::map::contract::{MAX_AHEAD, MAX_SKEW};
 use crate::map::queue::Job;
 
 const PUT_SCRIPT: &str = include_str!("put.lua");
+
+/// The name that a server gives the script.
+static PUT_SCRIPT_HASH: LazyLock<String> =
+    LazyLock::new(|| Script::new(PUT_SCRIPT).get_hash().to_owned());
 
 /// The state that a writer shares with its handle.
 #[derive(Debug)]
@@ -117,20 +121,26 @@ impl Primary {
         Ok(outcomes.collect())
     }
 
-    /// The script, then `WAIT`. The keys are passed as arguments, because `KEYS` of one call must
+    /// The script, then `WAIT`. Opening the primary, without a group, sends the script's text, which the server
+    /// keeps; if it forgets it, the next group is refused and the primary is opened again. The keys are passed as arguments, because `KEYS` of one call must
     /// all be in one slot; a key that this primary does not own fails inside the script.
     fn pipeline(&self, group: &[Job]) -> Pipeline {
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let mut commands = redis::pipe();
-        let put = commands
-            .cmd("EVAL")
-            .arg(PUT_SCRIPT)
-            .arg(0)
+        let put = match group {
+            [] => commands.cmd("EVAL").arg(PUT_SCRIPT),
+            _ => commands.cmd("EVALSHA").arg(&*PUT_SCRIPT_HASH),
+        };
+        let entries = || group.iter().flat_map(|job| job.entries.iter());
+        let times = || entries().map(|entry| unix_millis(entry.uuid));
+        put.arg(0)
             .arg(millis(self.settle))
             .arg(millis(self.settle + MAX_SKEW))
             .arg(millis(MAX_AHEAD))
+            .arg(times().min().unwrap_or(0))
+            .arg(times().max().unwrap_or(0))
             .arg(fence_key(self.shared.fence()));
-        for entry in group.iter().flat_map(|job| job.entries.iter()) {
+        for entry in entries() {
             let (member, is_large) = partition::member(entry);
             put.arg(entries_key(partition::of(entry.uuid))).arg(member);
             if is_large {
@@ -158,6 +168,7 @@ impl Primary {
             "NOFENCE",
             "NOPERM",
             "NOREPLICAS",
+            "NOSCRIPT",
             "OOM",
             "READONLY",
         ];
@@ -265,6 +276,7 @@ mod tests {
             "MISCONF Errors writing to the AOF file",
             "NOFENCE ERR the slot is elsewhere",
             "NOREPLICAS Not enough good replicas to write.",
+            "NOSCRIPT No matching script. Please use EVAL.",
             "OOM command not allowed when used memory > 'maxmemory'.",
             "READONLY You can't write against a read only replica.",
         ] {

@@ -2,15 +2,15 @@
 -- Puts entries into partitions of this server.
 --
 -- ARGV: the maximum age of a new entry, the age from which it is certainly too old, and how far
--- ahead of this server's clock it may be, in milliseconds; the key of the fence; then for each
--- entry the key of its partition and its member: 16 bytes of UUID, then the message. If the byte
+-- ahead of this server's clock it may be, in milliseconds; the times of the oldest and of the
+-- newest entry, in milliseconds since the Unix epoch; the key of the fence; then for each entry the key of its partition and its member: 16 bytes of UUID, then the message. If the byte
 -- after the UUID is 255, the message is large: its key and the message follow.
 --
 -- Returns one letter for each entry (s stored, d duplicate, c conflict, o too old, l leaving: too
 -- old only by this server's clock, a ahead, e not executed), and the error of the last e.
 
 -- The fence: WAIT needs a write in every group. It comes first: if it fails, nothing was executed.
-local fence = redis.pcall('INCR', ARGV[4])
+local fence = redis.pcall('INCR', ARGV[6])
 if type(fence) == 'table' then
     return redis.error_reply('NOFENCE ' .. fence.err)
 end
@@ -18,7 +18,25 @@ end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local oldest, settled, newest = now - ARGV[1], now - ARGV[2], now + ARGV[3]
+local may_all_be_new = tonumber(ARGV[4]) >= oldest and tonumber(ARGV[5]) <= newest
 local outcomes, failure = {}, ''
+
+-- The outcome that the entry's time forces on a new entry, or nil.
+local function staleness(uuid)
+    local millis = 0
+    for i = 1, 6 do
+        millis = millis * 256 + string.byte(uuid, i)
+    end
+    if millis < settled then
+        return 'o'
+    end
+    if millis < oldest then
+        return 'l'
+    end
+    if millis > newest then
+        return 'a'
+    end
+end
 
 local function put(key, member, message_key, message)
     local uuid = string.sub(member, 1, 16)
@@ -46,18 +64,9 @@ local function put(key, member, message_key, message)
     if string.sub(found[1], 1, 16) == uuid then
         return 'c'
     end
-    local millis = 0
-    for i = 1, 6 do
-        millis = millis * 256 + string.byte(uuid, i)
-    end
-    if millis < settled then
-        return 'o'
-    end
-    if millis < oldest then
-        return 'l'
-    end
-    if millis > newest then
-        return 'a'
+    local stale = not may_all_be_new and staleness(uuid)
+    if stale then
+        return stale
     end
     -- The message first: without a member it is not an entry, and a retry writes it again.
     if message_key then
@@ -75,7 +84,7 @@ local function put(key, member, message_key, message)
     return 's'
 end
 
-local i = 5
+local i = 7
 while i <= #ARGV do
     local is_large = string.byte(ARGV[i + 1], 17) == 255
     if is_large then
