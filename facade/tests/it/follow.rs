@@ -3,7 +3,7 @@
 /// While instances and primaries die.
 mod failover;
 /// A follower that checks each event.
-mod follower;
+pub(crate) mod follower;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -7,6 +7,8 @@
 //! (promise 4), that a body which ends properly is complete (promise 6), that nothing fails while one
 //! instance is healthy (promise 7), and that every call ends in time (promise 8).
 
+/// Followers of instances whose clocks are wrong.
+mod following;
 mod network;
 
 use std::collections::{BTreeMap, HashMap};

@@ -1,9 +1,11 @@
 //! A follower of server-sent events.
 
+use axum::BoxError;
+use axum::body::Body;
 use bytes::Bytes;
 use common::entry::Entry;
-use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
+use futures_util::{StreamExt, TryStreamExt};
 use reqwest::Client;
 use testing::process::PATIENCE;
 use tokio::time::timeout;
@@ -12,11 +14,11 @@ use uuid::Uuid;
 use crate::system::System;
 
 /// A follower of server-sent events, which checks the form of each.
-pub(super) struct Follower {
-    body: BoxStream<'static, reqwest::Result<Bytes>>,
+pub(crate) struct Follower {
+    body: BoxStream<'static, Result<Bytes, BoxError>>,
     read: String,
     /// The last id, as a browser remembers it.
-    pub(super) id: Option<Uuid>,
+    pub(crate) id: Option<Uuid>,
 }
 
 impl Follower {
@@ -31,9 +33,18 @@ impl Follower {
         assert_eq!(response.headers()["cache-control"], "no-store");
         assert_eq!(response.headers()["x-accel-buffering"], "no");
         Self {
-            body: response.bytes_stream().boxed(),
+            body: response.bytes_stream().map_err(BoxError::from).boxed(),
             read: String::new(),
             id: last_event_id,
+        }
+    }
+
+    /// The follower that reads this body, of an answer in the test's own process.
+    pub(crate) fn reading(body: Body) -> Self {
+        Self {
+            body: body.into_data_stream().map_err(BoxError::from).boxed(),
+            read: String::new(),
+            id: None,
         }
     }
 
@@ -42,12 +53,12 @@ impl Follower {
     }
 
     /// The next message; `None` at the end of the body, an error when it is cut.
-    pub(super) async fn try_next(&mut self) -> reqwest::Result<Option<Entry>> {
+    pub(super) async fn try_next(&mut self) -> Result<Option<Entry>, BoxError> {
         let next = timeout(PATIENCE, self.read_next()).await;
         next.expect("a message comes, or the end")
     }
 
-    async fn read_next(&mut self) -> reqwest::Result<Option<Entry>> {
+    async fn read_next(&mut self) -> Result<Option<Entry>, BoxError> {
         loop {
             if let Some((block, rest)) = self.read.split_once("\n\n") {
                 let lines: Vec<String> = block.lines().map(str::to_owned).collect();
@@ -79,7 +90,7 @@ impl Follower {
         Some(serde_json::from_str(&data).unwrap())
     }
 
-    pub(super) async fn next(&mut self) -> Entry {
+    pub(crate) async fn next(&mut self) -> Entry {
         self.try_next().await.unwrap().expect("the body goes on")
     }
 

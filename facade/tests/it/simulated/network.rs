@@ -7,9 +7,11 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use axum::body::Bytes;
 use axum::http::StatusCode;
-use common::api::{Batch, InstanceStats, PutEntry, PutResult, ReadQuery, StreamEnd, write_entry};
+use common::api::{
+    Batch, InstanceStats, Poll, PutEntry, PutResult, ReadQuery, StreamEnd, write_entry,
+};
 use common::bounds::Order;
-use common::entry::{self, Entry, Outcome};
+use common::entry::{self, Entry, Outcome, first_uuid};
 use common::json;
 use facade::client::{LoggingApi, ReadAnswer};
 use facade::upstream::UpstreamError;
@@ -18,7 +20,7 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 use tokio::time::{Instant, sleep};
-use uuid::Uuid;
+use uuid::{Builder, Uuid};
 
 /// The timeout of a try, as the facade's clients are configured.
 const TRY_TIMEOUT: Duration = Duration::from_secs(1);
@@ -29,10 +31,10 @@ const MAX_AHEAD: Duration = Duration::from_secs(2);
 /// After this time beyond the settle window, `stale` is final.
 const MAX_SKEW: Duration = Duration::from_secs(1);
 
-/// The clock of the facade and the map, which follows the paused clock of tokio.
+/// The clock of the map, and of the facade's UUIDs, which follows the paused clock of tokio.
 #[derive(Clone, Copy)]
 pub(super) struct Clock {
-    base: SystemTime,
+    pub(super) base: SystemTime,
     began: Instant,
 }
 
@@ -57,6 +59,8 @@ pub(super) struct Network {
     /// Longer than a POST usually takes, and often shorter than a delayed request or a retry.
     settle: Duration,
     states: [State; 3],
+    /// How many milliseconds the own clock of each instance is ahead of the map's.
+    pub(super) ahead: [i64; 3],
     pub(super) faults: u64,
 }
 
@@ -100,6 +104,7 @@ impl Network {
                 condition: Condition::Well,
                 until: Instant::now(),
             }; 3],
+            ahead: [0; 3],
             faults: 0,
         }
     }
@@ -152,18 +157,52 @@ impl Network {
         }
     }
 
-    /// A stream, in pieces that are cut anywhere, and where an ascending read ends. One that is not
-    /// reliable may be handed over, break off or hang.
+    /// Stores an entry of another facade whose UUID is `age` old, unless the settle window forbids it.
+    pub(super) fn store(&mut self, age: Duration) -> Option<Uuid> {
+        let millis = unix_millis(self.clock.now() - age);
+        let uuid = Builder::from_unix_timestamp_millis(millis, &self.random.random()).into_uuid();
+        if self.staleness(uuid).is_some() {
+            return None;
+        }
+        self.map.insert(uuid, uuid.to_string());
+        Some(uuid)
+    }
+
+    /// Below it no entry will be added any more.
+    pub(super) fn settled(&self) -> Uuid {
+        first_uuid(unix_millis(self.clock.now() - self.settle - MAX_SKEW))
+    }
+
+    /// No entry can have a later time, by the own clock of an instance.
+    fn end_of_poll(&self, index: usize) -> Uuid {
+        let ahead = Duration::from_millis(self.ahead[index].unsigned_abs());
+        let now = match self.ahead[index] >= 0 {
+            true => self.clock.now() + ahead,
+            false => self.clock.now() - ahead,
+        };
+        first_uuid(unix_millis(now + MAX_AHEAD + MAX_SKEW))
+    }
+
+    /// A stream, in pieces that are cut anywhere. One that is not reliable may be handed over, break off
+    /// or hang.
     fn read(
         &mut self,
         ReadQuery {
-            mut bounds, limit, ..
+            mut bounds,
+            limit,
+            poll,
         }: ReadQuery,
+        index: usize,
         is_reliable: bool,
-    ) -> (Option<Uuid>, Vec<Piece>) {
-        let last = self.map.last_key_value();
-        let last = last.map_or(Uuid::nil(), |(uuid, _)| *uuid);
-        if bounds.order == Order::Asc {
+    ) -> Streamed {
+        let settled = (poll == Some(Poll::Settle)).then(|| self.settled());
+        if poll.is_some() {
+            bounds.after = bounds.after.or(settled);
+            let end = self.end_of_poll(index);
+            bounds = bounds.ending_before(end.max(settled.unwrap_or_default()));
+        } else if bounds.order == Order::Asc {
+            let last = self.map.last_key_value();
+            let last = last.map_or(Uuid::nil(), |(uuid, _)| *uuid);
             bounds = bounds.ending_before(Uuid::from_u128(last.as_u128() + 1));
         }
         let within = self.map.iter().filter(|(uuid, _)| bounds.contains(**uuid));
@@ -192,7 +231,11 @@ impl Network {
         }
         end.count = entries.len() as u64;
         json::write_line(&mut bytes, &end);
-        (bounds.before, self.deliver(bytes, is_reliable))
+        Streamed {
+            end: bounds.before,
+            settled,
+            pieces: self.deliver(bytes, is_reliable),
+        }
     }
 
     /// How a stream arrives: in pieces, until its end, a break or a hang.
@@ -212,6 +255,18 @@ impl Network {
         pieces.push(fault);
         pieces
     }
+}
+
+fn unix_millis(time: SystemTime) -> u64 {
+    let since_epoch = time.duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    since_epoch.as_millis() as u64
+}
+
+/// The answer to a read: where it ends, what is settled if it asked, and what arrives.
+struct Streamed {
+    end: Option<Uuid>,
+    settled: Option<Uuid>,
+    pieces: Vec<Piece>,
 }
 
 /// The next event of a stream.
@@ -377,14 +432,13 @@ impl LoggingApi for Simulated {
         query: ReadQuery,
         _request_id: Option<&str>,
     ) -> Result<ReadAnswer, UpstreamError> {
-        let is_reliable = self.is_reliable;
-        let answer = self.call(move |network| network.read(query, is_reliable));
-        let (end, pieces) = answer.await?;
-        let chunks = stream::iter(pieces).then(Piece::arrive).boxed();
+        let (index, is_reliable) = (self.index, self.is_reliable);
+        let answer = self.call(move |network| network.read(query, index, is_reliable));
+        let streamed = answer.await?;
         Ok(ReadAnswer {
-            end,
-            settled: None,
-            chunks,
+            end: streamed.end,
+            settled: streamed.settled,
+            chunks: stream::iter(streamed.pieces).then(Piece::arrive).boxed(),
         })
     }
 
