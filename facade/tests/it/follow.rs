@@ -155,6 +155,33 @@ async fn tail_begins_with_the_newest() {
     }
 }
 
+/// A tail that begins far below what the window has, and below what an instance sends at once.
+#[tokio::test]
+async fn tail_begins_many_pieces_below_the_newest() {
+    const SETTLED: usize = 5_000;
+    let system = quickly_settled().await;
+    let message = |n: usize| format!("{n} {}", "x".repeat(100));
+    let lines: String = (0..SETTLED)
+        .map(|n| format!("\"{}\"\n", message(n)))
+        .collect();
+    let upload = system.post().body(lines);
+    let upload = upload.header("content-type", "application/x-ndjson");
+    assert_eq!(upload.send().await.unwrap().status(), 200);
+    let last = system.read("?order=desc&limit=1").await.logging_service[0].uuid;
+    wait_until_settled(&system, last).await;
+    let _window = Follower::of(&system, "?tail=0").await;
+    let new = system.store(&message(SETTLED)).await;
+    let mut order: Vec<String> = system.messages().await;
+    assert_eq!(order.pop(), Some(message(SETTLED)));
+    for below in [1, 1_500, SETTLED - 1, SETTLED, SETTLED + 1] {
+        let mut follower = Follower::of(&system, &format!("?tail={}", below + 1)).await;
+        let expected = &order[SETTLED.saturating_sub(below)..];
+        let begin = follower.messages(expected.len()).await;
+        assert!(begin == expected, "{below}: {}", begin[0]);
+        assert_eq!(follower.next().await.uuid, new, "{below}");
+    }
+}
+
 /// What is stored after a follower began is new, whatever its UUID.
 #[tokio::test]
 async fn late_arrival_is_new_for_a_tail() {
