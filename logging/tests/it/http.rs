@@ -1,13 +1,14 @@
 //! The internal HTTP API, served in-process on a free port.
 
 use std::net::TcpListener;
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::api::{Batch, READ_END};
 use common::door::{Door, DoorConfig};
 use common::entry::Entry;
 use common::serve::Timeouts;
-use logging::map::{Location, Options, open};
+use logging::map::{DistributedMap, Location, Options, open};
 use logging::{App, router};
 use reqwest::{Client, Response, StatusCode};
 use tempfile::TempDir;
@@ -23,7 +24,7 @@ pub(crate) struct Instance {
     pub(crate) http: Client,
     stop: CancellationToken,
     _stop_on_drop: DropGuard,
-    _folder: TempDir,
+    _folder: Option<TempDir>,
 }
 
 impl Instance {
@@ -36,6 +37,14 @@ impl Instance {
             create: true,
         };
         let map = open(&Location::Lmdb(folder.path().into()), options).unwrap();
+        Self {
+            _folder: Some(folder),
+            ..Self::on_map(map)
+        }
+    }
+
+    /// A logging instance on a map of the test.
+    pub(crate) fn on_map(map: Arc<dyn DistributedMap>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let url = format!("http://{address}");
@@ -61,7 +70,7 @@ impl Instance {
             http: Client::new(),
             stop,
             _stop_on_drop: stop_serving.drop_guard(),
-            _folder: folder,
+            _folder: None,
         }
     }
 
@@ -71,7 +80,7 @@ impl Instance {
         request.send().await.unwrap()
     }
 
-    async fn get(&self, path: &str) -> Response {
+    pub(crate) async fn get(&self, path: &str) -> Response {
         let url = format!("{}{path}", self.url);
         self.http.get(url).send().await.unwrap()
     }

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+/// An instance whose clock is not the map's.
+mod clock;
 /// Which requests an instance takes: tokens, hosts, origins, content types.
 mod door;
 /// The folder of an LMDB map that several processes share.
