@@ -185,7 +185,7 @@ async fn line_of_a_request_names_the_client_and_is_short() {
     let proxied = Processes::start_with(&["--trusted-proxy", "127.0.0.1"]);
     let long = "x".repeat(5000);
     let path = format!("{}/{long}", proxied.facade.url());
-    let method = "Y".repeat(300).parse().unwrap();
+    let method = "Y".repeat(5000).parse().unwrap();
     for request in [proxied.http.get(&path), proxied.http.request(method, &path)] {
         let request = request.header("x-forwarded-for", "192.0.2.1");
         assert_eq!(request.send().await.unwrap().status(), 404);
