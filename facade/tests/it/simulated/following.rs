@@ -90,7 +90,7 @@ async fn run(seed: u64) -> u64 {
 
 struct Run {
     seed: u64,
-    app: App,
+    app: Arc<App>,
     network: Arc<Mutex<Network>>,
     has_clock_behind: bool,
 }
