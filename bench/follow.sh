@@ -30,6 +30,8 @@ stop_all() {
 }
 at_end stop_all
 
+# Followers are connections too.
+export FACADE_MAX_CONNECTIONS=2048
 start_map "$engine"
 start_system "$map"
 facade_pid=${pids[facade]}

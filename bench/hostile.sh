@@ -16,7 +16,7 @@ stop_all() {
     stop TERM "${!pids[@]}"
     rm -rf "$folder"
 }
-trap stop_all EXIT
+at_end stop_all
 export FACADE_TRUSTED_PROXY=127.0.0.1
 start_system "lmdb:$folder/map"
 # Larger than what the kernel buffers for the slow readers.

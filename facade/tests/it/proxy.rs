@@ -1,12 +1,13 @@
 //! nginx in front of the facade, with the settings of docs/proxy.md and with its own defaults.
 
 use std::fs;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use futures_util::StreamExt;
-use reqwest::{Body, Response};
+use reqwest::{Body, Client, Response};
 use testing::process::{LOOK_AGAIN, PATIENCE, free_address};
 use testing::requirements::{skip, trial_run};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -120,8 +121,11 @@ async fn nginx_as_documented_passes_clients_uploads_and_new_messages_on() {
         let piece: &str = received.recv().await?;
         Some((Ok::<_, std::io::Error>(piece), received))
     });
-    let upload = system
-        .http
+    // All of 127.0.0.0/8 is this machine, so the client has another address than nginx.
+    let client = Client::builder().local_address(IpAddr::from([127, 0, 0, 2]));
+    let upload = client
+        .build()
+        .unwrap()
         .post(&nginx.url)
         .body(Body::wrap_stream(received.boxed()));
     let upload = upload
@@ -137,8 +141,13 @@ async fn nginx_as_documented_passes_clients_uploads_and_new_messages_on() {
     drop(pieces);
     assert_eq!(upload.await.unwrap().unwrap().status(), 200);
     let is_clients =
-        |line: &str| line.contains("method=\"POST\"") && line.contains("client=127.0.0.1");
+        |line: &str| line.contains("method=\"POST\"") && line.contains("client=127.0.0.2");
     system.facade.wait_for_line(is_clients);
+    let elsewhere = system
+        .http
+        .get(&nginx.url)
+        .header("host", "elsewhere.example");
+    assert_eq!(elsewhere.send().await.unwrap().status(), 421);
 }
 
 /// All instances are killed in the middle of a GET: the client sees that the body is cut, also through an
