@@ -1,5 +1,13 @@
 # The CPU time of a POST; sourced after scripts/system.sh. The script sets `folder` and `duration`, in seconds.
 
+# build_quietly: what it prints is shown only when it fails.
+build_quietly() {
+    local log
+    log=$(mktemp)
+    cargo build --release --locked --workspace --bins 2>"$log" || { cat "$log" >&2; exit 1; }
+    rm -f "$log"
+}
+
 # ticks NAME…: the CPU time of these services so far, user and system, in clock ticks.
 ticks() {
     local name sum=0 fields

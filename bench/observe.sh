@@ -28,9 +28,7 @@ fi
 for program in wrk redis-server redis-cli; do
     command -v "$program" >/dev/null || { echo "error: please install $program" >&2; exit 1; }
 done
-build_log=$(mktemp)
-cargo build --release --locked --workspace --bins 2>"$build_log" || { cat "$build_log" >&2; exit 1; }
-rm -f "$build_log"
+build_quietly
 
 folder=$(mktemp -d)
 stop_all() {

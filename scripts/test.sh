@@ -12,7 +12,8 @@ Runs all tests of the workspace in release mode, on the code that is shipped. Th
 the whole system again on one Redis server and on a Redis Cluster of six, which the tests start
 themselves. Arguments go to the tests: scripts/test.sh post:: runs the tests whose names contain it.
 
-TEST_ENGINE=lmdb, redis or cluster runs the tests of the whole system on this engine only.
+TEST_ENGINE=redis or cluster runs only the tests of the whole system on this engine, TEST_ENGINE=lmdb all
+others.
 
 The tests start the services as real processes on free ports of the loopback interface. They need
 Linux and these tools, which the script installs on Debian and Ubuntu when it is root:
@@ -35,6 +36,13 @@ REQUIRE_DOCKER=1 makes those fail.
 HELP
     exit 0
 fi
+
+engines=(lmdb redis cluster)
+case ${TEST_ENGINE:-} in
+    '') ;;
+    lmdb | redis | cluster) engines=("$TEST_ENGINE") ;;
+    *) fail "TEST_ENGINE is $TEST_ENGINE; write lmdb, redis or cluster" ;;
+esac
 
 missing() { ! command -v "$1" >/dev/null; }
 lacks_requests() { ! python3 -c 'import requests' 2>/dev/null; }
@@ -111,17 +119,16 @@ if timeout 10 docker info >/dev/null 2>&1; then
     }
 fi
 
-if [[ -n ${TEST_ENGINE:-} ]]; then
-    run --workspace -- "$@"
-    exit "$failed"
-fi
-run --workspace -- "$@"
-# Without the tests that do not depend on the engine or choose it themselves.
+# On Redis not again the tests that do not depend on the engine or choose it themselves.
 own=(
     compose:: cluster:: full:: scripts:: simulated:: overload:: clock:: fates:: configuration:: openapi:: console::
     large::largest
 )
-for engine in redis cluster; do
+for engine in "${engines[@]}"; do
+    if [[ $engine == lmdb ]]; then
+        TEST_ENGINE=lmdb run --workspace -- "$@"
+        continue
+    fi
     printf '\nthe whole system on %s\n' "$engine"
     TEST_ENGINE=$engine run --package facade --test it -- "$@" "${own[@]/#/--skip=}"
 done

@@ -48,13 +48,7 @@ const ALL_IS_OVER: Duration = Duration::from_secs(60);
 #[test]
 fn promises_hold_on_a_simulated_network() {
     let mut total = Tally::default();
-    for seed in 0..SEEDS {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .start_paused(true)
-            .build()
-            .unwrap();
-        let tally = runtime.block_on(run(seed));
+    for tally in on_all_seeds(run) {
         total.add(&tally);
     }
     println!("{SEEDS} seeds: {total:?}");
@@ -70,6 +64,39 @@ fn promises_hold_on_a_simulated_network() {
         total.faults > 10 * SEEDS,
         "the network had too few faults to prove anything: {total:?}"
     );
+}
+
+/// What a run returns for each seed; time passes as soon as all wait for it.
+fn on_all_seeds<F: Future>(run: impl Fn(u64) -> F) -> impl Iterator<Item = F::Output> {
+    (0..SEEDS).map(move |seed| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        runtime.block_on(run(seed))
+    })
+}
+
+/// A facade in front of three simulated instances, of which the first never fails if `has_survivor`.
+fn facade_on(
+    network: &Arc<Mutex<Network>>,
+    seed: u64,
+    identifiers: Identifiers,
+    has_survivor: bool,
+) -> Arc<App> {
+    let pool = Arc::new(Pool::new(StdRng::seed_from_u64(seed), identifiers));
+    for index in 0..3 {
+        let instance = Simulated {
+            network: network.clone(),
+            index,
+            is_reliable: has_survivor && index == 0,
+        };
+        let name = format!("instance-{index}");
+        pool.set_instances(&name, vec![(name.clone(), Arc::new(instance))]);
+    }
+    let config = Config::parse_from(["facade", "--messages", "http://127.0.0.1:9"]);
+    App::with_pool(&config, Timeouts::default(), pool, Default::default()).unwrap()
 }
 
 /// Counts of events, so that runs without faults are noticed.
@@ -102,19 +129,7 @@ async fn run(seed: u64) -> Tally {
     let record = Arc::new(Mutex::new(Record::default()));
     let clock = network.lock().unwrap().clock;
     let identifiers = || Identifiers::new(move || clock.now());
-    let random = StdRng::seed_from_u64(seed);
-    let pool = Arc::new(Pool::new(random, identifiers()));
-    for index in 0..3 {
-        let instance = Simulated {
-            network: network.clone(),
-            index,
-            is_reliable: has_survivor && index == 0,
-        };
-        let name = format!("instance-{index}");
-        pool.set_instances(&name, vec![(name.clone(), Arc::new(instance))]);
-    }
-    let config = Config::parse_from(["facade", "--messages", "http://127.0.0.1:9"]);
-    let app = App::with_pool(&config, Timeouts::default(), pool, Default::default()).unwrap();
+    let app = facade_on(&network, seed, identifiers(), has_survivor);
     let caller = Caller {
         app,
         seed,

@@ -353,6 +353,28 @@ async fn user_with_a_password_needs_few_rights() {
     wait_until_missing(&map, "authentication failed").await;
 }
 
+/// A server forgets its scripts, as by an operator's command: nothing is stored by the group that meets it, and
+/// the instance sends the script again by itself.
+#[tokio::test]
+async fn server_that_forgot_the_script_gets_it_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = RedisServer::single(folder.path());
+    let map = open_at(&format!("redis://{}", server.address()), None);
+    wait_until_ready(&map).await;
+    let first = entries(3);
+    assert_eq!(put(&map, &first).await, vec![Outcome::Stored; 3]);
+    let _: () = server.ask(&["SCRIPT", "FLUSH"]);
+    for outcome in put(&map, &entries(2)).await {
+        assert!(
+            matches!(&outcome, Outcome::PartitionDown { detail } if detail.contains("NOSCRIPT")),
+            "{outcome:?}"
+        );
+    }
+    wait_until_ready(&map).await;
+    assert_eq!(put(&map, &first).await, vec![Outcome::Duplicate; 3]);
+    assert_eq!(put(&map, &entries(2)).await, vec![Outcome::Stored; 2]);
+}
+
 /// `rediss://` with a certificate that the test generates and adds to the trusted ones.
 #[test]
 fn servers_are_reached_by_tls() {

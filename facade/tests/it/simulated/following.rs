@@ -10,23 +10,18 @@ use std::time::{Duration, SystemTime};
 
 use axum::body::Body;
 use axum::http::Request;
-use clap::Parser;
 use common::entry::Entry;
-use common::serve::Timeouts;
 use facade::identifiers::Identifiers;
-use facade::pool::Pool;
-use facade::{App, Config, router};
-use rand::rngs::StdRng;
+use facade::{App, router};
+use rand::RngExt;
 use rand::seq::IndexedRandom;
-use rand::{RngExt, SeedableRng};
 use tokio::time::{sleep, timeout};
 use tower::ServiceExt;
 use uuid::Uuid;
 
-use super::network::{Network, Simulated};
+use super::network::Network;
+use super::{SEEDS, facade_on, on_all_seeds};
 use crate::follow::follower::Follower;
-
-const SEEDS: u64 = 1000;
 
 /// Entries before the followers with a `tail` begin, and again afterwards.
 const ENTRIES: usize = 60;
@@ -41,15 +36,7 @@ const AHEAD: [i64; 5] = [-3_600_000, -6_000, 0, 6_000, 3_600_000];
 
 #[test]
 fn followers_miss_nothing_while_clocks_are_wrong() {
-    let mut faults = 0;
-    for seed in 0..SEEDS {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .start_paused(true)
-            .build()
-            .unwrap();
-        faults += runtime.block_on(run(seed));
-    }
+    let faults: u64 = on_all_seeds(run).sum();
     println!("{SEEDS} seeds: {faults} faults");
     assert!(
         faults > 10 * SEEDS,
@@ -108,19 +95,7 @@ impl Run {
         }
         let has_clock_behind = network.ahead.iter().any(|ahead| *ahead < 0);
         let network = Arc::new(Mutex::new(network));
-        let identifiers = Identifiers::new(SystemTime::now);
-        let pool = Arc::new(Pool::new(StdRng::seed_from_u64(seed), identifiers));
-        for index in 0..3 {
-            let instance = Simulated {
-                network: network.clone(),
-                index,
-                is_reliable: index == 0,
-            };
-            let name = format!("instance-{index}");
-            pool.set_instances(&name, vec![(name.clone(), Arc::new(instance))]);
-        }
-        let config = Config::parse_from(["facade", "--messages", "http://127.0.0.1:9"]);
-        let app = App::with_pool(&config, Timeouts::default(), pool, Default::default()).unwrap();
+        let app = facade_on(&network, seed, Identifiers::new(SystemTime::now), true);
         Self {
             seed,
             app,
