@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use common::bounds::Bounds;
 use common::entry::{Entry, Outcome};
 use logging::map::{DistributedMap, Health, MapError, Options, open};
-use testing::process::{LOOK_AGAIN, Process, free_address};
+use testing::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
 use testing::redis_servers::{RedisCluster, RedisServer};
 use uuid::{NoContext, Timestamp, Uuid};
 
@@ -370,8 +370,17 @@ async fn server_that_forgot_the_script_gets_it_again() {
             "{outcome:?}"
         );
     }
-    wait_until_ready(&map).await;
-    assert_eq!(put(&map, &first).await, vec![Outcome::Duplicate; 3]);
+    let opened_again = async {
+        loop {
+            let outcomes = put(&map, &first).await;
+            if !outcomes.iter().all(is_partition_down) {
+                return outcomes;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    };
+    let outcomes = tokio::time::timeout(PATIENCE, opened_again).await.unwrap();
+    assert_eq!(outcomes, vec![Outcome::Duplicate; 3]);
     assert_eq!(put(&map, &entries(2)).await, vec![Outcome::Stored; 2]);
 }
 
