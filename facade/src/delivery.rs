@@ -141,6 +141,7 @@ impl<'pool> Delivery<'pool> {
                 Key::Caller(uuid) => uuid,
             },
             msg: message.msg,
+            is_generated: message.key == Key::Generated,
             request_id: message.request_id,
             traceparent: None,
         };

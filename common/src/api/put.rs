@@ -21,6 +21,9 @@ pub struct PutEntry {
     pub uuid: Uuid,
     /// The message.
     pub msg: String,
+    /// Whether the UUID was generated for this message, so that no other message has it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_generated: bool,
     /// The `x-request-id` of the POST that carried the message, for the logs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_id: Option<String>,
@@ -143,111 +146,80 @@ pub struct PutResult {
     pub outcome: Outcome,
 }
 
+/// A [`PutResult`] on the wire: its outcome is one of six words, and the other fields tell it from those with the
+/// same word.
 #[derive(Deserialize, Serialize)]
 struct WireResult {
     uuid: Uuid,
-    #[serde(flatten)]
-    outcome: WireOutcome,
+    outcome: Word,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    when: Option<When>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    detail: Option<String>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    is_partition_down: bool,
+}
+
+#[derive(Clone, Copy, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Word {
+    Stored,
+    Duplicate,
+    Conflict,
+    Stale,
+    Refused,
+    Unknown,
+}
+
+#[derive(Clone, Copy, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum When {
+    Ahead,
+    Leaving,
 }
 
 impl From<PutResult> for WireResult {
-    fn from(result: PutResult) -> Self {
+    fn from(PutResult { uuid, outcome }: PutResult) -> Self {
+        let is_partition_down = matches!(outcome, Outcome::PartitionDown { .. });
+        let (outcome, when, detail) = match outcome {
+            Outcome::Stored => (Word::Stored, None, None),
+            Outcome::Duplicate => (Word::Duplicate, None, None),
+            Outcome::Conflict => (Word::Conflict, None, None),
+            Outcome::Stale => (Word::Stale, None, None),
+            Outcome::Leaving => (Word::Stale, Some(When::Leaving), None),
+            Outcome::Early => (Word::Stale, Some(When::Ahead), None),
+            Outcome::Refused { detail } | Outcome::PartitionDown { detail } => {
+                (Word::Refused, None, Some(detail))
+            }
+            Outcome::Unknown { detail } => (Word::Unknown, None, Some(detail)),
+        };
         Self {
-            uuid: result.uuid,
-            outcome: result.outcome.into(),
+            uuid,
+            outcome,
+            when,
+            detail,
+            is_partition_down,
         }
     }
 }
 
 impl From<WireResult> for PutResult {
-    fn from(result: WireResult) -> Self {
+    fn from(wire: WireResult) -> Self {
+        let detail = wire.detail.unwrap_or_default();
+        let outcome = match (wire.outcome, wire.when) {
+            (Word::Stored, _) => Outcome::Stored,
+            (Word::Duplicate, _) => Outcome::Duplicate,
+            (Word::Conflict, _) => Outcome::Conflict,
+            (Word::Stale, None) => Outcome::Stale,
+            (Word::Stale, Some(When::Leaving)) => Outcome::Leaving,
+            (Word::Stale, Some(When::Ahead)) => Outcome::Early,
+            (Word::Refused, _) if wire.is_partition_down => Outcome::PartitionDown { detail },
+            (Word::Refused, _) => Outcome::Refused { detail },
+            (Word::Unknown, _) => Outcome::Unknown { detail },
+        };
         Self {
-            uuid: result.uuid,
-            outcome: result.outcome.into(),
-        }
-    }
-}
-
-/// An [`Outcome`] on the wire: one of six words.
-#[derive(Deserialize, Serialize)]
-#[serde(tag = "outcome", rename_all = "lowercase")]
-enum WireOutcome {
-    Stored,
-    Duplicate,
-    Conflict,
-    Stale {
-        #[serde(default, skip_serializing_if = "When::is_past")]
-        when: When,
-    },
-    Refused {
-        detail: String,
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        is_partition_down: bool,
-    },
-    Unknown {
-        detail: String,
-    },
-}
-
-#[derive(Default, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum When {
-    Ahead,
-    Leaving,
-    #[default]
-    Past,
-}
-
-impl When {
-    fn is_past(&self) -> bool {
-        *self == Self::Past
-    }
-}
-
-impl From<Outcome> for WireOutcome {
-    fn from(outcome: Outcome) -> Self {
-        match outcome {
-            Outcome::Stored => Self::Stored,
-            Outcome::Duplicate => Self::Duplicate,
-            Outcome::Conflict => Self::Conflict,
-            Outcome::Stale => Self::Stale { when: When::Past },
-            Outcome::Leaving => Self::Stale {
-                when: When::Leaving,
-            },
-            Outcome::Early => Self::Stale { when: When::Ahead },
-            Outcome::Refused { detail } => Self::Refused {
-                detail,
-                is_partition_down: false,
-            },
-            Outcome::PartitionDown { detail } => Self::Refused {
-                detail,
-                is_partition_down: true,
-            },
-            Outcome::Unknown { detail } => Self::Unknown { detail },
-        }
-    }
-}
-
-impl From<WireOutcome> for Outcome {
-    fn from(outcome: WireOutcome) -> Self {
-        match outcome {
-            WireOutcome::Stored => Self::Stored,
-            WireOutcome::Duplicate => Self::Duplicate,
-            WireOutcome::Conflict => Self::Conflict,
-            WireOutcome::Stale { when: When::Past } => Self::Stale,
-            WireOutcome::Stale {
-                when: When::Leaving,
-            } => Self::Leaving,
-            WireOutcome::Stale { when: When::Ahead } => Self::Early,
-            WireOutcome::Refused {
-                detail,
-                is_partition_down: false,
-            } => Self::Refused { detail },
-            WireOutcome::Refused {
-                detail,
-                is_partition_down: true,
-            } => Self::PartitionDown { detail },
-            WireOutcome::Unknown { detail } => Self::Unknown { detail },
+            uuid: wire.uuid,
+            outcome,
         }
     }
 }
@@ -301,6 +273,7 @@ mod tests {
         let entries = ["a", "b"].map(|msg| PutEntry {
             uuid: Uuid::now_v7(),
             msg: msg.to_owned(),
+            is_generated: true,
             request_id: None,
             traceparent: None,
         });

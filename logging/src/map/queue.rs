@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::entry::{Entry, Outcome};
+use common::entry::Outcome;
 use metrics::{gauge, histogram};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
+use super::contract::NewEntry;
 use crate::metrics::{COMMIT_DURATION, COMMIT_ENTRIES, FREE_QUEUE};
 
 /// Bytes counted for an entry besides its message, for its key and bookkeeping.
@@ -40,7 +41,7 @@ impl WriteBudget {
     ///
     /// # Errors
     /// The outcome of all entries when the budget is used up.
-    pub(super) fn admit(&self, entries: Arc<[Entry]>) -> Result<(Job, PendingReply), Outcome> {
+    pub(super) fn admit(&self, entries: Arc<[NewEntry]>) -> Result<(Job, PendingReply), Outcome> {
         let sizes = entries.iter().map(|entry| entry.msg.len() + ENTRY_OVERHEAD);
         let bytes = JOB_OVERHEAD + sizes.sum::<usize>();
         let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
@@ -71,7 +72,7 @@ pub(super) fn measure_commit(group: &[Job], began: Instant) {
 /// A batch that waits to be written.
 #[derive(Debug)]
 pub(super) struct Job {
-    pub(super) entries: Arc<[Entry]>,
+    pub(super) entries: Arc<[NewEntry]>,
     bytes: usize,
     claim: Claim,
     reply: oneshot::Sender<Result<Vec<Outcome>, Outcome>>,

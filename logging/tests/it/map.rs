@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use common::bounds::{Bounds, Order};
 use common::entry::{Entry, Outcome, first_uuid};
 use logging::map::{
-    DistributedMap, Location, MAX_AHEAD, MAX_SKEW, MapError, Options, PieceLimit, open,
+    DistributedMap, Location, MAX_AHEAD, MAX_SKEW, MapError, NewEntry, Options, PieceLimit, open,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -84,8 +84,21 @@ fn entry_at(time: SystemTime, msg: &str) -> Entry {
     }
 }
 
+/// Puts entries whose UUIDs may have been used before.
 async fn put(map: &Arc<dyn DistributedMap>, entries: &[Entry]) -> Vec<Outcome> {
-    map.put(entries.into()).await
+    put_as(map, entries, false).await
+}
+
+async fn put_as(
+    map: &Arc<dyn DistributedMap>,
+    entries: &[Entry],
+    is_generated: bool,
+) -> Vec<Outcome> {
+    let entries = entries.iter().cloned().map(|entry| NewEntry {
+        is_generated,
+        ..entry.into()
+    });
+    map.put(entries.collect()).await
 }
 
 async fn all(map: &Arc<dyn DistributedMap>) -> Vec<Entry> {
@@ -149,12 +162,19 @@ async fn repeated_entry_is_a_duplicate_and_one_entry() {
     for engine in ENGINES {
         let subject = Subject::of(engine).await;
         let map = subject.map;
-        let entry = entry("once");
-        let twice = [entry.clone(), entry.clone()];
-        let outcomes = put(&map, &twice).await;
-        assert_eq!(outcomes, [Outcome::Stored, Outcome::Duplicate]);
-        assert_eq!(put(&map, &twice[..1]).await, [Outcome::Duplicate]);
-        assert_eq!(all(&map).await, [entry]);
+        let mut put_entries = Vec::new();
+        for is_generated in [false, true] {
+            let entry = entry("once");
+            let twice = [entry.clone(), entry.clone()];
+            let outcomes = put_as(&map, &twice, is_generated).await;
+            assert_eq!(outcomes, [Outcome::Stored, Outcome::Duplicate]);
+            for is_generated in [false, true] {
+                let outcomes = put_as(&map, &twice[..1], is_generated).await;
+                assert_eq!(outcomes, [Outcome::Duplicate]);
+            }
+            put_entries.push(entry);
+        }
+        assert_eq!(all(&map).await, put_entries);
     }
 }
 
@@ -181,20 +201,25 @@ async fn entry_outside_the_settle_window_is_stale() {
     for engine in ENGINES {
         let subject = Subject::of(engine).await;
         let map = subject.map;
-        let now = SystemTime::now();
-        let too_old = entry_at(
-            now - SETTLE - MAX_SKEW - Duration::from_millis(1),
-            "too old",
-        );
-        let leaving = entry_at(now - SETTLE - Duration::from_millis(1), "leaving");
-        let old = entry_at(now - SETTLE + margin, "old");
-        let new = entry_at(now + MAX_AHEAD - margin, "new");
-        let too_new = entry_at(now + MAX_AHEAD + margin, "too new");
-        let entries = [too_old, leaving, old.clone(), new.clone(), too_new];
-        let outcomes = put(&map, &entries).await;
-        use Outcome::{Early, Leaving, Stale, Stored};
-        assert_eq!(outcomes, [Stale, Leaving, Stored, Stored, Early]);
-        assert_eq!(all(&map).await, [old, new]);
+        let mut stored = Vec::new();
+        for is_generated in [false, true] {
+            let now = SystemTime::now();
+            let too_old = entry_at(
+                now - SETTLE - MAX_SKEW - Duration::from_millis(1),
+                "too old",
+            );
+            let leaving = entry_at(now - SETTLE - Duration::from_millis(1), "leaving");
+            let old = entry_at(now - SETTLE + margin, "old");
+            let new = entry_at(now + MAX_AHEAD - margin, "new");
+            let too_new = entry_at(now + MAX_AHEAD + margin, "too new");
+            let entries = [too_old, leaving, old.clone(), new.clone(), too_new];
+            let outcomes = put_as(&map, &entries, is_generated).await;
+            use Outcome::{Early, Leaving, Stale, Stored};
+            assert_eq!(outcomes, [Stale, Leaving, Stored, Stored, Early]);
+            stored.extend([old, new]);
+        }
+        stored.sort_by_key(|entry| entry.uuid);
+        assert_eq!(all(&map).await, stored);
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use common::bounds::Bounds;
 use common::entry::{Entry, Outcome};
-use logging::map::{DistributedMap, Health, MapError, Options, open};
+use logging::map::{DistributedMap, Health, MapError, NewEntry, Options, open};
 use testing::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
 use testing::redis_servers::{RedisCluster, RedisServer};
 use uuid::{NoContext, Timestamp, Uuid};
@@ -45,8 +45,15 @@ fn entry_at(time: SystemTime) -> Entry {
     }
 }
 
+/// Puts entries of both kinds in turn: with a UUID that was generated for them, and with one that may have been
+/// used before.
 pub(crate) async fn put(map: &Arc<dyn DistributedMap>, entries: &[Entry]) -> Vec<Outcome> {
-    map.put(entries.into()).await
+    let entries = entries.iter().cloned().enumerate();
+    let entries = entries.map(|(index, entry)| NewEntry {
+        is_generated: index % 2 == 0,
+        ..entry.into()
+    });
+    map.put(entries.collect()).await
 }
 
 pub(crate) fn is_partition_down(outcome: &Outcome) -> bool {
