@@ -12,7 +12,7 @@ use common::traces::{TRACES, traceparent};
 use futures_util::FutureExt;
 use metrics::counter;
 use smallvec::SmallVec;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, timeout_at};
 use tower::retry::budget::Budget;
 use tracing::{Span, debug_span};
 use uuid::Uuid;
@@ -87,9 +87,7 @@ pub async fn deliver(
     message: Message,
     timeout: Duration,
 ) -> Result<Stored, NotStored> {
-    let mut delivery = Delivery::new(pool, message, timeout);
-    let delivered = timeout_at(delivery.deadline, delivery.run()).await;
-    delivered.unwrap_or_else(|_| Err(delivery.give_up()))
+    Delivery::new(pool, message, timeout).run().await
 }
 
 struct Delivery<'pool> {
@@ -163,16 +161,17 @@ impl<'pool> Delivery<'pool> {
         }
     }
 
-    async fn run(&mut self) -> Result<Stored, NotStored> {
-        let first = self.first_instance().await?;
+    async fn run(mut self) -> Result<Stored, NotStored> {
+        let first = timeout_at(self.deadline, self.first_instance()).await;
+        let first = first.unwrap_or_else(|_| Err(self.give_up()))?;
         self.pool.retry_budget.deposit();
         self.begin_try(first);
         loop {
-            let ended = tokio::select! {
-                ended = self.next_answer() => Some(ended),
-                () = sleep(HEDGE_AFTER) => None,
-            };
-            let Some((instance, answer)) = ended else {
+            let patience = self.deadline.min(Instant::now() + HEDGE_AFTER);
+            let Ok((instance, answer)) = timeout_at(patience, self.next_answer()).await else {
+                if patience == self.deadline {
+                    return Err(self.give_up());
+                }
                 if let Some(second) = self.hedge() {
                     counter!(REPEATS, "reason" => HEDGE).increment(1);
                     self.begin_try(second);
@@ -199,7 +198,8 @@ impl<'pool> Delivery<'pool> {
                 Verdict::Again(trouble, detail) => (trouble, detail),
             };
             self.note(&instance.name, detail);
-            if let Some(next) = self.next_instance(trouble).await? {
+            let next = timeout_at(self.deadline, self.next_instance(trouble)).await;
+            if let Some(next) = next.unwrap_or_else(|_| Err(self.give_up()))? {
                 counter!(REPEATS, "reason" => trouble.word()).increment(1);
                 self.begin_try(next);
             }

@@ -27,7 +27,7 @@ use tokio::time::{timeout, timeout_at};
 use tokio_util::codec::{AnyDelimiterCodec, AnyDelimiterCodecError, Decoder, FramedRead};
 use tokio_util::io::StreamReader;
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument, Span};
+use tracing::Span;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
@@ -184,13 +184,13 @@ fn store_lines(
         let app = app.clone();
         let request_id = request_id.clone();
         let upload_permit = upload_permit.clone();
-        let stored = async move {
+        async move {
             let _until_stored = window_permit;
             store_line(&app, line, request_id, upload_permit).await
-        };
-        stored.instrument(span.clone())
+        }
     });
-    stored.buffered(WINDOW_LINES)
+    let mut results = Box::pin(stored.buffered(WINDOW_LINES));
+    stream::poll_fn(move |context| span.in_scope(|| results.poll_next_unpin(context)))
 }
 
 async fn admit(line: Line, window: Arc<Semaphore>) -> (Line, Option<OwnedSemaphorePermit>) {
