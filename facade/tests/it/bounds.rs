@@ -242,7 +242,7 @@ async fn hanging_resolver_does_not_delay_the_end() {
 }
 
 /// An instance that answers trials and hangs on batches with entries.
-fn hanging() -> Server {
+pub(crate) fn hanging() -> Server {
     let answer = async |batch: String| {
         if batch != "[]" {
             std::future::pending::<()>().await;

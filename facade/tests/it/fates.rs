@@ -4,14 +4,32 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::entry::Outcome;
+use futures_util::future::join_all;
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use crate::bounds::hanging;
 use crate::system::{Server, System, logging_stub, nobody, problem};
 
 fn system_of(logging: Vec<Server>) -> System {
     System::with_stubs(logging, nobody(), &["--deadline", "300ms"])
+}
+
+/// The second try begins beside the first, which has no answer and whose timeout is far away.
+#[tokio::test]
+async fn message_that_an_instance_does_not_answer_is_stored_by_another() {
+    let storing = logging_stub(|_| Outcome::Stored);
+    let name = storing.address.clone();
+    let flags = ["--try-timeout", "1h", "--deadline", "3s"];
+    let system = System::with_stubs(vec![hanging(), storing], nobody(), &flags);
+    // Each goes to the instance that hangs with a chance of one half.
+    let posts = (0..20).map(|_| system.post().body("a").send());
+    for answer in join_all(posts).await {
+        let answer = answer.unwrap();
+        assert_eq!(answer.status(), 200);
+        assert_eq!(answer.headers()["x-logging-instance"], name.as_str());
+    }
 }
 
 #[tokio::test]

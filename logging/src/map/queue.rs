@@ -157,3 +157,29 @@ impl Claim {
         !self.0.swap(true, Ordering::AcqRel)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn batch(bytes: usize) -> Arc<[NewEntry]> {
+        Arc::new([NewEntry {
+            uuid: Uuid::now_v7(),
+            msg: "a".repeat(bytes),
+            is_generated: true,
+        }])
+    }
+
+    #[test]
+    fn batch_beyond_the_budget_is_refused_until_others_are_answered() {
+        let budget = WriteBudget::default();
+        let half = || budget.admit(batch(MAX_QUEUED_BYTES / 2));
+        let (first, _reply) = half().expect("there is room");
+        let refused = half().expect_err("two halves and their overhead are too much");
+        assert_eq!(refused, Outcome::refused("the write queue is full"));
+        first.answer(Ok(vec![Outcome::Stored]));
+        half().expect("there is room again");
+    }
+}

@@ -223,8 +223,8 @@ async fn entry_outside_the_settle_window_is_stale() {
     }
 }
 
-/// Entries are stored at the very edge of the settle window while what is settled is read: what was
-/// read never grows, and an entry is settled in time.
+/// Entries are put at the very edge of the settle window, and behind it, while what is settled is read: what
+/// was read never grows, and an entry is settled in time.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_added_before_what_is_settled() {
     const BATCHES: u64 = 300;
@@ -253,7 +253,8 @@ async fn nothing_is_added_before_what_is_settled() {
             let mut last = SystemTime::now();
             for n in 0..BATCHES {
                 last = SystemTime::now() - settle + Duration::from_millis(n % 8);
-                put(&writing, &[entry_at(last, "a")]).await;
+                let too_old = entry_at(last - 2 * MAX_SKEW, "b");
+                put(&writing, &[too_old, entry_at(last, "a")]).await;
             }
             last
         });
@@ -273,6 +274,32 @@ async fn nothing_is_added_before_what_is_settled() {
             assert_eq!(now.len(), count, "{engine:?}");
         }
     }
+}
+
+/// An entry becomes too old while many others are written in its transaction. (On Redis a script's entries are
+/// visible as soon as their times were checked.)
+#[tokio::test]
+async fn entry_that_becomes_too_old_before_the_commit_is_not_added() {
+    const OTHERS: usize = 200_000;
+    let Subject {
+        map,
+        location,
+        _keeper,
+    } = Subject::of(Engine::Lmdb).await;
+    drop(map);
+    let options = Options {
+        settle: Duration::from_millis(10),
+        ..options()
+    };
+    let map = open_ready(&location, options).await;
+    let ahead = SystemTime::now() + MAX_AHEAD / 2;
+    let others = (0..OTHERS).map(|_| NewEntry::from(entry_at(ahead, "others")));
+    let others: Vec<NewEntry> = others.collect();
+    let entry = entry_at(SystemTime::now(), "a");
+    let entries = [entry.clone().into()].into_iter().chain(others);
+    let outcomes = map.put(entries.collect()).await;
+    assert_eq!(outcomes[0], Outcome::Leaving);
+    assert_eq!(map.get(entry.uuid).await.unwrap(), None);
 }
 
 #[tokio::test]

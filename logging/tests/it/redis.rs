@@ -334,6 +334,14 @@ async fn backups_of_a_single_server_are_waited_for() {
     assert_eq!(put(&map, &entries(10)).await, vec![Outcome::Stored; 10]);
     let keys: i64 = replica.ask(&["DBSIZE"]);
     assert!(keys > 1);
+    // It stays connected, but has no more entries.
+    replica.signal("STOP");
+    let outcomes = put(&map, &entries(1)).await;
+    replica.signal("CONT");
+    assert!(
+        matches!(outcomes[..], [Outcome::Unknown { .. }]),
+        "{outcomes:?}"
+    );
 }
 
 /// The user of docs/redis.md has all the rights that are needed and no others; a wrong password is reported
