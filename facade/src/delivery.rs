@@ -139,7 +139,6 @@ impl<'pool> Delivery<'pool> {
                 Key::Caller(uuid) => uuid,
             },
             msg: message.msg,
-            is_generated: message.key == Key::Generated,
             request_id: message.request_id,
             traceparent: None,
         };
@@ -167,9 +166,9 @@ impl<'pool> Delivery<'pool> {
         self.pool.retry_budget.deposit();
         self.begin_try(first);
         loop {
-            let patience = self.deadline.min(Instant::now() + HEDGE_AFTER);
-            let Ok((instance, answer)) = timeout_at(patience, self.next_answer()).await else {
-                if patience == self.deadline {
+            let until = self.deadline.min(Instant::now() + HEDGE_AFTER);
+            let Ok((instance, answer)) = timeout_at(until, self.next_answer()).await else {
+                if Instant::now() >= self.deadline {
                     return Err(self.give_up());
                 }
                 if let Some(second) = self.hedge() {
@@ -200,6 +199,9 @@ impl<'pool> Delivery<'pool> {
             self.note(&instance.name, detail);
             let next = timeout_at(self.deadline, self.next_instance(trouble)).await;
             if let Some(next) = next.unwrap_or_else(|_| Err(self.give_up()))? {
+                if Instant::now() >= self.deadline {
+                    return Err(self.give_up());
+                }
                 counter!(REPEATS, "reason" => trouble.word()).increment(1);
                 self.begin_try(next);
             }

@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use common::api::{Batch, MAX_BATCH_BYTES, Posted, PutEntry, PutResult};
 use common::body::{BodyError, holding, read_body};
 use common::client::Client;
-use common::entry::Outcome;
+use common::entry::{Entry, Outcome};
 use common::json::JsonLine;
 use common::output;
 use common::permits::Exhausted;
@@ -19,7 +19,6 @@ use tokio::time::timeout;
 use tracing::{Span, debug_span};
 
 use crate::error::{busy, output_stuck};
-use crate::map::NewEntry;
 use crate::readiness::check_output;
 use crate::state::App;
 
@@ -42,15 +41,11 @@ pub(crate) async fn create(
     check_output(app.store_timeout).map_err(output_stuck)?;
     let posted = entries.into_iter().map(|put: PutEntry| {
         let origin = Origin::new(put.request_id, put.traceparent.as_deref());
-        let entry = NewEntry {
-            uuid: put.uuid,
-            msg: put.msg,
-            is_generated: put.is_generated,
-        };
-        (entry, origin)
+        let (uuid, msg) = (put.uuid, put.msg);
+        (Entry { uuid, msg }, origin)
     });
-    let (entries, origins): (Vec<NewEntry>, Vec<Origin>) = posted.unzip();
-    let entries: Arc<[NewEntry]> = entries.into();
+    let (entries, origins): (Vec<Entry>, Vec<Origin>) = posted.unzip();
+    let entries: Arc<[Entry]> = entries.into();
     let begin = Instant::now();
     let in_flight = app.counters.in_flight();
     let map_spans: Vec<Span> = origins.iter().map(Origin::map_span).collect();
@@ -133,7 +128,7 @@ fn doubt_acknowledged(outcomes: &mut [Outcome]) {
 
 /// Logs one line for each acknowledged entry: the exercise's proof of which instance stored it.
 /// String fields are quoted and escaped, so no message can forge a line.
-fn log_acknowledged(entries: &[NewEntry], origins: &[Origin], outcomes: &[Outcome]) {
+fn log_acknowledged(entries: &[Entry], origins: &[Origin], outcomes: &[Outcome]) {
     for ((entry, origin), outcome) in entries.iter().zip(origins).zip(outcomes) {
         let outcome = match outcome {
             Outcome::Stored => "stored",

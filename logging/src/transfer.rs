@@ -20,7 +20,7 @@ use serde::Deserialize;
 use tokio::time::sleep;
 use uuid::Uuid;
 
-use crate::map::{self, DistributedMap, Location, MapError, NewEntry, Options, PieceLimit};
+use crate::map::{self, DistributedMap, Location, MapError, Options, PieceLimit};
 
 /// How long a task retries one read or one batch before it gives up: longer than a failover takes.
 const RETRY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -288,7 +288,7 @@ async fn put_all(
     batch: Vec<Entry>,
 ) -> anyhow::Result<Vec<(Uuid, Outcome)>> {
     let mut put = Vec::with_capacity(batch.len());
-    let mut rest: Arc<[NewEntry]> = batch.into_iter().map(NewEntry::from).collect();
+    let mut rest: Arc<[Entry]> = batch.into();
     let begin = Instant::now();
     while !rest.is_empty() {
         let outcomes = map.put(rest.clone()).await;

@@ -21,9 +21,6 @@ pub struct PutEntry {
     pub uuid: Uuid,
     /// The message.
     pub msg: String,
-    /// Whether the UUID was generated for this message, so that no other message has it.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub is_generated: bool,
     /// The `x-request-id` of the POST that carried the message, for the logs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_id: Option<String>,
@@ -147,7 +144,7 @@ pub struct PutResult {
 }
 
 /// A [`PutResult`] on the wire: its outcome is one of six words, and the other fields tell it from those with the
-/// same word.
+/// same word. A `detail` that is missing is empty.
 #[derive(Deserialize, Serialize)]
 struct WireResult {
     uuid: Uuid,
@@ -273,7 +270,6 @@ mod tests {
         let entries = ["a", "b"].map(|msg| PutEntry {
             uuid: Uuid::now_v7(),
             msg: msg.to_owned(),
-            is_generated: true,
             request_id: None,
             traceparent: None,
         });

@@ -6,8 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use axum::Router;
-use axum::routing::post;
 use common::entry::Entry;
 use futures_util::{StreamExt, stream};
 use reqwest::{Body, Client, RequestBuilder};
@@ -20,7 +18,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::processes::{Processes, binary};
-use crate::system::{Server, System, problem, serve_instance};
+use crate::system::{Server, System, hanging, problem};
 
 /// A body without a length reserves the bytes that have arrived, not the largest possible size.
 #[tokio::test(flavor = "multi_thread")]
@@ -239,17 +237,6 @@ async fn hanging_resolver_does_not_delay_the_end() {
     facade.signal("TERM");
     assert!(facade.wait().success());
     assert!(told.elapsed() < Duration::from_secs(2) + PATIENCE / 3);
-}
-
-/// An instance that answers trials and hangs on batches with entries.
-pub(crate) fn hanging() -> Server {
-    let answer = async |batch: String| {
-        if batch != "[]" {
-            std::future::pending::<()>().await;
-        }
-        batch
-    };
-    serve_instance(Router::new().route("/", post(answer)))
 }
 
 fn facade(logging: &Server, flags: &[&str]) -> Process {

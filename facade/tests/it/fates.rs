@@ -9,8 +9,7 @@ use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::bounds::hanging;
-use crate::system::{Server, System, logging_stub, nobody, problem};
+use crate::system::{Server, System, hanging, logging_stub, nobody, problem};
 
 fn system_of(logging: Vec<Server>) -> System {
     System::with_stubs(logging, nobody(), &["--deadline", "300ms"])

@@ -280,6 +280,17 @@ pub(crate) fn serve_instance(router: Router) -> Server {
     serve(router.layer(axum::middleware::map_response(mark)))
 }
 
+/// An instance that answers trials and hangs on batches with entries.
+pub(crate) fn hanging() -> Server {
+    let answer = async |batch: String| {
+        if batch != "[]" {
+            std::future::pending::<()>().await;
+        }
+        batch
+    };
+    serve_instance(Router::new().route("/", routing::post(answer)))
+}
+
 /// A free address, on which no server listens.
 pub(crate) fn nobody() -> Server {
     at(free_address().to_string())

@@ -22,25 +22,6 @@ pub const MAX_SKEW: Duration = Duration::from_secs(1);
 /// How long a member of the map may take for its statistics.
 pub(super) const STATS_TIMEOUT: Duration = Duration::from_millis(400);
 
-/// An entry to put into the map.
-#[derive(Clone, Debug)]
-pub struct NewEntry {
-    pub uuid: Uuid,
-    pub msg: String,
-    /// Whether the UUID was generated for this message, so that the map has no other message under it.
-    pub is_generated: bool,
-}
-
-impl From<Entry> for NewEntry {
-    fn from(Entry { uuid, msg }: Entry) -> Self {
-        Self {
-            uuid,
-            msg,
-            is_generated: false,
-        }
-    }
-}
-
 /// A map of immutable entries that several logging instances share.
 ///
 /// Entries are ordered by UUID, the same on every instance and engine.
@@ -65,7 +46,7 @@ pub trait DistributedMap: fmt::Debug + Send + Sync {
     ///   Outcomes within a batch may differ, as the entries are in different partitions.
     ///
     /// Returns within the store timeout.
-    async fn put(&self, entries: Arc<[NewEntry]>) -> Vec<Outcome>;
+    async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome>;
 
     /// The message under `uuid`, or `None` if there is none. Returns within the store timeout.
     async fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError>;

@@ -17,14 +17,14 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use common::api::{MapStats, MemberStats, Role};
 use common::bounds::Bounds;
-use common::entry::Outcome;
+use common::entry::{Entry, Outcome};
 use tokio::time::timeout;
 use uuid::Uuid;
 
 use self::store::{LAYOUT, Store};
 use self::writer::Writer;
 use super::contract::{
-    Cursor, DistributedMap, Health, MapError, NewEntry, Options, Piece, PieceLimit, STATS_TIMEOUT,
+    Cursor, DistributedMap, Health, MapError, Options, Piece, PieceLimit, STATS_TIMEOUT,
 };
 use super::queue::{Job, WriteBudget};
 use super::rules::settled_before;
@@ -61,7 +61,7 @@ impl LmdbMap {
     }
 
     /// Has a batch written; an error is the outcome of all entries. An empty one checks the writer.
-    async fn submit(&self, entries: Arc<[NewEntry]>) -> Result<Vec<Outcome>, Outcome> {
+    async fn submit(&self, entries: Arc<[Entry]>) -> Result<Vec<Outcome>, Outcome> {
         let (job, reply) = self.budget.admit(entries)?;
         if self.jobs.send(job).is_err() {
             return Err(Outcome::refused("the map's writer has stopped"));
@@ -116,7 +116,7 @@ impl DistributedMap for LmdbMap {
         self.store.id()
     }
 
-    async fn put(&self, entries: Arc<[NewEntry]>) -> Vec<Outcome> {
+    async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome> {
         let count = entries.len();
         if count == 0 {
             return Vec::new();

@@ -5,11 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::entry::Outcome;
+use common::entry::{Entry, Outcome};
 use metrics::{gauge, histogram};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use super::contract::NewEntry;
 use crate::metrics::{COMMIT_DURATION, COMMIT_ENTRIES, FREE_QUEUE};
 
 /// Bytes counted for an entry besides its message, for its key and bookkeeping.
@@ -41,7 +40,7 @@ impl WriteBudget {
     ///
     /// # Errors
     /// The outcome of all entries when the budget is used up.
-    pub(super) fn admit(&self, entries: Arc<[NewEntry]>) -> Result<(Job, PendingReply), Outcome> {
+    pub(super) fn admit(&self, entries: Arc<[Entry]>) -> Result<(Job, PendingReply), Outcome> {
         let sizes = entries.iter().map(|entry| entry.msg.len() + ENTRY_OVERHEAD);
         let bytes = JOB_OVERHEAD + sizes.sum::<usize>();
         let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
@@ -72,7 +71,7 @@ pub(super) fn measure_commit(group: &[Job], began: Instant) {
 /// A batch that waits to be written.
 #[derive(Debug)]
 pub(super) struct Job {
-    pub(super) entries: Arc<[NewEntry]>,
+    pub(super) entries: Arc<[Entry]>,
     bytes: usize,
     claim: Claim,
     reply: oneshot::Sender<Result<Vec<Outcome>, Outcome>>,
@@ -164,11 +163,10 @@ mod tests {
 
     use super::*;
 
-    fn batch(bytes: usize) -> Arc<[NewEntry]> {
-        Arc::new([NewEntry {
+    fn batch(bytes: usize) -> Arc<[Entry]> {
+        Arc::new([Entry {
             uuid: Uuid::now_v7(),
             msg: "a".repeat(bytes),
-            is_generated: true,
         }])
     }
 
@@ -176,10 +174,10 @@ mod tests {
     fn batch_beyond_the_budget_is_refused_until_others_are_answered() {
         let budget = WriteBudget::default();
         let half = || budget.admit(batch(MAX_QUEUED_BYTES / 2));
-        let (first, _reply) = half().expect("there is room");
+        let (first, _reply) = half().expect("the budget suffices");
         let refused = half().expect_err("two halves and their overhead are too much");
         assert_eq!(refused, Outcome::refused("the write queue is full"));
         first.answer(Ok(vec![Outcome::Stored]));
-        half().expect("there is room again");
+        half().expect("the budget suffices again");
     }
 }

@@ -29,7 +29,7 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use common::api::MapStats;
 use common::bounds::Bounds;
-use common::entry::Outcome;
+use common::entry::{Entry, Outcome};
 use futures_util::future::join_all;
 use uuid::Uuid;
 
@@ -38,7 +38,7 @@ pub use self::config::RedisConfig;
 use self::cluster::Cluster;
 use self::cursor::RedisCursor;
 use self::timeouts::in_time;
-use super::contract::{Cursor, DistributedMap, Health, MapError, NewEntry, Options};
+use super::contract::{Cursor, DistributedMap, Health, MapError, Options};
 use super::queue::WriteBudget;
 use super::rules::settled_before;
 
@@ -69,7 +69,7 @@ impl DistributedMap for RedisMap {
         self.cluster.map_id()
     }
 
-    async fn put(&self, entries: Arc<[NewEntry]>) -> Vec<Outcome> {
+    async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome> {
         let topology = self.cluster.topology();
         let partitions = entries.iter().map(|entry| partition::of(entry.uuid));
         let (groups, unowned) = topology.group(partitions);

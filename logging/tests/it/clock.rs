@@ -8,8 +8,8 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use common::api::{MapStats, READ_END, READ_SETTLED, write_entry};
 use common::bounds::Bounds;
-use common::entry::{Outcome, first_uuid};
-use logging::map::{Cursor, DistributedMap, Health, MapError, NewEntry, Piece, PieceLimit};
+use common::entry::{Entry, Outcome, first_uuid};
+use logging::map::{Cursor, DistributedMap, Health, MapError, Piece, PieceLimit};
 use reqwest::Response;
 use uuid::Uuid;
 
@@ -30,7 +30,7 @@ impl DistributedMap for FixedMap {
         None
     }
 
-    async fn put(&self, _entries: Arc<[NewEntry]>) -> Vec<Outcome> {
+    async fn put(&self, _entries: Arc<[Entry]>) -> Vec<Outcome> {
         unreachable!("nobody posts")
     }
 

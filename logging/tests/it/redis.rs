@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use common::bounds::Bounds;
 use common::entry::{Entry, Outcome};
-use logging::map::{DistributedMap, Health, MapError, NewEntry, Options, open};
+use logging::map::{DistributedMap, Health, MapError, Options, open};
 use testing::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
 use testing::redis_servers::{RedisCluster, RedisServer};
 use uuid::{NoContext, Timestamp, Uuid};
@@ -45,15 +45,8 @@ fn entry_at(time: SystemTime) -> Entry {
     }
 }
 
-/// Puts entries of both kinds in turn: with a UUID that was generated for them, and with one that may have been
-/// used before.
 pub(crate) async fn put(map: &Arc<dyn DistributedMap>, entries: &[Entry]) -> Vec<Outcome> {
-    let entries = entries.iter().cloned().enumerate();
-    let entries = entries.map(|(index, entry)| NewEntry {
-        is_generated: index % 2 == 0,
-        ..entry.into()
-    });
-    map.put(entries.collect()).await
+    map.put(entries.into()).await
 }
 
 pub(crate) fn is_partition_down(outcome: &Outcome) -> bool {
@@ -334,7 +327,7 @@ async fn backups_of_a_single_server_are_waited_for() {
     assert_eq!(put(&map, &entries(10)).await, vec![Outcome::Stored; 10]);
     let keys: i64 = replica.ask(&["DBSIZE"]);
     assert!(keys > 1);
-    // It stays connected, but has no more entries.
+    // It stays connected, but receives no further entries.
     replica.signal("STOP");
     let outcomes = put(&map, &entries(1)).await;
     replica.signal("CONT");

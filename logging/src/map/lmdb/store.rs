@@ -12,13 +12,14 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use common::api::{MemberStats, Role};
 use common::bounds::{Bounds, Order};
+use common::entry::Entry;
 use heed::byteorder::BigEndian;
 use heed::types::{Bytes, U128};
 use heed::{AnyTls, Database, Env, EnvOpenOptions, MdbError, RoTxn, RwTxn, WithoutTls};
 use uuid::Uuid;
 
 use super::readers::{MAX_READERS, Readers};
-use crate::map::contract::{MapError, NewEntry, Piece, PieceLimit};
+use crate::map::contract::{MapError, Piece, PieceLimit};
 use crate::map::rules::parse_id;
 
 /// Address space reserved for the memory map, in bytes; a map that reaches it refuses entries.
@@ -381,7 +382,7 @@ fn lock_file(folder: &Path, name: &str) -> anyhow::Result<File> {
 }
 
 /// A stored value: the CRC-32 of key and message, big-endian, then the message.
-pub(super) fn encode(entry: &NewEntry) -> Vec<u8> {
+pub(super) fn encode(entry: &Entry) -> Vec<u8> {
     let mut value = Vec::with_capacity(CHECKSUM_BYTES + entry.msg.len());
     value.extend_from_slice(&checksum(entry.uuid, entry.msg.as_bytes()).to_be_bytes());
     value.extend_from_slice(entry.msg.as_bytes());

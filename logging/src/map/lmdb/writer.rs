@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant, SystemTime};
 
-use common::entry::Outcome;
+use common::entry::{Entry, Outcome};
 use heed::{Env, RwTxn, WithoutTls};
 use uuid::Uuid;
 
 use super::store::{
     DISK_FULL, Entries, Opened, Store, decode, describe, encode, find_or_make_id, is_panic,
 };
-use crate::map::contract::{MapError, NewEntry};
+use crate::map::contract::MapError;
 use crate::map::queue::{Job, answer_group, claim_group, measure_commit};
 use crate::map::rules::staleness;
 
@@ -189,7 +189,7 @@ impl Failure {
     }
 }
 
-fn compare(entry: &NewEntry, value: &[u8]) -> Outcome {
+fn compare(entry: &Entry, value: &[u8]) -> Outcome {
     match decode(entry.uuid, value) {
         Ok(msg) if msg == entry.msg => Outcome::Duplicate,
         Ok(_) => Outcome::Conflict,

@@ -7,11 +7,12 @@
 //! The first and last member of each set are marks with the map's id, created with the map. An
 //! empty partition has both marks; a set without them was lost.
 
+use common::entry::Entry;
 use crc::{CRC_16_XMODEM, Crc};
 use redis::Value;
 use uuid::Uuid;
 
-use crate::map::contract::{MapError, NewEntry};
+use crate::map::contract::MapError;
 
 /// The number of partitions. It can never change, as it decides where entries are found.
 pub(super) const PARTITIONS: u16 = 271;
@@ -72,24 +73,20 @@ pub(super) fn message_key(uuid: Uuid) -> String {
     format!("message:{{{}}}:{uuid}", of(uuid))
 }
 
-/// Whether a message is a key of its own.
-pub(super) fn is_large(msg: &str) -> bool {
-    msg.len() > INLINE_BYTES
-}
-
-/// An entry as a member of its partition's sorted set.
-pub(super) fn member(entry: &NewEntry) -> Vec<u8> {
+/// An entry as a member of its partition's sorted set, and whether its message is a key of its own.
+pub(super) fn member(entry: &Entry) -> (Vec<u8>, bool) {
     let msg = entry.msg.as_bytes();
+    let is_large = msg.len() > INLINE_BYTES;
     let mut member = Vec::with_capacity(UUID_BYTES + msg.len().min(INLINE_BYTES));
     member.extend_from_slice(entry.uuid.as_bytes());
-    if is_large(&entry.msg) {
+    if is_large {
         let length = u32::try_from(msg.len()).expect("a message is smaller than a batch");
         member.push(LARGE);
         member.extend_from_slice(&length.to_be_bytes());
     } else {
         member.extend_from_slice(msg);
     }
-    member
+    (member, is_large)
 }
 
 /// The first and the last mark of a partition of this map.

@@ -12,9 +12,9 @@ use redis::{Pipeline, Script, ServerError, Value};
 use tokio::sync::watch;
 
 use super::connection::{self, ServerConnection};
-use super::partition::{self, entries_key, fence_key, is_large, message_key};
+use super::partition::{self, entries_key, fence_key, message_key};
 use super::timeouts::wait_timeout;
-use crate::map::contract::{MAX_AHEAD, MAX_SKEW, NewEntry};
+use crate::map::contract::{MAX_AHEAD, MAX_SKEW};
 use crate::map::queue::Job;
 
 const PUT_SCRIPT: &str = include_str!("put.lua");
@@ -139,12 +139,11 @@ impl Primary {
             .arg(millis(MAX_AHEAD))
             .arg(times().min().unwrap_or(0))
             .arg(times().max().unwrap_or(0))
-            .arg(fence_key(self.shared.fence()))
-            .arg(entries().map(kind).collect::<Vec<u8>>());
+            .arg(fence_key(self.shared.fence()));
         for entry in entries() {
-            put.arg(entries_key(partition::of(entry.uuid)))
-                .arg(partition::member(entry));
-            if is_large(&entry.msg) {
+            let (member, is_large) = partition::member(entry);
+            put.arg(entries_key(partition::of(entry.uuid))).arg(member);
+            if is_large {
                 put.arg(message_key(entry.uuid)).arg(entry.msg.as_str());
             }
         }
@@ -198,15 +197,6 @@ impl Primary {
             self.connection.address
         );
         Failure::maybe_executed(detail)
-    }
-}
-
-/// The letter that tells the script what an entry is.
-fn kind(entry: &NewEntry) -> u8 {
-    match (is_large(&entry.msg), entry.is_generated) {
-        (true, _) => b'l',
-        (false, true) => b'g',
-        (false, false) => b'c',
     }
 }
 

@@ -9,14 +9,14 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
-use common::entry::Outcome;
+use common::entry::{Entry, Outcome};
 use redis::aio::MultiplexedConnection;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
 
 use super::connection::{PROBE_INTERVAL, ServerConnection};
 use super::primary::{Primary, Shared};
-use crate::map::contract::{NewEntry, Options};
+use crate::map::contract::Options;
 use crate::map::queue::{Job, WriteBudget, answer_group, claim_group, measure_commit};
 
 /// A group commit takes no further batch beyond this, in bytes: the script blocks the primary.
@@ -82,7 +82,7 @@ impl PrimaryWriter {
     pub(super) async fn put(
         &self,
         budget: &WriteBudget,
-        entries: Arc<[NewEntry]>,
+        entries: Arc<[Entry]>,
     ) -> Result<Vec<Outcome>, Outcome> {
         let (job, reply) = budget.admit(entries)?;
         // If the writer has panicked, the reply fails.

@@ -3,10 +3,9 @@
 --
 -- ARGV: the maximum age of a new entry, the age from which it is certainly too old, and how far
 -- ahead of this server's clock it may be, in milliseconds; the times of the oldest and of the
--- newest entry, in milliseconds since the Unix epoch; the key of the fence; one letter for the kind of
--- each entry (g its UUID was generated for it, c a caller may have used the UUID before, l the message is
--- large). Then for each entry the key of its partition and its member: 16 bytes of UUID, then the message.
--- For a large message its length stands there; the message's key and the message follow.
+-- newest entry, in milliseconds since the Unix epoch; the key of the fence; then for each entry the key
+-- of its partition and its member: 16 bytes of UUID, then the message. If the byte after the UUID is 255,
+-- the message is large: its key and the message follow.
 --
 -- Returns one letter for each entry (s stored, d duplicate, c conflict, o too old, l leaving: too
 -- old only by this server's clock, a ahead, e not executed), and the error of the last e.
@@ -17,16 +16,11 @@ if type(fence) == 'table' then
     return redis.error_reply('NOFENCE ' .. fence.err)
 end
 
-local GENERATED, LARGE = string.byte('gl', 1, 2)
-local MARKS = 2
-
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local oldest, settled, newest = now - ARGV[1], now - ARGV[2], now + ARGV[3]
 local may_all_be_new = tonumber(ARGV[4]) >= oldest and tonumber(ARGV[5]) <= newest
-local kinds, outcomes, failure = ARGV[7], {}, ''
--- The number of members that a partition had, or the error.
-local sizes = {}
+local outcomes, failure = {}, ''
 
 -- The outcome that the entry's time forces on a new entry, or nil.
 local function staleness(uuid)
@@ -91,36 +85,14 @@ local function put(key, member, message_key, message)
     return 's'
 end
 
--- Puts an entry whose UUID no other message has: it is stored now or was before.
-local function add(key, member)
-    local members = sizes[key] or redis.pcall('ZCARD', key)
-    sizes[key] = members
-    if type(members) == 'table' then
-        failure = members.err
-        return 'e'
-    end
-    if members < MARKS then
-        failure = 'NOMARK ' .. key .. ' is missing'
-        return 'e'
-    end
-    local added = redis.pcall('ZADD', key, 0, member)
-    if type(added) == 'table' then
-        failure = added.err
-        return 'e'
-    end
-    return added == 1 and 's' or 'd'
-end
-
-local i = 8
-for n = 1, #kinds do
-    local kind = string.byte(kinds, n)
-    if kind == LARGE then
-        outcomes[n] = put(ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3])
-        i = i + 4
+local i = 7
+while i <= #ARGV do
+    local is_large = string.byte(ARGV[i + 1], 17) == 255
+    if is_large then
+        outcomes[#outcomes + 1] = put(ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3])
     else
-        local put_or_add = kind == GENERATED and may_all_be_new and add or put
-        outcomes[n] = put_or_add(ARGV[i], ARGV[i + 1])
-        i = i + 2
+        outcomes[#outcomes + 1] = put(ARGV[i], ARGV[i + 1])
     end
+    i = i + (is_large and 4 or 2)
 end
 return { table.concat(outcomes), failure }
