@@ -43,10 +43,6 @@ const SMALLEST_BATCH: usize = 1024;
 const LONG_WAIT: Duration = Duration::from_millis(500);
 const MAX_WAITING_BATCHES: usize = 4;
 
-/// How often all tasks that can run have their turn before a batch is taken: requests that have arrived, and
-/// those that follow the answers to the last batch, join it. With nothing to run a turn takes microseconds.
-const TURNS: u32 = 4;
-
 /// The permits or memory of a request, held until none of its entries is queued.
 pub type Held = Arc<dyn Any + Send + Sync>;
 
@@ -171,9 +167,8 @@ impl Shared {
     /// `None` when the batcher is dropped and its queue is empty.
     async fn next_batch(&self) -> Option<Vec<Queued>> {
         loop {
-            for _ in 0..TURNS {
-                yield_now().await;
-            }
+            // The tasks that can run now may have entries for the batch.
+            yield_now().await;
             {
                 let mut queue = self.lock();
                 let batch = queue.take_batch();
