@@ -46,9 +46,12 @@ const IDLE_CONNECTION: Duration = Duration::from_secs(10);
 /// The largest answer with one entry, which can be as large as a batch; a longer one is an error.
 const MAX_ENTRY_BODY: usize = MAX_BATCH_BYTES + 1024;
 
-/// The largest answer to a batch; a longer one is an error. An outcome is not much larger than its
+/// The largest answer to a batch; a longer one is an error. A result is not much larger than its
 /// entry, and the facade's batches are an eighth of what an instance accepts.
-const MAX_OUTCOMES_BODY: usize = MAX_BATCH_BYTES;
+const MAX_RESULTS_BODY: usize = MAX_BATCH_BYTES;
+
+/// The same for a batch of few entries, in bytes for each: a result has some hundred.
+const MAX_RESULT: usize = 4096;
 
 /// Longer statistics are not an instance's: a row for a member has some hundred bytes.
 const MAX_STATS_BODY: usize = 1024 * 1024;
@@ -291,6 +294,7 @@ impl LoggingClient {
 #[async_trait]
 impl LoggingApi for LoggingClient {
     async fn put(&self, batch: Batch) -> Result<Vec<PutResult>, UpstreamError> {
+        let limit = MAX_RESULTS_BODY.min((1 + batch.count()) * MAX_RESULT);
         let request = self
             .clients
             .requests
@@ -298,7 +302,7 @@ impl LoggingApi for LoggingClient {
             .header(header::CONTENT_TYPE, Batch::CONTENT_TYPE)
             .body(batch.into_body());
         let response = require_success(self.send(request).await?).await?;
-        let body = read_body(response, MAX_OUTCOMES_BODY).await?;
+        let body = read_body(response, limit).await?;
         serde_json::from_slice(&body).map_err(garbled)
     }
 

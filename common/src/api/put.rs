@@ -85,6 +85,11 @@ impl Batch {
         self.array.len()
     }
 
+    /// How many entries it has.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
     /// The body of the request.
     pub fn into_body(mut self) -> Vec<u8> {
         match self.count {

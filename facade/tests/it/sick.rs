@@ -475,7 +475,7 @@ async fn facade_that_begins_with_two_maps_serves_neither() {
 /// The facade cuts the connection of an instance whose response to a batch does not end.
 #[tokio::test(flavor = "multi_thread")]
 async fn endless_response_does_not_fill_the_memory() {
-    const GROWTH_KIB: u64 = 64 * 1024;
+    const GROWTH_KIB: u64 = 32 * 1024;
     let flood = async |batch: String| {
         let piece = bytes::Bytes::from(vec![b' '; 1 << 20]);
         let pieces = stream::repeat_with(move || Ok::<_, std::io::Error>(piece.clone()));
