@@ -3,13 +3,17 @@
 
 use std::io::{self, Write};
 
-use axum::http::header;
+use axum::body::Body;
+use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::Serializer;
 use serde_json::ser::Formatter;
 
 use crate::escape::needs_escape;
+
+/// Room for the headers of an answer, so that adding the last ones does not move the first.
+const USUAL_HEADERS: usize = 8;
 
 /// Bytes that a line begins with, so that the usual one needs no more.
 const USUAL_LINE: usize = 256;
@@ -20,10 +24,16 @@ pub struct JsonLine<T>(pub T);
 
 impl<T: Serialize> IntoResponse for JsonLine<T> {
     fn into_response(self) -> Response {
-        let content_type = [(header::CONTENT_TYPE, "application/json")];
         let mut line = Vec::with_capacity(USUAL_LINE);
         write_line(&mut line, &self.0);
-        (content_type, line).into_response()
+        let mut response = Response::new(Body::from(line));
+        let headers = response.headers_mut();
+        headers.reserve(USUAL_HEADERS);
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
+        response
     }
 }
 

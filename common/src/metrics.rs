@@ -2,13 +2,13 @@
 //!
 //! Each service describes its own metrics before it serves; `docs/observing.md` explains all of them.
 
-use std::sync::LazyLock;
+use std::sync::{LazyLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use axum::extract::{MatchedPath, Request};
 use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use metrics::{counter, describe_gauge, histogram};
+use metrics::{Histogram, counter, describe_gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use metrics_process::Collector;
 use metrics_util::MetricKindMask;
@@ -176,13 +176,49 @@ impl Measurement {
         }
     }
 
-    pub(crate) fn end(self, status: StatusCode) {
+    pub(crate) fn end(self, status: StatusCode, durations: &Durations) {
         self.span
             .record("http.response.status_code", status.as_u16());
-        let route = name_of(self.route.as_ref()).to_owned();
-        let status = status.as_str().to_owned();
-        histogram!(REQUEST_DURATION, "method" => self.method, "route" => route, "status" => status)
-            .record(self.begin.elapsed());
+        let route = name_of(self.route.as_ref());
+        let histogram = durations.histogram(self.method, route, status);
+        histogram.record(self.begin.elapsed());
+    }
+}
+
+/// The histograms of the requests so far, as the recorder makes nine allocations to find one.
+#[derive(Default)]
+pub(crate) struct Durations(RwLock<Vec<Labelled>>);
+
+struct Labelled {
+    method: &'static str,
+    route: String,
+    status: StatusCode,
+    histogram: Histogram,
+}
+
+impl Durations {
+    fn histogram(&self, method: &'static str, route: &str, status: StatusCode) -> Histogram {
+        let is_it = |known: &&Labelled| {
+            known.status == status && known.method == method && known.route == route
+        };
+        let known = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = known.iter().find(is_it) {
+            return known.histogram.clone();
+        }
+        drop(known);
+        let route = route.to_owned();
+        let name = status.as_str().to_owned();
+        let histogram = histogram!(
+            REQUEST_DURATION, "method" => method, "route" => route.clone(), "status" => name
+        );
+        let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        known.push(Labelled {
+            method,
+            route,
+            status,
+            histogram: histogram.clone(),
+        });
+        histogram
     }
 }
 

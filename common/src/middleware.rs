@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt;
@@ -18,12 +18,12 @@ use uuid::Uuid;
 
 use crate::client::Client;
 use crate::door::Door;
-use crate::metrics::Measurement;
+use crate::metrics::{Durations, Measurement};
 use crate::problem::Problem;
 use crate::traces::TRACE_ID;
 
 /// The name of the header that carries a request's id through the services.
-pub const REQUEST_ID: &str = "x-request-id";
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// A longer request id is replaced by a generated one, so that callers cannot fill the logs.
 const MAX_REQUEST_ID: usize = 128;
@@ -54,6 +54,7 @@ struct Service {
     log: RequestLog,
     door: Door,
     counts: Option<Arc<dyn Count>>,
+    durations: Durations,
 }
 
 /// Adds the shared middleware to the routes of a service.
@@ -63,7 +64,12 @@ pub fn with_middleware(
     door: Door,
     counts: Option<Arc<dyn Count>>,
 ) -> Router {
-    let service = Arc::new(Service { log, door, counts });
+    let service = Arc::new(Service {
+        log,
+        door,
+        counts,
+        durations: Durations::default(),
+    });
     routes
         .fallback(answer_not_found)
         .method_not_allowed_fallback(answer_method_not_allowed)
@@ -95,7 +101,7 @@ async fn observe(
         let answering = answering.instrument(measurement.span.clone());
         let answer = AssertUnwindSafe(answering).catch_unwind().await;
         let response = answer.unwrap_or_else(|panic| answer_panic(&*panic));
-        measurement.end(response.status());
+        measurement.end(response.status(), &service.durations);
         if service.log == RequestLog::On {
             let elapsed_ms = begin.elapsed().as_micros() as f64 / 1000.0;
             let status = response.status().as_u16();

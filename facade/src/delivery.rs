@@ -63,6 +63,7 @@ pub enum WhenOverloaded {
 #[derive(Debug)]
 pub struct Stored {
     pub uuid: Uuid,
+    pub msg: String,
     /// The instance that reported the entry stored.
     pub instance: Arc<Instance>,
     /// Whether the entry was in the map before this request.
@@ -160,7 +161,7 @@ impl<'pool> Delivery<'pool> {
         }
     }
 
-    async fn run(mut self) -> Result<Stored, NotStored> {
+    async fn run(&mut self) -> Result<Stored, NotStored> {
         let first = timeout_at(self.deadline, self.first_instance()).await;
         let first = first.unwrap_or_else(|_| Err(self.give_up()))?;
         self.pool.retry_budget.deposit();
@@ -189,6 +190,7 @@ impl<'pool> Delivery<'pool> {
                     self.log_continued(&instance.name);
                     return Ok(Stored {
                         uuid: self.entry.uuid,
+                        msg: std::mem::take(&mut self.entry.msg),
                         instance,
                         is_duplicate,
                     });

@@ -7,7 +7,7 @@ use common::serve::{self, Timeouts};
 use facade::{App, Config, router};
 use mimalloc::MiMalloc;
 
-/// A POST makes some twenty allocations, and other threads free many of them. The instances, which do few for an
+/// A POST makes some forty allocations, and other threads free many of them. The instances, which do few for an
 /// entry, would only hold more memory with it.
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;

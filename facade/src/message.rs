@@ -2,8 +2,8 @@
 //!
 //! Unexpected parts of a body are refused, never dropped: a silently cut message is a lost message.
 
-use std::borrow::Cow;
 use std::convert::Infallible;
+use std::str::Utf8Error;
 
 use axum::http::{HeaderMap, header};
 use bytes::Bytes;
@@ -143,8 +143,8 @@ pub(crate) fn json_length(msg: &str) -> usize {
 /// 400 with what to do about it, or 413 when the message is larger than `max_message` bytes.
 pub fn message(format: BodyFormat, body: Bytes, max_message: usize) -> Result<String, Problem> {
     let msg = match format {
-        BodyFormat::Form if body.contains(&b'=') => form_message(body)?,
-        BodyFormat::Form | BodyFormat::Text => utf8(body.into())?,
+        BodyFormat::Form if body.contains(&b'=') => form_message(&body)?,
+        BodyFormat::Form | BodyFormat::Text => text(&body)?.to_owned(),
         BodyFormat::Json => json_message(&body)?,
     };
     check_size(&msg, max_message)?;
@@ -162,8 +162,8 @@ pub(crate) fn check_size(msg: &str, max_message: usize) -> Result<(), Problem> {
 }
 
 /// A form must be one field `msg`: a second field, or a `&` inside the message, would be lost.
-fn form_message(body: Bytes) -> Result<String, Problem> {
-    let body = utf8(body.into())?;
+fn form_message(body: &[u8]) -> Result<String, Problem> {
+    let body = text(body)?;
     let field = match body.split_once('=') {
         Some(("msg", value)) if !value.contains('&') => value,
         Some((name, value)) if !body.contains('&') && decode_form(name)? == "msg" => value,
@@ -202,7 +202,7 @@ pub(crate) async fn multipart_message(
         }
         require_utf8(&media_type)?;
     }
-    let msg = utf8(field.bytes().await.map_err(broken)?.into())?;
+    let msg = text(&field.bytes().await.map_err(broken)?)?.to_owned();
     if form.next_field().await.map_err(broken)?.is_some() {
         return Err(more());
     }
@@ -211,11 +211,14 @@ pub(crate) async fn multipart_message(
 }
 
 fn decode_form(text: &str) -> Result<String, Problem> {
-    let spaced = text.replace('+', " ");
-    match percent_decode_str(&spaced).into() {
-        Cow::Borrowed(_) => Ok(spaced),
-        Cow::Owned(decoded) => utf8(decoded),
+    let mut decoded = Vec::with_capacity(text.len());
+    for (index, part) in text.split('+').enumerate() {
+        if index > 0 {
+            decoded.push(b' ');
+        }
+        decoded.extend(percent_decode_str(part));
     }
+    String::from_utf8(decoded).map_err(|error| not_utf8(error.utf8_error()))
 }
 
 fn json_message(body: &[u8]) -> Result<String, Problem> {
@@ -236,9 +239,11 @@ fn json_message(body: &[u8]) -> Result<String, Problem> {
     })
 }
 
-fn utf8(bytes: Vec<u8>) -> Result<String, Problem> {
-    String::from_utf8(bytes).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        Problem::bad_request(format!("the message is not UTF-8 from byte {at} on"))
-    })
+fn text(bytes: &[u8]) -> Result<&str, Problem> {
+    std::str::from_utf8(bytes).map_err(not_utf8)
+}
+
+fn not_utf8(error: Utf8Error) -> Problem {
+    let at = error.valid_up_to();
+    Problem::bad_request(format!("the message is not UTF-8 from byte {at} on"))
 }

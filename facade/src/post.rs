@@ -38,7 +38,8 @@ pub(crate) async fn create(
     let (parts, body) = request.into_parts();
     let format = match ContentType::of(&parts.headers)? {
         ContentType::OneMessage(format) => format,
-        ContentType::Ndjson => return upload::create(app, parts, body).await,
+        // A future of its own, so that the usual one is small.
+        ContentType::Ndjson => return Box::pin(upload::create(app, parts, body)).await,
     };
     let key = idempotency_key(&parts.headers)?;
     let limit = body_limit(app.max_message);
@@ -58,7 +59,7 @@ pub(crate) async fn create(
     let msg = match format {
         MessageFormat::Body(format) => message(format, body, app.max_message)?,
         MessageFormat::Multipart { boundary } => {
-            multipart_message(body, boundary, app.max_message).await?
+            Box::pin(multipart_message(body, boundary, app.max_message)).await?
         }
     };
     // The answer contains the message and keeps the reservation until its caller has read it.
@@ -66,7 +67,7 @@ pub(crate) async fn create(
     reserved.resize(bytes).map_err(|Exhausted| no_memory())?;
     let reserved = Arc::new(reserved);
     let message = Message {
-        msg: msg.clone(),
+        msg,
         key,
         request_id: request_id(&parts.headers).map(str::to_owned),
         held: reserved.clone(),
@@ -74,8 +75,8 @@ pub(crate) async fn create(
     };
     let stored = deliver(&app.pool, message, app.deadline).await;
     let stored = stored.map_err(|error| not_stored(&error))?;
-    app.counters.count_posted(msg.len());
-    Ok(holding(answer_stored(&stored, &msg), reserved))
+    app.counters.count_posted(stored.msg.len());
+    Ok(holding(answer_stored(&stored), reserved))
 }
 
 fn idempotency_key(headers: &HeaderMap) -> Result<Key, Problem> {
@@ -117,10 +118,10 @@ pub(crate) struct Answer<'a> {
     duplicate: bool,
 }
 
-fn answer_stored(stored: &Stored, msg: &str) -> Response {
+fn answer_stored(stored: &Stored) -> Response {
     let answer = Answer {
         uuid: stored.uuid,
-        msg,
+        msg: &stored.msg,
         duplicate: stored.is_duplicate,
     };
     let instance = [(LOGGING_INSTANCE, stored.instance.name.as_str())];

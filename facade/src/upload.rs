@@ -224,7 +224,6 @@ async fn store_line(
         Ok(parsed) => parsed,
         Err(reason) => return Ok(LineResult::failed(number, None, MaybeStored::No, reason)),
     };
-    let bytes = msg.len();
     let message = Message {
         msg,
         key,
@@ -234,7 +233,7 @@ async fn store_line(
     };
     let error = match deliver(&app.pool, message, app.deadline).await {
         Ok(stored) => {
-            app.counters.count_posted(bytes);
+            app.counters.count_posted(stored.msg.len());
             return Ok(LineResult {
                 line: number,
                 uuid: Some(stored.uuid),

@@ -25,13 +25,12 @@ fn is_from_another_origin(headers: &HeaderMap) -> bool {
     if sites.any(|site| site == "cross-site" || site == "same-site") {
         return true;
     }
-    let host = headers.get(header::HOST).and_then(authority);
     let mut origins = headers.get_all(header::ORIGIN).iter();
     origins.any(|origin| {
         let origin: Option<Uri> = origin.to_str().ok().and_then(|text| text.parse().ok());
         let origin = origin.and_then(|uri| uri.into_parts().authority);
         // `null`, the origin of a sandboxed page, is no host of a service.
-        origin.is_none() || origin != host
+        origin.is_none() || origin != headers.get(header::HOST).and_then(authority)
     })
 }
 

@@ -33,7 +33,7 @@ pub(super) fn get_only(operation: OperationBuilder) -> PathItem {
 /// An operation with what middleware and the HTTP server add to all of them.
 pub(super) fn operation(id: &str, summary: &str, description: &str) -> OperationBuilder {
     let request_id = parameter(
-        REQUEST_ID,
+        REQUEST_ID.as_str(),
         ParameterIn::Header,
         "An id of the request for the logs of all services. The answer has the same; or a new one if \
          it has more than 128 characters or others than printable ASCII.",
@@ -103,7 +103,7 @@ pub(super) fn answer(description: &str) -> ResponseBuilder {
     let id = header_of("The id of the request.", string());
     ResponseBuilder::new()
         .description(description)
-        .header(REQUEST_ID, id)
+        .header(REQUEST_ID.as_str(), id)
 }
 
 /// The 500 of a handler that panicked, or of a map that is broken.
