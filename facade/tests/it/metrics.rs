@@ -47,6 +47,7 @@ async fn numbers_are_what_was_done() {
     for n in 0..30 {
         assert_eq!(system.post(&n.to_string()).await.status(), 200);
     }
+    assert_eq!(system.post("").await.status(), 400);
     let read = system.get().await.text().await.unwrap();
     for path in [
         "no-such-path",
@@ -67,6 +68,7 @@ async fn numbers_are_what_was_done() {
         answered(&["method=\"POST\"", "route=\"/\"", "status=\"200\""]),
         30.0
     );
+    assert_eq!(answered(&["method=\"POST\"", "status=\"400\""]), 1.0);
     assert_eq!(
         answered(&["method=\"GET\"", "route=\"/\"", "status=\"200\""]),
         1.0
