@@ -144,7 +144,7 @@ pub(crate) fn json_length(msg: &str) -> usize {
 pub fn message(format: BodyFormat, body: Bytes, max_message: usize) -> Result<String, Problem> {
     let msg = match format {
         BodyFormat::Form if body.contains(&b'=') => form_message(&body)?,
-        BodyFormat::Form | BodyFormat::Text => text(&body)?.to_owned(),
+        BodyFormat::Form | BodyFormat::Text => utf8(&body)?.to_owned(),
         BodyFormat::Json => json_message(&body)?,
     };
     check_size(&msg, max_message)?;
@@ -163,7 +163,7 @@ pub(crate) fn check_size(msg: &str, max_message: usize) -> Result<(), Problem> {
 
 /// A form must be one field `msg`: a second field, or a `&` inside the message, would be lost.
 fn form_message(body: &[u8]) -> Result<String, Problem> {
-    let body = text(body)?;
+    let body = utf8(body)?;
     let field = match body.split_once('=') {
         Some(("msg", value)) if !value.contains('&') => value,
         Some((name, value)) if !body.contains('&') && decode_form(name)? == "msg" => value,
@@ -202,7 +202,7 @@ pub(crate) async fn multipart_message(
         }
         require_utf8(&media_type)?;
     }
-    let msg = text(&field.bytes().await.map_err(broken)?)?.to_owned();
+    let msg = utf8(&field.bytes().await.map_err(broken)?)?.to_owned();
     if form.next_field().await.map_err(broken)?.is_some() {
         return Err(more());
     }
@@ -239,7 +239,7 @@ fn json_message(body: &[u8]) -> Result<String, Problem> {
     })
 }
 
-fn text(bytes: &[u8]) -> Result<&str, Problem> {
+fn utf8(bytes: &[u8]) -> Result<&str, Problem> {
     std::str::from_utf8(bytes).map_err(not_utf8)
 }
 

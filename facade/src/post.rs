@@ -38,8 +38,7 @@ pub(crate) async fn create(
     let (parts, body) = request.into_parts();
     let format = match ContentType::of(&parts.headers)? {
         ContentType::OneMessage(format) => format,
-        // A future of its own, so that the usual one is small.
-        ContentType::Ndjson => return Box::pin(upload::create(app, parts, body)).await,
+        ContentType::Ndjson => return upload::create(app, parts, body).await,
     };
     let key = idempotency_key(&parts.headers)?;
     let limit = body_limit(app.max_message);
@@ -59,7 +58,7 @@ pub(crate) async fn create(
     let msg = match format {
         MessageFormat::Body(format) => message(format, body, app.max_message)?,
         MessageFormat::Multipart { boundary } => {
-            Box::pin(multipart_message(body, boundary, app.max_message)).await?
+            multipart_message(body, boundary, app.max_message).await?
         }
     };
     // The answer contains the message and keeps the reservation until its caller has read it.

@@ -121,9 +121,10 @@ impl Primary {
         Ok(outcomes.collect())
     }
 
-    /// The script, then `WAIT`. Opening the primary, without a group, sends the script's text, which the server
-    /// keeps; if it forgets it, the next group is refused and the primary is opened again. The keys are passed as arguments, because `KEYS` of one call must
-    /// all be in one slot; a key that this primary does not own fails inside the script.
+    /// The script, then `WAIT`. Opening the primary, without a group, sends the script's text, which the
+    /// server keeps; if it forgets it, the next group is refused and the primary is opened again. The keys
+    /// are passed as arguments, because `KEYS` of one call must all be in one slot; a key that this primary
+    /// does not own fails inside the script.
     fn pipeline(&self, group: &[Job]) -> Pipeline {
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let mut commands = redis::pipe();
