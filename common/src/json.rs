@@ -12,6 +12,9 @@ use serde_json::ser::Formatter;
 
 use crate::escape::needs_escape;
 
+/// How many bytes one byte of a text can become in JSON: a control character is `\u001b`.
+pub const MAX_EXPANSION: usize = 6;
+
 /// Room for the headers of an answer, so that adding the last ones does not move the first.
 const USUAL_HEADERS: usize = 8;
 

@@ -31,6 +31,7 @@ pub mod api;
 pub mod body;
 pub mod bounds;
 pub mod client;
+pub mod clock;
 pub mod config;
 mod connection;
 pub mod door;

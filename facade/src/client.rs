@@ -14,7 +14,8 @@ use async_trait::async_trait;
 use axum::body::to_bytes;
 use bytes::{Bytes, BytesMut};
 use common::api::{
-    Batch, InstanceStats, MARK, MAX_BATCH_BYTES, Mark, PutResult, READ_END, READ_SETTLED, ReadQuery,
+    Batch, InstanceStats, MARK, MAX_BATCH_BYTES, MAX_LINE, Mark, PutResult, READ_END, READ_SETTLED,
+    ReadQuery,
 };
 use common::door::follow_authorization;
 use common::entry::Entry;
@@ -42,9 +43,6 @@ use crate::upstream::UpstreamError;
 
 /// Idle connections are closed after this time, well before the services close them.
 const IDLE_CONNECTION: Duration = Duration::from_secs(10);
-
-/// The largest answer with one entry, which can be as large as a batch; a longer one is an error.
-const MAX_ENTRY_BODY: usize = MAX_BATCH_BYTES + 1024;
 
 /// The largest answer to a batch; a longer one is an error. A result is not much larger than its
 /// entry, and the facade's batches are an eighth of what an instance accepts.
@@ -231,7 +229,7 @@ impl LoggingClient {
 
     /// Sends a request and accepts any status from a logging instance that serves the facade's map.
     async fn send(&self, request: RequestBuilder) -> Result<Response, UpstreamError> {
-        let request = self.authorized(request);
+        let request = self.introduced(request);
         let response = match &self.clients.secure {
             None => request.timeout(self.timeout).send().await?,
             Some(_) => {
@@ -245,7 +243,7 @@ impl LoggingClient {
     /// A whole answer by HTTPS.
     async fn answer_of(&self, request: RequestBuilder) -> Result<Response, UpstreamError> {
         let (head, body) = self.begin(request).await?.into_parts();
-        let body = to_bytes(axum::body::Body::new(body), MAX_ENTRY_BODY).await;
+        let body = to_bytes(axum::body::Body::new(body), MAX_LINE).await;
         let body = body.map_err(|error| UpstreamError::Lost(error.into()))?;
         Ok(axum::http::Response::from_parts(head, body).into())
     }
@@ -262,8 +260,13 @@ impl LoggingClient {
         })
     }
 
-    /// Adds the token that the instance asks for.
-    fn authorized(&self, request: RequestBuilder) -> RequestBuilder {
+    /// Adds the map that this facade serves, and the token that the instance asks for.
+    fn introduced(&self, request: RequestBuilder) -> RequestBuilder {
+        let mark = Mark {
+            map: self.served.named(),
+            clock: None,
+        };
+        let request = request.header(MARK, mark.to_string());
         match &self.clients.authorization {
             None => request,
             Some(value) => {
@@ -273,15 +276,22 @@ impl LoggingClient {
         }
     }
 
-    fn check(&self, response: Response) -> Result<Response, UpstreamError> {
+    fn mark(&self, response: &Response) -> Result<Mark, UpstreamError> {
         let mark = match response.headers().get(MARK).map(|mark| mark.to_str()) {
             None => Err("its mark is missing".to_owned()),
             Some(Err(_)) => Err("its mark is not text".to_owned()),
             Some(Ok(mark)) => mark.parse::<Mark>(),
         };
-        let mark = mark.map_err(|reason| UpstreamError::Unmarked(response.status(), reason))?;
+        mark.map_err(|reason| UpstreamError::Unmarked(response.status(), reason))
+    }
+
+    fn check(&self, response: Response) -> Result<Response, UpstreamError> {
+        let mark = self.mark(&response)?;
         let checked = self.served.check(&self.name, mark.map);
         checked.map_err(UpstreamError::OtherMap)?;
+        if let Some(clock) = mark.clock {
+            self.served.clock.follow(clock);
+        }
         match response.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                 Err(UpstreamError::Unauthorized(response.status()))
@@ -302,8 +312,15 @@ impl LoggingApi for LoggingClient {
             .header(header::CONTENT_TYPE, Batch::CONTENT_TYPE)
             .body(batch.into_body());
         let response = require_success(self.send(request).await?).await?;
+        let clock = self.mark(&response)?.clock;
         let body = read_body(response, limit).await?;
-        serde_json::from_slice(&body).map_err(garbled)
+        let results: Vec<PutResult> = serde_json::from_slice(&body).map_err(garbled)?;
+        if let Some(clock) = clock
+            && results.iter().any(|result| result.outcome.is_about_time())
+        {
+            self.served.retime(clock);
+        }
+        Ok(results)
     }
 
     async fn read(
@@ -312,7 +329,7 @@ impl LoggingApi for LoggingClient {
         request_id: Option<&str>,
     ) -> Result<ReadAnswer, UpstreamError> {
         let request = self.clients.requests.get(self.base.clone()).query(&query);
-        let request = identified(self.authorized(request), request_id);
+        let request = identified(self.introduced(request), request_id);
         let asked = async {
             let response = Response::from(self.begin(request).await?.map(Body::wrap));
             require_success(self.check(response)?).await
@@ -348,7 +365,7 @@ impl LoggingApi for LoggingClient {
         if response.status() == StatusCode::NOT_FOUND {
             return Ok(None);
         }
-        let body = read_body(require_success(response).await?, MAX_ENTRY_BODY).await?;
+        let body = read_body(require_success(response).await?, MAX_LINE).await?;
         serde_json::from_slice(&body).map(Some).map_err(garbled)
     }
 

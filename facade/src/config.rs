@@ -48,8 +48,8 @@ pub struct Config {
     #[arg(long, default_value = "1s", value_parser = config::timeout)]
     pub try_timeout: Duration,
 
-    /// Timeout of a POST over all its tries
-    #[arg(long, default_value = "5s", value_parser = config::timeout)]
+    /// Timeout of a POST over all its tries; longer than a failover of the map takes
+    #[arg(long, default_value = "10s", value_parser = config::timeout)]
     pub deadline: Duration,
 
     /// Longest silence of a GET while it looks for an instance that can continue it

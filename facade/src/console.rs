@@ -7,7 +7,6 @@ mod messages;
 mod values;
 
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use askama::Template;
 use axum::Router;
@@ -230,7 +229,7 @@ async fn search(app: &App, client: Client, query: Result<ListQuery, Problem>) ->
             return search;
         }
     };
-    let bounds = query.bounds(SystemTime::now());
+    let bounds = query.bounds(app.pool.clock());
     let Some(text) = query.contains else {
         return search;
     };

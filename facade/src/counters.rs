@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use axum::http::{Method, StatusCode};
 use common::api::timestamp;
@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 /// Counts since the start of the process.
 #[derive(Debug)]
 pub(crate) struct Counters {
-    since: SystemTime,
+    since: Instant,
     posts: AtomicU64,
     gets: AtomicU64,
     posted_bytes: AtomicU64,
@@ -44,7 +44,7 @@ pub(crate) struct FacadeStats {
 impl Default for Counters {
     fn default() -> Self {
         Self {
-            since: SystemTime::now(),
+            since: Instant::now(),
             posts: AtomicU64::new(0),
             gets: AtomicU64::new(0),
             posted_bytes: AtomicU64::new(0),
@@ -90,10 +90,10 @@ impl Counters {
         }
     }
 
-    pub(crate) fn stats(&self, followers: usize) -> FacadeStats {
+    pub(crate) fn stats(&self, now: SystemTime, followers: usize) -> FacadeStats {
         let errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
         FacadeStats {
-            since: timestamp(self.since),
+            since: timestamp(now - self.since.elapsed()),
             version: env!("CARGO_PKG_VERSION"),
             posts: self.posts.load(Ordering::Relaxed),
             gets: self.gets.load(Ordering::Relaxed),

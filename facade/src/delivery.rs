@@ -33,8 +33,8 @@ const MAX_PAUSE: Duration = Duration::from_millis(500);
 /// takes, and so short that several hung instances do not use up the deadline.
 const HEDGE_AFTER: Duration = Duration::from_millis(200);
 
-/// After this many rejections of a generated UUID's time, give up. The clocks of a cluster's
-/// primaries may differ; when several primaries reject it, the facade's clock is wrong.
+/// After this many rejections of a generated UUID's time, give up. Each answer tells the map's clock, so
+/// only instances that tell different clocks reject a second one.
 const MAX_CLOCK_TRIES: u32 = 3;
 
 /// After this many moves to other partitions, back off. With a third of the partitions down, one
@@ -136,7 +136,8 @@ impl<'pool> Delivery<'pool> {
         let began = Instant::now();
         let entry = PutEntry {
             uuid: match message.key {
-                Key::Generated => pool.identifiers.next(),
+                // Until the map's clock is known.
+                Key::Generated => Uuid::nil(),
                 Key::Caller(uuid) => uuid,
             },
             msg: message.msg,
@@ -228,6 +229,7 @@ impl<'pool> Delivery<'pool> {
     /// Waits for an instance that is up and not overloaded.
     async fn first_instance(&mut self) -> Result<Arc<Instance>, NotStored> {
         self.pool.served_map.all_asked().await;
+        self.pool.served_map.clock.told().await;
         loop {
             if let Some(instance) = self.pool.choose_with_room() {
                 return Ok(instance);
@@ -238,7 +240,7 @@ impl<'pool> Delivery<'pool> {
             }
             if self.overload == WhenOverloaded::GiveUp {
                 return Err(NotStored::GaveUp {
-                    uuid: self.entry.uuid,
+                    uuid: self.told_uuid(),
                     maybe_stored: MaybeStored::No,
                     detail: "messages arrive faster than instances store them".to_owned(),
                 });
@@ -307,7 +309,13 @@ impl<'pool> Delivery<'pool> {
             Trouble::NotTaken | Trouble::Refused if self.pool.retry_budget.withdraw() => {
                 Ok(Pace::Now)
             }
-            Trouble::Refused if self.overload == WhenOverloaded::GiveUp => Err(self.give_up()),
+            // What may be stored is no new load: its caller would have to repeat it.
+            Trouble::Refused
+                if self.overload == WhenOverloaded::GiveUp
+                    && self.maybe_stored == MaybeStored::No =>
+            {
+                Err(self.give_up())
+            }
             Trouble::NotTaken | Trouble::Refused => Ok(Pace::OnBudget),
         }
     }
@@ -320,9 +328,10 @@ impl<'pool> Delivery<'pool> {
 
     /// Queues the entry on an instance, under a new UUID if it may have one.
     fn begin_try(&mut self, instance: Arc<Instance>) {
-        let is_retry = !self.reasons.is_empty();
-        if is_retry && self.may_renew() {
-            self.entry.uuid = self.pool.identifiers.next();
+        if self.may_renew()
+            && let Some(uuid) = self.pool.next_uuid()
+        {
+            self.entry.uuid = uuid;
         }
         self.tried.push(instance.clone());
         let span = debug_span!(
@@ -340,6 +349,14 @@ impl<'pool> Delivery<'pool> {
         });
     }
 
+    /// The UUID to repeat the message with: a new one if it was never tried.
+    fn told_uuid(&self) -> Option<Uuid> {
+        match self.entry.uuid.is_nil() {
+            true => self.pool.next_uuid(),
+            false => Some(self.entry.uuid),
+        }
+    }
+
     fn note(&mut self, instance: &str, reason: impl Into<String>) {
         self.reasons.retain(|(known, _)| known != instance);
         self.reasons.push((instance.to_owned(), reason.into()));
@@ -355,13 +372,13 @@ impl<'pool> Delivery<'pool> {
             false => self.pool.down_reasons(),
         };
         let detail = without_addresses(&why);
-        let uuid = self.entry.uuid;
+        let uuid = self.told_uuid();
         match self.overload {
             WhenOverloaded::GiveUp => {
-                tracing::warn!(%uuid, why, "a POST failed: no logging instance stored it");
+                tracing::warn!(?uuid, why, "a POST failed: no logging instance stored it");
             }
             WhenOverloaded::Wait => {
-                tracing::debug!(%uuid, why, "a line failed: no logging instance stored it");
+                tracing::debug!(?uuid, why, "a line failed: no logging instance stored it");
             }
         }
         NotStored::GaveUp {

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use bytes::{Bytes, BytesMut};
-use common::api::{EntryLine, MAX_BATCH_BYTES, StreamEnd};
+use common::api::{EntryLine, MAX_LINE, StreamEnd};
 use common::bounds::{Bounds, Order};
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
@@ -12,9 +12,6 @@ use reqwest::StatusCode;
 use uuid::Uuid;
 
 use crate::upstream::UpstreamError;
-
-/// The longest line of an entry, which can be as large as a batch; a longer line is an error.
-const MAX_LINE: usize = MAX_BATCH_BYTES + 1024;
 
 /// The bytes of an answer as they arrive. A lost connection or a timeout is an error.
 pub type Chunks = BoxStream<'static, Result<Bytes, UpstreamError>>;

@@ -53,15 +53,32 @@ pub(crate) fn too_large(max_message: usize) -> Problem {
     )
 }
 
-pub(crate) fn not_stored(error: &NotStored) -> Problem {
+/// Why a message was not stored. A key that is refused for its time may be right by its caller's clock.
+pub(crate) fn not_stored_detail(pool: &Pool, error: &NotStored) -> String {
+    let detail = error.detail();
+    match (error, pool.served_map.clock_difference()) {
+        (NotStored::Stale | NotStored::Early, Some(difference)) => {
+            format!("{detail}; {difference}: make keys from `at` in /stats")
+        }
+        _ => detail,
+    }
+}
+
+pub(crate) fn not_stored(pool: &Pool, error: &NotStored) -> Problem {
+    let detail = not_stored_detail(pool, error);
     match error {
-        NotStored::Conflict => Problem::new(StatusCode::UNPROCESSABLE_ENTITY, error.detail()),
-        NotStored::Stale | NotStored::Early => Problem::new(StatusCode::CONFLICT, error.detail()),
+        NotStored::Conflict => Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail),
+        NotStored::Stale | NotStored::Early => Problem::new(StatusCode::CONFLICT, detail),
         NotStored::GaveUp {
             uuid, maybe_stored, ..
-        } => Problem::unavailable(error.detail(), RETRY_AFTER)
-            .with("stored", maybe_stored.word())
-            .with("uuid", uuid),
+        } => {
+            let problem = Problem::unavailable(detail, RETRY_AFTER);
+            let problem = problem.with("stored", maybe_stored.word());
+            match uuid {
+                Some(uuid) => problem.with("uuid", uuid),
+                None => problem,
+            }
+        }
     }
 }
 

@@ -92,7 +92,7 @@ pub(crate) async fn list(
         return Ok(console::answer(&app, client, &uri).await);
     }
     let query = ListQuery::parse(&uri)?;
-    let bounds = query.bounds(SystemTime::now());
+    let bounds = query.bounds(app.pool.clock());
     let format = negotiate(&headers, &Format::OF_THE_LOG)?;
     let request_id = request_id(&headers).map(str::to_owned);
     if query.follow || format == Format::EventStream {

@@ -5,7 +5,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant};
 
 use common::api::Batch;
 use metrics::counter;
@@ -32,7 +32,7 @@ pub struct Health {
     client: Arc<dyn LoggingApi>,
     is_up: AtomicBool,
     /// Since when it is up or down.
-    since: Mutex<SystemTime>,
+    since: Mutex<Instant>,
     /// How often it went down since it last answered a batch with entries.
     relapses: AtomicU32,
     /// Why it is down, or was down last.
@@ -55,7 +55,7 @@ impl Health {
             name,
             client,
             is_up: AtomicBool::new(true),
-            since: Mutex::new(SystemTime::now()),
+            since: Mutex::new(Instant::now()),
             relapses: AtomicU32::new(0),
             reason: Mutex::default(),
             readmitted,
@@ -70,16 +70,17 @@ impl Health {
         &self.name
     }
 
-    /// Since when the instance is up or down.
-    pub(crate) fn since(&self) -> SystemTime {
-        *self.since.lock().unwrap_or_else(PoisonError::into_inner)
+    /// How long the instance has been up or down.
+    pub(crate) fn age(&self) -> Duration {
+        let since = self.since.lock().unwrap_or_else(PoisonError::into_inner);
+        since.elapsed()
     }
 
     /// Notes that it went down or up, and returns how long it had been the other.
     fn note_change(&self) -> Duration {
         let mut since = self.since.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = std::mem::replace(&mut *since, SystemTime::now());
-        since.duration_since(before).unwrap_or_default()
+        let before = std::mem::replace(&mut *since, Instant::now());
+        before.elapsed()
     }
 
     pub fn is_up(&self) -> bool {

@@ -26,8 +26,8 @@ pub enum NotStored {
     Early,
     /// Every try failed until the deadline.
     GaveUp {
-        /// To retry the message with.
-        uuid: Uuid,
+        /// To retry the message with; `None` if it has none yet, as no instance has told the map's clock.
+        uuid: Option<Uuid>,
         maybe_stored: MaybeStored,
         /// The reason, for the caller.
         detail: String,
@@ -42,8 +42,8 @@ impl NotStored {
                 "this key was already used for another message; make a new one for each message"
                     .to_owned()
             }
-            Self::Stale => "this key is too old: its message was not stored and never will be; \
-                            post again with a new key"
+            Self::Stale => "this key is too old: no POST stored its message and none will; post \
+                            again with a new key"
                 .to_owned(),
             Self::Early => "this key's time is in the future and nothing was stored: make keys \
                             from the current time, and post again with a new key"
@@ -83,7 +83,7 @@ impl Doubt {
     /// The failure of a message under the caller's key, which another try may still store.
     fn gave_up(self, uuid: Uuid, detail: &str) -> NotStored {
         NotStored::GaveUp {
-            uuid,
+            uuid: Some(uuid),
             maybe_stored: match self.may_be_stored() {
                 true => MaybeStored::Unknown,
                 false => MaybeStored::No,
@@ -208,8 +208,8 @@ pub(crate) fn judge(answer: Result<Outcome, BatchFailure>, doubt: Doubt) -> Judg
 }
 
 fn clocks_differ() -> Verdict {
-    let detail = "rejects the UUID's time: this facade's clock and the map's differ by more than \
-                  the map tolerates; synchronize them";
+    let detail = "rejects the UUID's time by the map's clock, which the instances tell differently: \
+                  see `problems` in /stats";
     Verdict::Again(Trouble::ClocksDiffer, detail.to_owned())
 }
 

@@ -8,7 +8,7 @@ use std::str::Utf8Error;
 use axum::http::{HeaderMap, header};
 use bytes::Bytes;
 use common::api::MAX_BATCH_BYTES;
-use common::json::may_begin_escape;
+use common::json::{MAX_EXPANSION, may_begin_escape};
 use common::problem::Problem;
 use futures_util::stream;
 use mediatype::{MediaType, ReadParams, names};
@@ -22,16 +22,13 @@ use crate::error::{too_large, unsupported};
 /// The largest `--max-message`, in bytes: escaped in JSON, it still fits into a batch.
 pub(crate) const MESSAGE_SIZE_LIMIT: u64 = 1024 * 1024;
 const _: () = assert!(
-    TARGET_BATCH_BYTES + MESSAGE_SIZE_LIMIT as usize * MAX_JSON_EXPANSION + ENTRY_OVERHEAD
+    TARGET_BATCH_BYTES + MESSAGE_SIZE_LIMIT as usize * MAX_EXPANSION + ENTRY_OVERHEAD
         < MAX_BATCH_BYTES,
     "an instance must accept a batch just below its limit and the largest entry behind it"
 );
 
 /// The most bytes of an entry's JSON besides its message: UUID, request id, and field names.
 const ENTRY_OVERHEAD: usize = 1024;
-
-/// How many bytes one byte of a message can become in JSON: a control character is `\u001b`.
-const MAX_JSON_EXPANSION: usize = 6;
 
 /// The most bytes of a body around its message: `{"msg":"…"}` and white space.
 const BODY_OVERHEAD: usize = 1024;
@@ -126,7 +123,7 @@ fn require_utf8(media_type: &MediaType<'_>) -> Result<(), Problem> {
 
 /// The largest body of a message of `max_message` bytes, as JSON or a form may escape each byte.
 pub(crate) fn body_limit(max_message: usize) -> usize {
-    max_message * MAX_JSON_EXPANSION + BODY_OVERHEAD
+    max_message * MAX_EXPANSION + BODY_OVERHEAD
 }
 
 /// An upper bound for the bytes of a message as a JSON string without its quotes.
@@ -134,7 +131,7 @@ pub(crate) fn json_length(msg: &str) -> usize {
     let is_escaped =
         |byte: &u8| *byte < b' ' || matches!(byte, b'"' | b'\\') || may_begin_escape(*byte);
     let escaped = msg.bytes().filter(is_escaped).count();
-    msg.len() + escaped * (MAX_JSON_EXPANSION - 1)
+    msg.len() + escaped * (MAX_EXPANSION - 1)
 }
 
 /// Parses a body by the rules of its format.

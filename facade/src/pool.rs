@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -11,6 +11,7 @@ use smallvec::SmallVec;
 use tokio::sync::Notify;
 use tokio::time;
 use tower::retry::budget::TpsBudget;
+use uuid::Uuid;
 
 use crate::backoff::Backoff;
 use crate::batcher::Batcher;
@@ -67,7 +68,7 @@ pub struct Pool {
     /// Wakes messages that wait for a healthy instance.
     readmitted: Arc<Notify>,
     pub served_map: Arc<ServedMap>,
-    pub identifiers: Identifiers,
+    identifiers: Identifiers,
 }
 
 /// An instance and the configured addresses that resolve to it.
@@ -78,16 +79,28 @@ struct Member {
 }
 
 impl Pool {
-    /// An empty pool; `random` chooses instances, `identifiers` generates the UUIDs of messages.
-    pub fn new(random: StdRng, identifiers: Identifiers) -> Self {
+    /// An empty pool of instances of one map; `random` chooses among them.
+    pub fn new(random: StdRng, served_map: ServedMap) -> Self {
         Self {
             members: RwLock::default(),
             random: Mutex::new(random),
             retry_budget: TpsBudget::new(BUDGET_SPAN, FREE_RETRIES_PER_SECOND, RETRY_SHARE),
             readmitted: Arc::default(),
-            served_map: Arc::default(),
-            identifiers,
+            served_map: Arc::new(served_map),
+            identifiers: Identifiers::default(),
         }
+    }
+
+    /// A UUID for a message; `None` before an instance has told the map's clock.
+    pub fn next_uuid(&self) -> Option<Uuid> {
+        let now = self.served_map.clock.now()?;
+        Some(self.identifiers.next(now))
+    }
+
+    /// The map's clock; before an instance has told it, this machine's.
+    pub(crate) fn clock(&self) -> SystemTime {
+        let clock = self.served_map.clock.now();
+        clock.unwrap_or_else(SystemTime::now)
     }
 
     /// Sets the instances, by name, behind `origin`. The pool is the union of all origins. An
@@ -302,8 +315,6 @@ fn retry_rank(error: &UpstreamError) -> u8 {
 
 #[cfg(test)]
 mod tests {
-    use std::time::SystemTime;
-
     use rand::SeedableRng;
 
     use super::*;
@@ -316,8 +327,7 @@ mod tests {
 
     #[tokio::test]
     async fn pool_is_the_union_of_what_each_name_has() {
-        let identifiers = Identifiers::new(SystemTime::now);
-        let pool = Pool::new(StdRng::seed_from_u64(1), identifiers);
+        let pool = Pool::new(StdRng::seed_from_u64(1), ServedMap::default());
         let clients = Clients::new(Duration::from_secs(1), None, None).expect("a client");
         let found = |name: &str| {
             let address = "127.0.0.1:9".parse().expect("an address");

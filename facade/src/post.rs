@@ -73,7 +73,7 @@ pub(crate) async fn create(
         overload: WhenOverloaded::GiveUp,
     };
     let stored = deliver(&app.pool, message, app.deadline).await;
-    let stored = stored.map_err(|error| not_stored(&error))?;
+    let stored = stored.map_err(|error| not_stored(&app.pool, &error))?;
     app.counters.count_posted(stored.msg.len());
     Ok(holding(answer_stored(&stored), reserved))
 }
@@ -112,7 +112,8 @@ fn announced_length(headers: &HeaderMap) -> Option<usize> {
 pub(crate) struct Answer<'a> {
     uuid: Uuid,
     msg: &'a str,
-    /// Only when it is true: the message was stored under this `Idempotency-Key` before.
+    /// Only when it is true: another request stored the message under this `Idempotency-Key`. Its absence
+    /// proves nothing when a try of this request had no answer or an unknown outcome.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     duplicate: bool,
 }

@@ -8,7 +8,7 @@ use axum::http::{Method, StatusCode};
 use axum::response::Response;
 use axum::routing::get;
 use axum::{Extension, Router};
-use common::health::{Check, ReadinessQuery, check_running, livez, readiness};
+use common::health::{ReadinessQuery, check_running, livez, readiness};
 use common::middleware::{Count, RequestLog, with_middleware};
 use common::problem::Problem;
 use utoipa_axum::router::OpenApiRouter;
@@ -56,18 +56,12 @@ pub fn router(app: Arc<App>) -> Router {
 }
 
 /// Ready while any logging instance can read and store. With `?verbose` it lists every instance and
-/// the messages service, which readiness does not need. A clock step that breaks the order of
-/// messages is listed in either case.
+/// the messages service, which readiness does not need.
 async fn readyz(
     State(app): State<Arc<App>>,
     query: Result<Query<ReadinessQuery>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let Query(query) = query?;
-    let clock_step = app.pool.identifiers.clock_step().map(|step| Check {
-        name: "clock".to_owned(),
-        ok: false,
-        detail: step.to_string(),
-    });
     let (ready, checks) = match query.is_verbose() {
         true => check_all(&app.pool, &app.messages).await,
         false => {
@@ -75,7 +69,6 @@ async fn readyz(
             (ready.map_err(|why| without_addresses(&why)), Vec::new())
         }
     };
-    let checks: Vec<Check> = checks.into_iter().chain(clock_step).collect();
     let ready = check_running(&app.stop).and(ready);
     Ok(readiness(ready, &checks))
 }

@@ -6,13 +6,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
 
+use common::clock::MapClock;
 use tokio::sync::Notify;
 use uuid::Uuid;
+
+/// A smaller difference between clocks explains no refused UUID: the message has waited, or the key is its
+/// caller's.
+const MAX_DIFFERENCE: Duration = Duration::from_secs(1);
 
 /// The map that the facade serves, shared by the clients of all instances.
 #[derive(Debug, Default)]
 pub struct ServedMap {
+    /// The map's clock, as instances tell it.
+    pub clock: MapClock,
     /// Set when the facade has used the first answer.
     served: OnceLock<Uuid>,
     beginning: Mutex<Beginning>,
@@ -30,6 +38,48 @@ struct Beginning {
 }
 
 impl ServedMap {
+    /// Of a map whose clock the caller provides.
+    pub fn with_clock(clock: MapClock) -> Self {
+        Self {
+            clock,
+            ..Self::default()
+        }
+    }
+
+    /// By how much the map's clock differs from this machine's, if that matters to a caller's keys.
+    pub(crate) fn clock_difference(&self) -> Option<String> {
+        let (map, machine) = (self.clock.now()?, SystemTime::now());
+        let (difference, direction) = match map.duration_since(machine) {
+            Ok(ahead) => (ahead, "ahead of"),
+            Err(error) => (error.duration(), "behind"),
+        };
+        (difference > MAX_DIFFERENCE).then(|| {
+            let seconds = difference.as_secs();
+            format!("the map's clock is {seconds} s {direction} this machine's")
+        })
+    }
+
+    /// Takes the clock in an answer that has refused a UUID for its time.
+    pub(crate) fn retime(&self, clock: SystemTime) {
+        let now = self.clock.now().unwrap_or(SystemTime::UNIX_EPOCH);
+        let difference = clock
+            .duration_since(now)
+            .unwrap_or_else(|error| error.duration());
+        // A caller's own key may have any time: it says nothing of this facade's.
+        if difference > MAX_DIFFERENCE {
+            self.clock.set(clock);
+        }
+    }
+
+    /// The map that requests to instances name: the served one, or the only one that was seen.
+    pub(crate) fn named(&self) -> Option<Uuid> {
+        let served = self.served.get().copied();
+        served.or_else(|| {
+            let maps = self.beginning().maps();
+            maps.first().copied().filter(|_| maps.len() == 1)
+        })
+    }
+
     /// Counts an instance whose first trial begins.
     pub(crate) fn expect_instance(&self) {
         self.beginning().unasked += 1;
@@ -132,6 +182,7 @@ mod tests {
         assert!(served.check("a", Some(FIRST)).is_ok());
         assert!(served.check("b", Some(SECOND)).is_err());
         served.note_use();
+        assert_eq!(served.named(), None);
         assert!(served.check("a", Some(FIRST)).is_err());
         served.forget("b");
         assert!(served.check("a", Some(FIRST)).is_ok());
@@ -142,6 +193,8 @@ mod tests {
         let served = ServedMap::default();
         assert!(served.check("a", None).is_ok());
         served.note_use();
+        assert_eq!(served.named(), None);
         assert!(served.check("b", Some(SECOND)).is_ok());
+        assert_eq!(served.named(), Some(SECOND));
     }
 }

@@ -1,7 +1,7 @@
 //! The state that the handlers share.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use common::door::Door;
 use common::permits::Permits;
@@ -15,9 +15,9 @@ use crate::config::Config;
 use crate::counters::Counters;
 use crate::discovery;
 use crate::follow::Followers;
-use crate::identifiers::Identifiers;
 use crate::pool::Pool;
 use crate::readiness::Readiness;
+use crate::served_map::ServedMap;
 
 /// Budget for POSTs of one message, in bytes of their bodies; excess ones get a 503. Each message
 /// is in memory up to three times: as body, as message, and encoded.
@@ -68,7 +68,7 @@ impl App {
         random: StdRng,
         stop: CancellationToken,
     ) -> Result<Arc<Self>, String> {
-        let pool = Pool::new(random, Identifiers::new(SystemTime::now));
+        let pool = Pool::new(random, ServedMap::default());
         Self::discovering(config, timeouts, Arc::new(pool), stop)
     }
 

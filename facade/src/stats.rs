@@ -102,25 +102,38 @@ pub(crate) async fn collect(app: &App) -> Result<Stats, Problem> {
             Some(format!("logging {} {error}", instance.name))
         })
         .collect();
-    problems.extend(
-        app.pool
-            .identifiers
-            .clock_step()
-            .map(|step| step.to_string()),
-    );
+    let now = app.pool.clock();
     let answered: Vec<&InstanceStats> = answers.iter().flatten().collect();
+    problems.extend(map_problems(&instances, &answers));
     let map = map_rows(&answered, &mut problems);
     let received: u64 = answered.iter().map(|stats| stats.received).sum();
     let rows = instances.iter().zip(&answers);
     Ok(Stats {
-        at: timestamp(SystemTime::now()),
+        at: timestamp(now),
         map,
         instances: rows
-            .map(|(instance, answer)| InstanceRow::new(instance, answer.as_ref().ok(), received))
+            .map(|(instance, answer)| {
+                InstanceRow::new(instance, now, answer.as_ref().ok(), received)
+            })
             .collect(),
-        facade: app.counters.stats(app.followers.count()),
+        facade: app.counters.stats(now, app.followers.count()),
         problems,
     })
+}
+
+/// The problems that instances see in the map, each once, with the instances that see it.
+fn map_problems(
+    instances: &[Arc<Instance>],
+    answers: &[Result<InstanceStats, UpstreamError>],
+) -> impl Iterator<Item = String> {
+    let mut seen_by: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (instance, answer) in instances.iter().zip(answers) {
+        for problem in answer.iter().flat_map(|stats| &stats.map.problems) {
+            seen_by.entry(problem).or_default().push(&instance.name);
+        }
+    }
+    let lines = seen_by.into_iter();
+    lines.map(|(problem, names)| format!("logging {}: {problem}", names.join(", ")))
 }
 
 fn map_rows(answered: &[&InstanceStats], problems: &mut Vec<String>) -> Option<MapRows> {
@@ -136,6 +149,7 @@ fn map_rows(answered: &[&InstanceStats], problems: &mut Vec<String>) -> Option<M
     let mut total = Total::default();
     let mut is_complete = map.problem.is_none();
     problems.extend(map.problem.take());
+    map.problems.clear();
     for member in &mut map.members {
         if !member.up {
             is_complete = false;
@@ -169,11 +183,16 @@ impl Total {
 }
 
 impl InstanceRow {
-    fn new(instance: &Arc<Instance>, stats: Option<&InstanceStats>, received: u64) -> Self {
+    fn new(
+        instance: &Arc<Instance>,
+        now: SystemTime,
+        stats: Option<&InstanceStats>,
+        received: u64,
+    ) -> Self {
         Self {
             instance: instance.name.clone(),
             up: instance.health.is_up(),
-            since: timestamp(instance.health.since()),
+            since: timestamp(now - instance.health.age()),
             counts_since: stats.map(|stats| stats.since.clone()),
             version: stats.map(|stats| stats.version.clone()),
             engine: stats.map(|stats| stats.map.engine.clone()),

@@ -33,7 +33,7 @@ use uuid::Uuid;
 
 use crate::batcher::Held;
 use crate::delivery::{Message, WhenOverloaded, deliver};
-use crate::error::{stopping, too_many};
+use crate::error::{not_stored_detail, stopping, too_many};
 use crate::format::{Format, negotiate};
 use crate::judge::{Key, NotStored};
 use crate::message::{body_limit, check_size};
@@ -251,10 +251,11 @@ async fn store_line(
     let (uuid, stored) = match &error {
         NotStored::GaveUp {
             uuid, maybe_stored, ..
-        } => (Some(*uuid), *maybe_stored),
+        } => (*uuid, *maybe_stored),
         NotStored::Conflict | NotStored::Stale | NotStored::Early => (key, MaybeStored::No),
     };
-    Ok(LineResult::failed(number, uuid, stored, error.detail()))
+    let detail = not_stored_detail(&app.pool, &error);
+    Ok(LineResult::failed(number, uuid, stored, detail))
 }
 
 impl LineResult {

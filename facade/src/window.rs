@@ -12,11 +12,11 @@
 mod arrivals;
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use common::api::{Poll, ReadQuery};
 use common::bounds::Bounds;
-use common::entry::first_uuid;
+use common::entry::first_uuid_at;
 use reqwest::StatusCode;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep};
@@ -39,7 +39,7 @@ const SETTLE_PAUSE: Duration = Duration::from_secs(1);
 /// messages come later instead of taking the instances' time from POSTs.
 const PAUSE_PER_MIB: Duration = Duration::from_millis(50);
 
-/// How far back a recent poll looks, by this facade's clock. Only delays depend on it.
+/// How far back a recent poll looks, by the map's clock. Only delays depend on it.
 const RECENT: Duration = Duration::from_secs(2);
 
 /// The window while there is one.
@@ -110,9 +110,7 @@ impl Window {
             false
         });
         if poll == Poll::Recent {
-            let from = SystemTime::now() - RECENT;
-            let since_epoch = from.duration_since(SystemTime::UNIX_EPOCH);
-            let from = first_uuid(since_epoch.unwrap_or_default().as_millis() as u64);
+            let from = first_uuid_at(pool.clock() - RECENT);
             after = after.max(Some(from));
         }
         let query = ReadQuery {

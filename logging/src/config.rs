@@ -10,7 +10,7 @@ use common::config::{self, ServiceConfig};
 use common::door::DoorConfig;
 use common::health;
 
-use crate::map::{Location, Options};
+use crate::map::{Access, Location, Options};
 use crate::transfer::Transfer;
 
 /// Stores entries in a distributed map that all logging instances share
@@ -46,9 +46,10 @@ pub struct Config {
     #[arg(long, global = true, default_value = "800ms", value_parser = config::timeout)]
     pub store_timeout: Duration,
 
-    /// How old the time in a new entry's UUID may be; older parts of the log never change
-    #[arg(long, global = true, default_value = "10s", value_parser = config::duration)]
-    pub settle: Duration,
+    /// How old the time in a new entry's UUID may be; older parts of the log never change. The map
+    /// keeps the value that it was created with [default: 10s]
+    #[arg(long, global = true, value_parser = config::duration)]
+    pub settle: Option<Duration>,
 
     #[command(flatten)]
     pub door: DoorConfig,
@@ -86,7 +87,7 @@ impl Config {
             store_timeout: self.store_timeout,
             settle: self.settle,
             backups: self.backups,
-            create: true,
+            access: Access::Serve,
         };
         Ok((self.map.clone().with_password(password)?, options))
     }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use common::api::{InstanceStats, MapStats, OutcomeCounts, timestamp};
 use common::entry::Outcome;
@@ -17,7 +17,7 @@ const LONGEST_PUT: u64 = 60_000_000;
 /// Counts of this process.
 #[derive(Debug)]
 pub(crate) struct Counters {
-    since: SystemTime,
+    since: Instant,
     in_flight: AtomicU64,
     puts: Mutex<Puts>,
 }
@@ -33,7 +33,7 @@ struct Puts {
 impl Default for Counters {
     fn default() -> Self {
         Self {
-            since: SystemTime::now(),
+            since: Instant::now(),
             in_flight: AtomicU64::new(0),
             puts: Mutex::new(Puts {
                 received: 0,
@@ -80,16 +80,16 @@ impl Counters {
         (puts.outcomes, self.in_flight.load(Ordering::Relaxed))
     }
 
-    /// The counts, with the statistics of the map.
-    pub(crate) fn stats(&self, map: MapStats) -> InstanceStats {
+    /// The counts, with the map's clock and statistics.
+    pub(crate) fn stats(&self, clock: SystemTime, map: MapStats) -> InstanceStats {
         let puts = self.puts.lock().unwrap_or_else(PoisonError::into_inner);
         let percentile = |quantile| {
             let micros = puts.times.value_at_quantile(quantile);
             (!puts.times.is_empty()).then_some(micros as f64 / 1000.0)
         };
         InstanceStats {
-            at: timestamp(SystemTime::now()),
-            since: timestamp(self.since),
+            at: timestamp(clock),
+            since: timestamp(clock - self.since.elapsed()),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             map,
             received: puts.received,
@@ -123,14 +123,16 @@ mod tests {
             layout: 1,
             members: Vec::new(),
             problem: None,
+            problems: Vec::new(),
         };
-        assert_eq!(counters.stats(map()).put_p50_ms, None);
+        let now = SystemTime::now();
+        assert_eq!(counters.stats(now, map()).put_p50_ms, None);
         for (millis, times) in [(5, 98), (800, 1), (100_000, 1)] {
             for _ in 0..times {
                 counters.count_put(&[Outcome::Stored], Duration::from_millis(millis));
             }
         }
-        let stats = counters.stats(map());
+        let stats = counters.stats(now, map());
         assert_eq!(stats.outcomes.stored, 100);
         let is_about = |told: Option<f64>, millis: f64| {
             told.is_some_and(|told| (told / millis - 1.0).abs() < 0.01)

@@ -14,8 +14,8 @@ pub(crate) fn busy() -> Problem {
     Problem::new(StatusCode::TOO_MANY_REQUESTS, detail)
 }
 
-/// A 507: nothing was done, and the facade takes the instance for down until a trial gets another answer.
-pub(crate) fn output_stuck(detail: String) -> Problem {
+/// A 507: nothing was done, and the facade marks the instance down until a trial gets another answer.
+pub(crate) fn not_taken(detail: String) -> Problem {
     Problem::new(StatusCode::INSUFFICIENT_STORAGE, detail)
 }
 

@@ -1,7 +1,6 @@
 //! `GET`: single entries, and the log as a stream of lines.
 
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use axum::body::Body;
 use axum::extract::rejection::{PathRejection, QueryRejection};
@@ -13,7 +12,7 @@ use common::api::{Poll, READ_END, READ_SETTLED, ReadQuery, StreamEnd};
 use common::body::holding;
 use common::bounds::Order;
 use common::client::Client;
-use common::entry::{Entry, first_uuid};
+use common::entry::{Entry, first_uuid_at};
 use common::json::{self, JsonLine};
 use common::middleware::answer_not_found;
 use common::permits::{Exhausted, Permits};
@@ -69,10 +68,11 @@ pub(crate) async fn list(
     } = query;
     let permit = app.reads.take(client, 1);
     let permit = permit.map_err(|Exhausted| busy())?;
+    let clock = app.clock();
     let mut settled = None;
     if let Some(poll) = query.poll {
         if poll == Poll::Settle {
-            settled = match (app.map.settled().await, bounds.after) {
+            settled = match (app.map.settle(clock).await, bounds.after) {
                 (Ok(settled), _) => Some(first_uuid_at(settled)),
                 // A process that hangs holds the map's write lock, for example: it is readable all the same.
                 (Err(error), Some(_)) => {
@@ -83,8 +83,11 @@ pub(crate) async fn list(
             };
             bounds.after = bounds.after.or(settled);
         }
-        bounds = bounds.ending_before(end_of_poll().max(settled.unwrap_or_default()));
-    } else if bounds.needs_end(SystemTime::now()) {
+        // No entry can have a later time while a poll begins. So polls end, without a look at the
+        // newest entry, which costs as much as a poll.
+        let end = first_uuid_at(clock + MAX_AHEAD + MAX_SKEW);
+        bounds = bounds.ending_before(end.max(settled.unwrap_or_default()));
+    } else if bounds.needs_end(clock) {
         // Entries that are stored from now on are left out, or a slow reader would never finish.
         let last = app.map.last().await.map_err(unreadable)?;
         let end = last.map_or(0, |last| last.as_u128().saturating_add(1));
@@ -129,17 +132,6 @@ pub(crate) async fn list(
 /// The span of the map's work on a read.
 fn map_span() -> Span {
     debug_span!(target: TRACES, "read the map")
-}
-
-/// No entry can have a later time while a poll begins. So polls end, without a look at the newest
-/// entry, which costs as much as a poll.
-fn end_of_poll() -> Uuid {
-    first_uuid_at(SystemTime::now() + MAX_AHEAD + MAX_SKEW)
-}
-
-fn first_uuid_at(time: SystemTime) -> Uuid {
-    let since_epoch = time.duration_since(SystemTime::UNIX_EPOCH);
-    first_uuid(since_epoch.unwrap_or_default().as_millis() as u64)
 }
 
 struct EntryStream {

@@ -12,7 +12,7 @@
 //! 3. In it, `queue` passes batches to the writers of an engine, `lmdb` and `redis` are the engines, and
 //!    `rules` has the settle window.
 //!
-//! [`transfer`] is `export` and `import`; [`readiness`] and [`stats`] report.
+//! [`transfer`] is `export`, `check` and `import`; [`readiness`] and [`stats`] report.
 
 #![allow(
     rustdoc::private_intra_doc_links,

@@ -13,8 +13,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 pub use self::contract::{
-    Cursor, DistributedMap, Health, MAX_AHEAD, MAX_SKEW, MapError, Options, Piece, PieceLimit,
-    READ_AHEAD,
+    Access, Clocks, Cursor, DistributedMap, Health, MAX_AHEAD, MAX_SKEW, MapError, Options, Piece,
+    PieceLimit, READ_AHEAD,
 };
 pub use self::redis::RedisConfig;
 

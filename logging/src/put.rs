@@ -6,7 +6,7 @@ use std::time::Instant;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use common::api::{Batch, MAX_BATCH_BYTES, Posted, PutEntry, PutResult};
+use common::api::{Batch, MARK, MAX_BATCH_BYTES, Mark, Posted, PutEntry, PutResult};
 use common::body::{BodyError, holding, read_body};
 use common::client::Client;
 use common::entry::{Entry, Outcome};
@@ -17,8 +17,9 @@ use common::problem::Problem;
 use common::traces::{TRACE_ID, TRACES, continue_trace, trace_id};
 use tokio::time::timeout;
 use tracing::{Span, debug_span};
+use uuid::Uuid;
 
-use crate::error::{busy, output_stuck};
+use crate::error::{busy, not_taken};
 use crate::readiness::check_output;
 use crate::state::App;
 
@@ -30,7 +31,7 @@ pub(crate) async fn create(
     require_json(request.headers())?;
     let reserved = app.posts.take(Client::of(request.extensions()), 0);
     let mut reserved = reserved.map_err(|Exhausted| busy())?;
-    let body = request.into_body();
+    let (parts, body) = request.into_parts();
     let body = read_body(body, MAX_BATCH_BYTES, app.body_timeout, &mut reserved).await;
     let body = body.map_err(|error| match error {
         BodyError::NoMemory => busy(),
@@ -38,7 +39,8 @@ pub(crate) async fn create(
     })?;
     let Posted { entries, is_single } = Batch::decode(&body).map_err(Problem::bad_request)?;
     drop(body);
-    check_output(app.store_timeout).map_err(output_stuck)?;
+    require_same_map(&parts.headers, app.map.id())?;
+    check_output(app.store_timeout).map_err(not_taken)?;
     let posted = entries.into_iter().map(|put: PutEntry| {
         let origin = Origin::new(put.request_id, put.traceparent.as_deref());
         let (uuid, msg) = (put.uuid, put.msg);
@@ -89,6 +91,26 @@ fn require_json(headers: &HeaderMap) -> Result<(), Problem> {
     let detail = "this is a logging instance, which takes application/json; post messages to the facade, \
                   by default http://localhost:8086";
     Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail))
+}
+
+/// An instance takes nothing before it knows its map: the map could be another one than the facade's. A
+/// facade that knows its map names it; a person at a terminal names none.
+fn require_same_map(headers: &HeaderMap, map: Option<Uuid>) -> Result<(), Problem> {
+    let Some(map) = map else {
+        let detail = "this instance does not know its map's id and clock yet";
+        return Err(not_taken(detail.to_owned()));
+    };
+    let Some(mark) = headers.get(MARK) else {
+        return Ok(());
+    };
+    let mark = mark.to_str().unwrap_or_default().parse::<Mark>();
+    let named = mark.map_err(|reason| not_taken(format!("the facade's mark: {reason}")))?;
+    match named.map.filter(|named| *named != map) {
+        None => Ok(()),
+        Some(named) => Err(not_taken(format!(
+            "this instance serves the map {map}, and the facade the map {named}"
+        ))),
+    }
 }
 
 /// The request that an entry came with.

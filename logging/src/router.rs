@@ -32,7 +32,11 @@ pub fn router(app: Arc<App>) -> Router {
 
 /// Marks a response as one of a logging instance.
 async fn mark(State(app): State<Arc<App>>, mut response: Response) -> Response {
-    let mark = Mark { map: app.map.id() }.to_string();
+    let mark = Mark {
+        map: app.map.id(),
+        clock: app.map.clocks().map(|clocks| clocks.map),
+    };
+    let mark = mark.to_string();
     let value = HeaderValue::try_from(mark).expect("a mark is plain ASCII");
     response.headers_mut().insert(MARK, value);
     response

@@ -1,7 +1,7 @@
 //! The state that the handlers share.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use common::door::Door;
 use common::permits::Permits;
@@ -56,5 +56,11 @@ impl App {
             door,
             stop,
         })
+    }
+
+    /// The map's clock, or this machine's while that is not known.
+    pub(crate) fn clock(&self) -> SystemTime {
+        let clocks = self.map.clocks();
+        clocks.map_or_else(SystemTime::now, |clocks| clocks.map)
     }
 }

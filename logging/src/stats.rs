@@ -13,5 +13,5 @@ use crate::state::App;
 pub(crate) async fn show(State(app): State<Arc<App>>) -> Result<Response, Problem> {
     let _permit = app.statistics.try_acquire().map_err(|_| busy())?;
     let map = app.map.stats().await;
-    Ok(JsonLine(app.counters.stats(map)).into_response())
+    Ok(JsonLine(app.counters.stats(app.clock(), map)).into_response())
 }

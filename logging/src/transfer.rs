@@ -1,18 +1,21 @@
-//! The tasks `export`, which writes a map to a file of JSON lines, and `import`, which puts such a
-//! file into a map of any engine: for backup, restore, and migration to another engine or layout.
+//! The tasks `export`, which writes a map to a file of JSON lines, `check`, which only reads it, and
+//! `import`, which puts such a file into a map of any engine: for backup, restore, and migration to
+//! another engine or layout.
 //!
 //! A file has the form of a stream, see [`common::api::StreamEnd`]: its last line, with the count,
-//! proves that it is complete. Both tasks can be killed and run again.
+//! proves that it is complete. All tasks can be killed and run again.
 
+use std::env;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::process::{self, Command};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow, bail, ensure};
 use clap::{Args, Subcommand};
-use common::api::{EntryLine, MAX_BATCH_BYTES, StreamEnd};
+use common::api::{EntryLine, MAX_BATCH_BYTES, MAX_LINE, StreamEnd, timestamp};
 use common::bounds::Bounds;
 use common::entry::{self, Entry, Outcome};
 use common::json;
@@ -20,7 +23,7 @@ use serde::Deserialize;
 use tokio::time::sleep;
 use uuid::Uuid;
 
-use crate::map::{self, DistributedMap, Location, MapError, Options, PieceLimit};
+use crate::map::{self, Access, DistributedMap, Location, MapError, Options, PieceLimit};
 
 /// How long a task retries one read or one batch before it gives up: longer than a failover takes.
 const RETRY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -30,18 +33,12 @@ const RETRY_PAUSE: Duration = Duration::from_millis(200);
 /// How often progress is printed, and how often an import checks whether other processes write.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The settle window of an import: it admits entries of any age, as UUIDs have 48-bit times.
-const ANY_AGE: Duration = Duration::from_millis(1 << 48);
-
-/// The maximum length of a line, in bytes; a longer line is not an entry.
-const MAX_LINE: usize = MAX_BATCH_BYTES;
-
 const EXPORT_PIECE: usize = 256 * 1024;
 
 /// The size of a batch of an import, in bytes of lines; the last entry may exceed it.
 const IMPORT_BATCH: usize = 512 * 1024;
 
-/// A task that transfers the map instead of serving it.
+/// A task on the map instead of serving it.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Transfer {
     /// Write all entries of --map as lines of JSON (NDJSON), in order, and a last line with their
@@ -50,10 +47,26 @@ pub enum Transfer {
         /// The file to write [default: standard output]
         file: Option<PathBuf>,
     },
+    /// Read all entries of --map and verify that they are complete and undamaged, while instances
+    /// may run. The first fault is named and ends the check with exit code 1
+    Check {
+        /// Set in the process that reads, which LMDB ends at a damaged page
+        #[arg(long, hide = true)]
+        in_child: bool,
+    },
     /// Put all entries of an export, or of the body of a GET to the facade (JSON or NDJSON), into
     /// --map, whatever their age. After an interruption run the same command again: entries that
     /// are already in the map are not stored twice
     Import(Import),
+    /// Print the clock of --map and the clock that it follows: this machine's, on Redis the median of
+    /// the primaries'. The map's clock decides which messages are new; it never goes back, and follows
+    /// a step of the other by a tenth of the time that passes
+    Clock {
+        /// Move the map's clock ahead to the other at once. Messages on their way whose time is then
+        /// too old are stored under a new UUID, or get a 409 if the UUID is their caller's
+        #[arg(long)]
+        forward: bool,
+    },
 }
 
 /// The arguments of `import`.
@@ -62,9 +75,9 @@ pub struct Import {
     /// The file to read [default: standard input]
     file: Option<PathBuf>,
 
-    /// Import although other processes store entries. Clients that continue from a cursor or follow
-    /// the log then miss imported entries before their position, and a message whose POST was
-    /// answered with 409, as never stored, can be stored from the file
+    /// Import although other processes store entries: entries that no POST acknowledged on this map
+    /// then appear in its settled history, clients that continue from a cursor or follow the log miss
+    /// those before their position, and a key that a 409 called never stored can become stored
     #[arg(long)]
     force: bool,
 }
@@ -77,14 +90,27 @@ impl Transfer {
     pub async fn run(&self, location: &Location, mut options: Options) -> anyhow::Result<()> {
         match self {
             Self::Export { file } => {
-                options.create = false;
+                options.access = Access::Read;
                 let map = map::open(location, options)?;
                 export(&*map, file.as_deref()).await
             }
-            Self::Import(what) => {
-                let quiet = std::mem::replace(&mut options.settle, ANY_AGE);
+            Self::Check { in_child: false } => check_in_child(),
+            Self::Check { in_child: true } => {
+                options.access = Access::Read;
                 let map = map::open(location, options)?;
-                import(&*map, what, quiet).await
+                let count = read_all(&*map, None, "checked", |_| Ok(())).await?;
+                eprintln!("checked {count} entries: no fault found");
+                Ok(())
+            }
+            Self::Import(what) => {
+                options.access = Access::Import;
+                let map = map::open(location, options)?;
+                import(&*map, what).await
+            }
+            Self::Clock { forward } => {
+                options.access = Access::Read;
+                let map = map::open(location, options)?;
+                show_clock(&*map, *forward).await
             }
         }
     }
@@ -95,7 +121,7 @@ impl Transfer {
 /// # Errors
 /// When the map cannot be read or the file cannot be written.
 async fn export(map: &dyn DistributedMap, file: Option<&Path>) -> anyhow::Result<()> {
-    let (out, mut count, mut last): (Box<dyn Write>, u64, Option<Uuid>) = match file {
+    let (out, mut count, last): (Box<dyn Write>, u64, Option<Uuid>) = match file {
         Some(path) => {
             let begun = open_export(path).with_context(|| path.display().to_string())?;
             (Box::new(begun.0), begun.1, begun.2)
@@ -103,34 +129,10 @@ async fn export(map: &dyn DistributedMap, file: Option<&Path>) -> anyhow::Result
         None => (Box::new(io::stdout()), 0, None),
     };
     let mut out = BufWriter::with_capacity(EXPORT_PIECE, out);
-    let newest = newest_uuid(map).await?;
-    let end = newest.map_or(0, |newest| newest.as_u128().saturating_add(1));
-    let bounds = Bounds::default().ending_before(Uuid::from_u128(end));
-    let limit = PieceLimit {
-        entries: u64::MAX,
-        bytes: EXPORT_PIECE,
-    };
-    let mut printed = Instant::now();
-    let mut cursor = None;
-    loop {
-        let rest = last.map_or(bounds, |last| bounds.resumed_from(last));
-        let piece = read_with_retries(map, async || {
-            let mut reading = cursor.take().unwrap_or_else(|| map.read(rest));
-            let piece = reading.next(limit).await?;
-            cursor = Some(reading);
-            Ok(piece)
-        });
-        let piece = piece.await?;
-        out.write_all(&piece.lines).context("cannot write")?;
-        if piece.count == 0 {
-            break;
-        }
-        count += piece.count;
-        last = piece.last;
-        if is_due(&mut printed) {
-            eprintln!("{count} entries exported");
-        }
-    }
+    count += read_all(map, last, "exported", |lines| {
+        out.write_all(lines).context("cannot write")
+    })
+    .await?;
     let mut line = Vec::new();
     let end = StreamEnd {
         count,
@@ -146,6 +148,45 @@ async fn export(map: &dyn DistributedMap, file: Option<&Path>) -> anyhow::Result
     }
     eprintln!("exported {count} entries");
     Ok(())
+}
+
+/// Reads the map after `last`, up to its newest entry at the start, and hands the lines of each piece
+/// to `take`. Returns the number of entries.
+async fn read_all(
+    map: &dyn DistributedMap,
+    mut last: Option<Uuid>,
+    done: &str,
+    mut take: impl FnMut(&[u8]) -> anyhow::Result<()>,
+) -> anyhow::Result<u64> {
+    let newest = newest_uuid(map).await?;
+    let end = newest.map_or(0, |newest| newest.as_u128().saturating_add(1));
+    let bounds = Bounds::default().ending_before(Uuid::from_u128(end));
+    let limit = PieceLimit {
+        entries: u64::MAX,
+        bytes: EXPORT_PIECE,
+    };
+    let mut count = 0;
+    let mut printed = Instant::now();
+    let mut cursor = None;
+    loop {
+        let rest = last.map_or(bounds, |last| bounds.resumed_from(last));
+        let piece = read_with_retries(map, async || {
+            let mut reading = cursor.take().unwrap_or_else(|| map.read(rest));
+            let piece = reading.next(limit).await?;
+            cursor = Some(reading);
+            Ok(piece)
+        });
+        let piece = piece.await?;
+        take(&piece.lines)?;
+        if piece.count == 0 {
+            return Ok(count);
+        }
+        count += piece.count;
+        last = piece.last;
+        if is_due(&mut printed) {
+            eprintln!("{count} entries {done}");
+        }
+    }
 }
 
 /// Opens a new file, or an interrupted export and removes its last line if that is incomplete.
@@ -193,16 +234,55 @@ fn may_be_cut(line: &[u8]) -> bool {
     line.len() < MAX_LINE && heads.into_iter().any(is_like)
 }
 
-/// Puts the entries of a file or standard input into the map, which must have the settle window
-/// [`ANY_AGE`]. Unless forced, first checks for `quiet` that no other process writes.
+/// Checks in a process of its own: at a page of its tree that is damaged, LMDB ends the process.
+///
+/// # Errors
+/// When a signal ended it. It has printed any other fault.
+fn check_in_child() -> anyhow::Result<()> {
+    let mut command = Command::new(env::current_exe()?);
+    command.args(env::args_os().skip(1)).arg("--in-child");
+    let status = command.status().context("cannot start the check")?;
+    match status.code() {
+        Some(code) => process::exit(code),
+        None => {
+            bail!("the check was ended ({status}): a page is damaged; restore the map from a copy")
+        }
+    }
+}
+
+/// Prints both clocks; with `--forward` first moves the map's ahead to the machine's.
+///
+/// # Errors
+/// When the map's clock cannot be read or moved.
+async fn show_clock(map: &dyn DistributedMap, forward: bool) -> anyhow::Result<()> {
+    let mut clocks = known(map, || map.clocks()).await?;
+    if forward {
+        // On Redis the clock of this process alone may have begun there already.
+        let forward = clocks.machine.max(clocks.map);
+        read_with_retries(map, async || map.settle(forward).await).await?;
+        clocks = known(map, || map.clocks()).await?;
+    }
+    println!("map      {}", timestamp(clocks.map));
+    println!("machine  {}", timestamp(clocks.machine));
+    Ok(())
+}
+
+/// Waits until an instance knows something of its map.
+async fn known<T>(
+    map: &dyn DistributedMap,
+    mut look: impl FnMut() -> Option<T>,
+) -> anyhow::Result<T> {
+    let unknown = || MapError::Unavailable("the map is not known yet".to_owned());
+    read_with_retries(map, async || look().ok_or_else(unknown)).await
+}
+
+/// Puts the entries of a file or standard input into the map. Unless forced, first checks for the map's
+/// settle window that no other process writes.
 ///
 /// # Errors
 /// When an entry is refused or conflicts, the file is unreadable or truncated, or others write.
-async fn import(
-    map: &dyn DistributedMap,
-    Import { file, force }: &Import,
-    quiet: Duration,
-) -> anyhow::Result<()> {
+async fn import(map: &dyn DistributedMap, Import { file, force }: &Import) -> anyhow::Result<()> {
+    let quiet = known(map, || map.settle_window()).await?;
     let reader: Box<dyn BufRead> = match file {
         Some(path) => {
             let file = File::open(path);
@@ -271,7 +351,8 @@ async fn wait_until_quiet(
     let newest = newest_uuid(map).await?;
     let time = newest.map_or(0, entry::unix_millis);
     let old_enough = UNIX_EPOCH + Duration::from_millis(time) + quiet;
-    if let Ok(wait) = old_enough.duration_since(SystemTime::now()) {
+    let clocks = known(map, || map.clocks()).await?;
+    if let Ok(wait) = old_enough.duration_since(clocks.map) {
         eprintln!(
             "the newest entry is recent: checking for {wait:.1?} whether other processes write"
         );
@@ -380,6 +461,11 @@ impl Source {
             let uuid = entry::require_entry_uuid(entry.uuid);
             uuid.map_err(|reason| anyhow!("line {number}: {reason}"))?;
             ensure!(!entry.msg.is_empty(), "line {number}: the message is empty");
+            // What no instance can have stored might be longer than readers take.
+            ensure!(
+                entry.msg.len() < MAX_BATCH_BYTES,
+                "line {number}: the message is larger than any that an instance stores"
+            );
             self.count += 1;
             batch.push(entry);
         }

@@ -3,9 +3,12 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::write_entry;
 use crate::entry::{Outcome, require_entry_uuid};
+use crate::json::MAX_EXPANSION;
 
-/// The largest body that a logging instance accepts for one batch, in bytes.
+/// The largest body that a logging instance accepts for one batch, in bytes, and the longest line of an entry
+/// in it, as [`write_entry`] writes the entry for its readers.
 ///
 /// The facade keeps its batches below it and rejects a `--max-message` that might not fit.
 pub const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
@@ -104,8 +107,8 @@ impl Batch {
     /// Decodes the body of a request: an array of entries, or a single entry, as a person may send it.
     ///
     /// # Errors
-    /// When the body is malformed, has a UUID of another version, or an empty message: a sentence for
-    /// the sender.
+    /// When the body is malformed, has a UUID of another version, an empty message, or one whose line is
+    /// too long: a sentence for the sender.
     pub fn decode(body: &[u8]) -> Result<Posted, String> {
         let is_single = !body.trim_ascii_start().starts_with(b"[");
         let decoded = match is_single {
@@ -124,9 +127,25 @@ impl Batch {
             if msg.is_empty() {
                 return Err(format!("the message of {uuid} is empty"));
             }
+            if !is_line_accepted(msg) {
+                return Err(format!(
+                    "the message of {uuid} is too long: readers get it as JSON in which control characters \
+                     are escaped, and that may have {MAX_BATCH_BYTES} bytes at most"
+                ));
+            }
         }
         Ok(Posted { entries, is_single })
     }
+}
+
+/// Whether the line of a message has at most [`MAX_BATCH_BYTES`]. Only long messages have to be escaped to find out.
+fn is_line_accepted(msg: &str) -> bool {
+    if (msg.len() + FIELDS) * MAX_EXPANSION <= MAX_BATCH_BYTES {
+        return true;
+    }
+    let mut line = Vec::new();
+    write_entry(&mut line, Uuid::nil(), msg);
+    line.len() <= MAX_BATCH_BYTES
 }
 
 /// What a request brings.

@@ -52,6 +52,9 @@ pub struct MapStats {
     /// Why a partition has no primary; the rows are then not the whole map.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
+    /// What an operator should know of the map besides.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<String>,
 }
 
 /// A row for a member of the map: the LMDB folder, or a Redis server. The numbers of a member that does

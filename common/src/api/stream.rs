@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use uuid::fmt::Hyphenated;
 
+use super::MAX_BATCH_BYTES;
 use crate::bounds::Bounds;
 use crate::json;
 
@@ -63,6 +64,11 @@ pub struct StreamEnd {
 const LINE_HEAD: &[u8] = br#"{"uuid":""#;
 const LINE_MIDDLE: &[u8] = br#"","msg":"#;
 const LINE_TAIL: &[u8] = b"}";
+
+/// The longest line of an entry that a map can hold, in bytes, which every reader therefore takes: a batch
+/// of one message, each byte of which is escaped. Instances no longer store a line longer than
+/// [`MAX_BATCH_BYTES`], but a map of before may hold one.
+pub const MAX_LINE: usize = MAX_BATCH_BYTES * json::MAX_EXPANSION;
 
 /// Appends an entry as a line of a stream, with its newline.
 pub fn write_entry(out: &mut Vec<u8>, uuid: Uuid, msg: &str) {

@@ -6,6 +6,8 @@
 pub mod command_line;
 /// An empty map of each engine.
 pub mod engine;
+/// Wall clocks that a test steps.
+pub mod fake_clock;
 /// Input for parsers that nobody would send on purpose.
 pub mod fuzz;
 /// Writers that go on while something fails, and what must hold of their entries afterwards.

@@ -83,7 +83,8 @@ impl Process {
         self.ask("/readyz?verbose")
     }
 
-    fn ask(&self, path: &str) -> String {
+    /// The whole response to a GET.
+    pub fn ask(&self, path: &str) -> String {
         let mut connection = TcpStream::connect(self.address).unwrap();
         let request =
             format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");

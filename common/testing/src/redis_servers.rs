@@ -17,9 +17,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// The shipped profile.
 const PROFILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/redis.conf");
 
-/// Starts a server and kills it at the end of standard input, which comes also when the test is killed.
+/// Starts a server, the program `SERVER` if that is set, and kills it at the end of standard input, which
+/// comes also when the test is killed.
 const SUPERVISOR: &str =
-    "redis-server \"$@\" & echo $!; read -r _; kill -KILL $!; { wait $!; } 2>/dev/null";
+    "${SERVER:-redis-server} \"$@\" & echo $!; read -r _; kill -KILL $!; { wait $!; } 2>/dev/null";
 
 /// A running Redis server.
 #[derive(Debug)]
@@ -41,7 +42,7 @@ impl RedisServer {
     }
 
     /// The same with environment variables.
-    pub fn start_with(folder: &Path, flags: &[&str], environment: &[(&str, &str)]) -> Self {
+    pub fn start_with(folder: &Path, flags: &[&str], environment: &[(String, String)]) -> Self {
         let (port, bus_port) = (free_address().port(), free_address().port());
         let ports = [
             "--port",
@@ -53,10 +54,7 @@ impl RedisServer {
         let flags = flags.iter().map(|flag| (*flag).to_owned());
         let flags: Vec<String> = ports.into_iter().chain(flags).collect();
         std::fs::create_dir_all(folder).unwrap();
-        let environment = environment.iter();
-        let environment =
-            environment.map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        let environment: Vec<(String, String)> = environment.collect();
+        let environment = environment.to_vec();
         let (supervisor, pid) = supervise(folder, &flags, &environment);
         let server = Self {
             supervisor,
@@ -73,8 +71,13 @@ impl RedisServer {
 
     /// A single server, without cluster and replicas.
     pub fn single(folder: &Path) -> Self {
+        Self::single_of("redis-server", folder)
+    }
+
+    /// The same of another program, for example [`crate::requirements::valkey_server`].
+    pub fn single_of(program: &str, folder: &Path) -> Self {
         let alone = ["--cluster-enabled", "no", "--min-replicas-to-write", "0"];
-        Self::start(folder, &alone)
+        Self::start_with(folder, &alone, &[("SERVER".to_owned(), program.to_owned())])
     }
 
     pub fn address(&self) -> String {
@@ -130,6 +133,51 @@ impl RedisServer {
         }
     }
 
+    /// The port by which the other nodes of its cluster name this one.
+    pub fn node_port(&self) -> String {
+        let mut flags = self.flags.iter().skip_while(|flag| *flag != "--tls-port");
+        flags.nth(1).cloned().unwrap_or(self.port.to_string())
+    }
+
+    pub fn node_id(&self) -> String {
+        self.ask(&["CLUSTER", "MYID"])
+    }
+
+    /// Adds `node` to the cluster of this one.
+    fn meet(&self, host: &str, node: &Self) {
+        let (port, bus_port) = (node.node_port(), node.bus_port.to_string());
+        let _: () = self.ask(&["CLUSTER", "MEET", host, &port, &bus_port]);
+    }
+
+    /// Adds this node, which is of no cluster, to that of `primary`, and waits until it has its data and all
+    /// `members` know it.
+    #[track_caller]
+    pub fn join(&self, primary: &Self, members: &[&Self]) {
+        primary.meet("127.0.0.1", self);
+        let (own, id) = (self.node_id(), primary.node_id());
+        self.wait_until("it knows its primary", |node| {
+            node.try_ask(&["CLUSTER", "REPLICATE", &id]).is_ok()
+        });
+        for member in members {
+            member.wait_until("it knows the new member", |member| {
+                let nodes: String = member.ask(&["CLUSTER", "NODES"]);
+                nodes.contains(&format!("{own} "))
+            });
+        }
+        self.wait_until("it has its primary's data", |node| {
+            node.info("master_link_status").as_deref() == Some("up")
+                && node.cluster_info("cluster_state").as_deref() == Some("ok")
+        });
+    }
+
+    /// Removes this replica from its cluster as `redis-cli --cluster del-node` does.
+    #[track_caller]
+    pub fn leave(&self, member: &Self) {
+        let command = ["--cluster", "del-node", &member.address(), &self.node_id()];
+        let left = Command::new("redis-cli").args(command).output().unwrap();
+        assert!(left.status.success(), "{left:?}");
+    }
+
     /// Ends the replication to `replica` and keeps it from being taken up again: the replica logs in as
     /// somebody whom this server does not know. All else between them goes on.
     pub fn cut_off(&self, replica: &Self) {
@@ -157,6 +205,23 @@ impl RedisServer {
     pub fn kill(&mut self) {
         drop(self.supervisor.stdin.take());
         self.supervisor.wait().unwrap();
+    }
+
+    /// Kills the server and deletes its data; it keeps its place in the cluster.
+    pub fn lose_data(&mut self) {
+        self.kill();
+        std::fs::remove_dir_all(self.folder.join("appendonlydir")).unwrap();
+    }
+
+    /// Kills the server and starts another one, with its files in `folder`, on the same ports.
+    pub fn replace(&mut self, folder: &Path, flags: &[&str]) {
+        self.kill();
+        std::fs::create_dir_all(folder).unwrap();
+        folder.clone_into(&mut self.folder);
+        self.flags.truncate(4);
+        self.flags
+            .extend(flags.iter().map(|flag| (*flag).to_owned()));
+        self.restart();
     }
 
     /// Starts the server again on its port and folder.
@@ -199,8 +264,26 @@ pub struct RedisCluster {
 
 impl RedisCluster {
     pub fn start() -> Self {
+        Self::start_with("127.0.0.1", &[], |_| Vec::new())
+    }
+
+    /// The same with nodes that name each other by the IP address `host`; `flags` override the profile, and a
+    /// `--tls-port` is added where they have certificates. Each node has its environment variables.
+    pub fn start_with(
+        host: &str,
+        flags: &[&str],
+        environment: impl Fn(usize) -> Vec<(String, String)>,
+    ) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let start = |n: usize| RedisServer::start(&folder.path().join(n.to_string()), &[]);
+        let start = |n: usize| {
+            let tls_port = free_address().port().to_string();
+            let tls: &[&str] = match flags.contains(&"--tls-cert-file") {
+                true => &["--tls-port", &tls_port],
+                false => &[],
+            };
+            let folder = folder.path().join(n.to_string());
+            RedisServer::start_with(&folder, &[flags, tls].concat(), &environment(n))
+        };
         let nodes: Vec<RedisServer> = (0..6).map(start).collect();
         for (n, slots) in [("0", "5460"), ("5461", "10922"), ("10923", "16383")]
             .iter()
@@ -211,8 +294,7 @@ impl RedisCluster {
             let _: () = nodes[n].ask(&["CLUSTER", "ADDSLOTSRANGE", slots.0, slots.1]);
         }
         for node in &nodes[1..] {
-            let (port, bus_port) = (node.port.to_string(), node.bus_port.to_string());
-            let _: () = nodes[0].ask(&["CLUSTER", "MEET", "127.0.0.1", &port, &bus_port]);
+            nodes[0].meet(host, node);
         }
         for node in &nodes {
             node.wait_until("it knows the others", |node| {
@@ -261,6 +343,15 @@ impl RedisCluster {
     pub fn url(&self) -> String {
         let addresses: Vec<String> = self.nodes.iter().map(RedisServer::address).collect();
         format!("redis://{}", addresses.join(","))
+    }
+
+    /// All nodes, for `--map` with TLS.
+    pub fn tls_url(&self) -> String {
+        let nodes = self.nodes.iter();
+        let addresses: Vec<String> = nodes
+            .map(|node| format!("localhost:{}", node.node_port()))
+            .collect();
+        format!("rediss://{}", addresses.join(","))
     }
 
     /// Empties the map.

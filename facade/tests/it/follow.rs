@@ -8,7 +8,7 @@ pub(crate) mod follower;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use axum::body::Body;
@@ -19,7 +19,6 @@ use common::api::{Batch, InstanceStats, Poll, PutResult, READ_SETTLED, ReadQuery
 use common::entry::{Entry, unix_millis};
 use common::serve::Timeouts;
 use facade::client::{LoggingApi, ReadAnswer};
-use facade::identifiers::Identifiers;
 use facade::pool::Pool;
 use facade::upstream::UpstreamError;
 use facade::{App, Config, router};
@@ -35,7 +34,7 @@ use uuid::{Builder, Uuid};
 
 use self::follower::Follower;
 use crate::processes::Processes;
-use crate::system::{System, instances_with_settle, problem};
+use crate::system::{System, instances_with_settle, problem, served_map_on_tokios_clock};
 
 /// Posts a message under a key of so many milliseconds ago.
 async fn store_late(system: &System, millis: u64, msg: &str) -> Uuid {
@@ -355,8 +354,10 @@ async fn followers_end_when_the_facade_stops() {
 #[tokio::test(start_paused = true)]
 async fn idle_followers_cost_polls_and_nobody_costs_nothing() {
     let polls = Arc::new(AtomicU64::new(0));
-    let identifiers = Identifiers::new(SystemTime::now);
-    let pool = Arc::new(Pool::new(StdRng::seed_from_u64(1), identifiers));
+    let pool = Arc::new(Pool::new(
+        StdRng::seed_from_u64(1),
+        served_map_on_tokios_clock(),
+    ));
     let empty = Arc::new(EmptyInstance {
         polls: polls.clone(),
     });

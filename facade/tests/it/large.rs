@@ -2,10 +2,12 @@
 //! format, and neither facade nor logging keeps the log, or the backlog of slow readers, in memory.
 
 use std::io;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use common::api::write_entry;
 use common::entry::Entry;
 use futures_util::{TryStreamExt, stream};
 use reqwest::{Body, RequestBuilder};
@@ -15,8 +17,9 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::io::StreamReader;
+use uuid::{Builder, Uuid};
 
-use crate::processes::Processes;
+use crate::processes::{Processes, binary};
 use crate::system::engine_under_test;
 
 /// The growth in anonymous memory that each process is allowed while the log is loaded and read.
@@ -45,6 +48,60 @@ async fn largest_messages_are_read_whole_in_constant_memory() {
         start + "\u{1}".repeat(rest).as_str()
     };
     read_within_memory(1500, message).await;
+}
+
+/// A map of before may hold a message whose line is longer than an instance accepts now.
+#[tokio::test(flavor = "multi_thread")]
+async fn message_that_is_six_times_as_long_when_it_is_escaped_is_read_and_moved() {
+    let map = engine_under_test().empty_map();
+    let folder = tempfile::tempdir().unwrap();
+    let transfer = |task: &str, file: &str, map: &str| {
+        let mut command = Command::new(binary("logging"));
+        command
+            .args(["--map", map, task])
+            .arg(folder.path().join(file));
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{task}: {output:?}");
+    };
+    let posted = [1, 2].map(|second| Entry {
+        uuid: Builder::from_unix_timestamp_millis(1000 * second, &[7; 10]).into_uuid(),
+        msg: "\u{7f}".repeat(if second == 1 { 2_000_000 } else { 1 }),
+    });
+    let mut lines = Vec::new();
+    for Entry { uuid, msg } in &posted {
+        write_entry(&mut lines, *uuid, msg);
+    }
+    let whole = [&lines[..], b"{\"count\":2}\n"].concat();
+    std::fs::write(folder.path().join("old"), &whole).unwrap();
+    transfer("import", "old", &map.location);
+    transfer("export", "new", &map.location);
+    assert!(std::fs::read(folder.path().join("new")).unwrap() == whole);
+
+    let system = Processes::on_map(&["--map", &map.location], &[]);
+    assert!(system.read_all().await == posted);
+    let one = format!("{}/{}", system.facade.url(), posted[0].uuid);
+    let one: Entry = system
+        .http
+        .get(one)
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
+    assert!(one == posted[0]);
+    let all = format!("{}/?follow=true&after={}", system.facade.url(), Uuid::nil());
+    let follower = system
+        .http
+        .get(all)
+        .header("accept", "application/x-ndjson");
+    let mut followed = vec![0; lines.len()];
+    read_body(follower)
+        .await
+        .read_exact(&mut followed)
+        .await
+        .unwrap();
+    assert!(followed == lines);
 }
 
 async fn read_within_memory(

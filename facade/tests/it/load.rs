@@ -4,12 +4,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use reqwest::Client;
+use reqwest::{Client, RequestBuilder};
 use serde_json::Value;
 use testing::load::{Failed, Record};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
+use crate::processes::Processes;
 use crate::system::Merged;
 
 const WRITERS: usize = 64;
@@ -85,15 +86,31 @@ impl Load {
     }
 }
 
+/// A caller that posts one message after the other, each under a key of its own.
+pub(crate) fn keyed_posts(system: &Processes) -> testing::load::Load {
+    let (http, url) = (system.http.clone(), system.facade.url());
+    testing::load::Load::start(1, move |number| {
+        let key = Uuid::now_v7().to_string();
+        let request = http.post(&url).header("idempotency-key", key);
+        send(request, format!("message with a key {number}"))
+    })
+}
+
 pub(crate) async fn post(http: &Client, url: &str, msg: String) -> Record {
+    send(http.post(url), msg).await
+}
+
+/// Posts a message that no other request posts.
+async fn send(request: RequestBuilder, msg: String) -> Record {
     let began = Instant::now();
-    let response = http.post(url).body(msg.clone()).send().await.unwrap();
+    let response = request.body(msg.clone()).send().await.unwrap();
     let status = response.status();
     let answer: Value = response.json().await.unwrap();
     let uuid = answer["uuid"].as_str().map(|uuid| uuid.parse().unwrap());
     let mut record = Record::default();
     if status == 200 {
         assert_eq!(answer["msg"], msg);
+        assert_eq!(answer["duplicate"], Value::Null);
         record.acknowledged.insert(uuid.unwrap(), msg);
     } else {
         record.failed.push(Failed {

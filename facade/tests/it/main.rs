@@ -41,6 +41,8 @@ mod get;
 mod hostile;
 /// Paths, methods, request ids, health.
 mod http;
+/// Keys that several callers use at the same time.
+mod keys;
 /// A million entries, slow readers, memory.
 mod large;
 /// Metrics, and the dashboard and alerts that use them.

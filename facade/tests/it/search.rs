@@ -234,7 +234,7 @@ const EVERY: u64 = 1000;
 fn large_log(entries: u64, padding: &str) -> (Processes, EmptyMap) {
     let map = engine_under_test().empty_map();
     let mut import = Command::new(binary("logging"))
-        .args(["import", "--map", &map.location, "--settle", "0s"])
+        .args(["import", "--map", &map.location])
         .stdin(Stdio::piped())
         .spawn()
         .unwrap();

@@ -11,18 +11,21 @@ use axum::extract::Request;
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
-use common::api::{MARK, WIRE_VERSION};
+use common::api::{MARK, WIRE_VERSIONS};
 use common::entry::Outcome;
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
+use testing::load::Record;
 use testing::process::{Process, free_address};
+use testing::redis_servers::RedisCluster;
 use tokio::net::TcpListener;
 use uuid::Uuid;
 
 use crate::bounds::peak_memory_kib;
+use crate::load;
 use crate::processes::{Processes, binary, start_logging};
 use crate::system::{
-    Server, System, at, instances, logging_stub, nobody, problem, serve, serve_instance,
+    Merged, Server, System, at, instances, logging_stub, nobody, problem, serve, serve_instance,
 };
 
 /// One of three instances is paused while there is no load, so the facade has not marked it down. The
@@ -283,11 +286,11 @@ async fn another_server_cannot_claim_that_a_message_is_not_there() {
 /// it by its mark, sends it no message, and `/readyz` names both versions.
 #[tokio::test(flavor = "multi_thread")]
 async fn instance_of_another_version_gets_no_messages_and_is_reported() {
-    for version in [WIRE_VERSION - 1, WIRE_VERSION + 1] {
+    for version in [WIRE_VERSIONS.start() - 1, WIRE_VERSIONS.end() + 1] {
         let (mut logging, map) = instances(1).await;
         let posts = Arc::new(AtomicUsize::new(0));
         let count = posts.clone();
-        let mark = HeaderValue::try_from(format!("{version} -")).unwrap();
+        let mark = HeaderValue::try_from(format!("{version}-{version} - -")).unwrap();
         let other = async move |request: Request| {
             let entries = axum::body::to_bytes(request.into_body(), usize::MAX)
                 .await
@@ -310,7 +313,7 @@ async fn instance_of_another_version_gets_no_messages_and_is_reported() {
             "messages sent to version {version}"
         );
         let readiness = system.get("/readyz?verbose").await.text().await.unwrap();
-        let reason = format!("version {version} of the wire, this facade speaks {WIRE_VERSION}");
+        let reason = format!("versions {version}-{version} of the wire, this process speaks");
         assert!(
             readiness.contains(&name) && readiness.contains(&reason),
             "{readiness}"
@@ -470,6 +473,42 @@ async fn facade_that_begins_with_two_maps_serves_neither() {
     second.kill();
     facade.wait_for_line(|line| line.contains("is up again"));
     assert_eq!(post().await.status(), 200);
+}
+
+/// The second map's id is in a shard that is away, so its instance does not know which map it serves: it gets
+/// no message.
+#[tokio::test(flavor = "multi_thread")]
+async fn instance_that_does_not_know_its_map_gets_no_messages() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = format!("lmdb:{}", folder.path().join("first").display());
+    let first = start_logging(&["--map", &first], free_address());
+    let cluster = RedisCluster::start();
+    let mut second = start_logging(&["--map", &cluster.url()], free_address());
+    second.kill();
+    // The slot of partition 0 is theirs.
+    for node in [2, 5] {
+        cluster.nodes[node].signal("STOP");
+    }
+    let mut command = std::process::Command::new(binary("logging"));
+    command.args(["--map", &cluster.url()]);
+    let second = Process::start(command, free_address());
+    let mut command = std::process::Command::new(binary("facade"));
+    let logging = format!("{},{}", first.url(), second.url());
+    command.args(["--logging", &logging]);
+    let facade = Process::start(command, free_address());
+    second.wait_for_line(|line| line.contains("takes entries"));
+    let http = reqwest::Client::new();
+    let mut record = Record::default();
+    for n in 0..60 {
+        record.extend(load::post(&http, &facade.url(), n.to_string()).await);
+    }
+    assert_eq!(record.acknowledged.len(), 60, "{:?}", record.failed);
+    let stored = http.get(facade.url()).send().await.unwrap();
+    let stored: Merged = stored.json().await.unwrap();
+    record.assert_kept(&stored.logging_service);
+    for node in [2, 5] {
+        cluster.nodes[node].signal("CONT");
+    }
 }
 
 /// The facade cuts the connection of an instance whose response to a batch does not end.

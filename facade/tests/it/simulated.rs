@@ -19,10 +19,12 @@ use axum::body::{Body, to_bytes};
 use axum::http::{HeaderValue, Request, header};
 use clap::Parser;
 use common::bounds::Order;
+use common::clock::MapClock;
 use common::entry::Entry;
 use common::serve::Timeouts;
 use facade::identifiers::Identifiers;
 use facade::pool::Pool;
+use facade::served_map::ServedMap;
 use facade::{App, Config, router};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -79,13 +81,12 @@ fn on_all_seeds<F: Future>(run: impl Fn(u64) -> F) -> impl Iterator<Item = F::Ou
 }
 
 /// A facade in front of three simulated instances, of which the first never fails if `has_survivor`.
-fn facade_on(
-    network: &Arc<Mutex<Network>>,
-    seed: u64,
-    identifiers: Identifiers,
-    has_survivor: bool,
-) -> Arc<App> {
-    let pool = Arc::new(Pool::new(StdRng::seed_from_u64(seed), identifiers));
+fn facade_on(network: &Arc<Mutex<Network>>, seed: u64, has_survivor: bool) -> Arc<App> {
+    let clock = network.lock().unwrap().clock;
+    let map_clock = MapClock::with_ticks(move || clock.began.elapsed());
+    map_clock.set(clock.base);
+    let served_map = ServedMap::with_clock(map_clock);
+    let pool = Arc::new(Pool::new(StdRng::seed_from_u64(seed), served_map));
     for index in 0..3 {
         let instance = Simulated {
             network: network.clone(),
@@ -127,17 +128,15 @@ async fn run(seed: u64) -> Tally {
     let has_survivor = seed.is_multiple_of(2);
     let network = Arc::new(Mutex::new(Network::new(seed)));
     let record = Arc::new(Mutex::new(Record::default()));
-    let clock = network.lock().unwrap().clock;
-    let identifiers = || Identifiers::new(move || clock.now());
-    let app = facade_on(&network, seed, identifiers(), has_survivor);
+    let app = facade_on(&network, seed, has_survivor);
     let caller = Caller {
         app,
         seed,
         has_survivor,
         network: network.clone(),
         record: record.clone(),
-        keys: identifiers(),
-        future_keys: Identifiers::new(move || clock.now() + FUTURE),
+        keys: Identifiers::default(),
+        future_keys: Identifiers::default(),
     };
     let writers = (0..3).map(|writer| caller.write(writer));
     tokio::join!(
@@ -208,7 +207,7 @@ impl Record {
 
 fn never_will_be(answer: &Value) -> bool {
     let detail = answer["detail"].as_str().unwrap();
-    detail.contains("was not stored and never will be")
+    detail.contains("no POST stored its message and none will")
 }
 
 /// The callers, which post and read and record the answers.
@@ -261,10 +260,14 @@ impl Caller {
     /// Posts under a key until the answer is final, as a careful caller does. Some keys are in the
     /// future.
     async fn post_with_key(&self, msg: &str) {
-        let is_future = self.network.lock().unwrap().random.random_range(0..4) == 0;
+        let (is_future, now) = {
+            let mut network = self.network.lock().unwrap();
+            let is_future = network.random.random_range(0..4) == 0;
+            (is_future, network.clock.now())
+        };
         let key = match is_future {
-            true => self.future_keys.next(),
-            false => self.keys.next(),
+            true => self.future_keys.next(now + FUTURE),
+            false => self.keys.next(now),
         };
         let mut fate = Fate::NotStored;
         for attempt in 0..10 {

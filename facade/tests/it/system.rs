@@ -11,13 +11,14 @@ use std::time::{Duration, SystemTime};
 use axum::{Json, Router, routing};
 use clap::Parser;
 use common::api::{MARK, Mark, PutEntry, PutResult};
+use common::clock::MapClock;
 use common::door::Door;
 use common::entry::{Entry, Outcome};
 use common::serve::Timeouts;
-use facade::identifiers::Identifiers;
 use facade::pool::Pool;
+use facade::served_map::ServedMap;
 use facade::{App, Config};
-use logging::map::{Location, Options, open};
+use logging::map::{Access, Location, Options, open};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use reqwest::{Client, RequestBuilder, Response};
@@ -88,12 +89,6 @@ impl System {
         Self::with_services(logging, messages, Some(map), flags)
     }
 
-    /// A system on an empty map whose facade generates its UUIDs with `identifiers`.
-    pub(crate) async fn start_with_identifiers(identifiers: Identifiers) -> Self {
-        let (logging, map) = instances(3).await;
-        Self::with_parts(logging, nobody(), Some(map), &[], identifiers)
-    }
-
     /// A facade in front of instances, some of which may be stubs of the test.
     pub(crate) fn with_instances(logging: Vec<Server>, map: EmptyMap, flags: &[&str]) -> Self {
         Self::with_services(logging, nobody(), Some(map), flags)
@@ -117,17 +112,6 @@ impl System {
         map: Option<EmptyMap>,
         flags: &[&str],
     ) -> Self {
-        let identifiers = Identifiers::new(SystemTime::now);
-        Self::with_parts(logging, messages, map, flags, identifiers)
-    }
-
-    fn with_parts(
-        logging: Vec<Server>,
-        messages: Server,
-        map: Option<EmptyMap>,
-        flags: &[&str],
-        identifiers: Identifiers,
-    ) -> Self {
         let urls: Vec<String> = logging.iter().map(Server::url).collect();
         let required = [
             "facade",
@@ -138,7 +122,8 @@ impl System {
         ];
         let config = Config::parse_from(required.iter().chain(flags));
         let stop = CancellationToken::new();
-        let pool = Arc::new(Pool::new(StdRng::seed_from_u64(SEED), identifiers));
+        let served_map = ServedMap::default();
+        let pool = Arc::new(Pool::new(StdRng::seed_from_u64(SEED), served_map));
         let app = App::discovering(&config, LIMITS, pool, stop.clone()).unwrap();
         let facade = serve(facade::router(app));
         Self {
@@ -217,9 +202,9 @@ pub(crate) async fn instances_with_settle(
     let empty = engine_under_test().empty_map();
     let options = Options {
         store_timeout: STORE_TIMEOUT,
-        settle,
+        settle: Some(settle),
         backups: None,
-        create: true,
+        access: Access::Serve,
     };
     let location: Location = empty.location.parse().unwrap();
     let map = open(&location, options).unwrap();
@@ -256,6 +241,14 @@ pub(crate) fn serve(router: Router) -> Server {
     }
 }
 
+/// A map whose clock begins at this machine's time and goes by tokio's, which a test may pause.
+pub(crate) fn served_map_on_tokios_clock() -> ServedMap {
+    let began = tokio::time::Instant::now();
+    let clock = MapClock::with_ticks(move || began.elapsed());
+    clock.set(SystemTime::now());
+    ServedMap::with_clock(clock)
+}
+
 /// A logging service that returns an outcome of the test for each entry.
 pub(crate) fn logging_stub(
     answer: impl Fn(&PutEntry) -> Outcome + Clone + Send + Sync + 'static,
@@ -273,7 +266,11 @@ pub(crate) fn logging_stub(
 /// Serves a stub as a logging instance: each response bears the mark.
 pub(crate) fn serve_instance(router: Router) -> Server {
     let mark = async |mut response: axum::response::Response| {
-        let mark = Mark { map: None }.to_string().parse().unwrap();
+        let mark = Mark {
+            map: None,
+            clock: Some(SystemTime::now()),
+        };
+        let mark = mark.to_string().parse().unwrap();
         response.headers_mut().insert(MARK, mark);
         response
     };

@@ -11,12 +11,11 @@ use common::entry::{Entry, Outcome};
 use common::health::Check;
 use uuid::Uuid;
 
-/// How far ahead of the map's clock a new entry's time may be: a facade's clock may be this fast.
+/// How far ahead of the map's clock a new entry's time may be.
 pub const MAX_AHEAD: Duration = Duration::from_secs(2);
 
-/// The tolerated difference between the clocks that check the settle window: those of a shard's
-/// servers, or one clock before and after a correction. Beyond it, a new primary may store an entry
-/// that was answered as never to be stored.
+/// The time between leaving the settle window and being settled, and the difference between a clock and
+/// the map's that is tolerated without a word.
 pub const MAX_SKEW: Duration = Duration::from_secs(1);
 
 /// How long a member of the map may take for its statistics.
@@ -27,7 +26,8 @@ pub(super) const STATS_TIMEOUT: Duration = Duration::from_millis(400);
 /// Entries are ordered by UUID, the same on every instance and engine.
 #[async_trait]
 pub trait DistributedMap: fmt::Debug + Send + Sync {
-    /// The id that the map got when it was created; `None` until this instance has read it.
+    /// The id that the map got when it was created; `None` until this instance knows it and the map's
+    /// clock.
     fn id(&self) -> Option<Uuid>;
 
     /// Puts a batch and returns the outcome of each entry, in the order given.
@@ -37,11 +37,11 @@ pub trait DistributedMap: fmt::Debug + Send + Sync {
     ///   read, on any instance, sees it.
     /// - *Duplicates*: a UUID put twice with one message is one entry, also within one batch.
     /// - *Conflicts*: a UUID that is put with another message changes nothing.
-    /// - *Settle window*: a new UUID is added only if its time is at most `settle` behind and
-    ///   [`MAX_AHEAD`] ahead of the map's clock, which is read where the entry is written.
-    ///   Otherwise it is not in the map: `Early` if it is ahead; `Leaving` if it is up to
-    ///   [`MAX_SKEW`] too old, as a server whose clock is behind may still add it; `Stale` beyond
-    ///   that, and never added. (A commit becomes visible after this check, by the disk's latency.)
+    /// - *Settle window*: a new UUID is added only if its time is at most the map's settle window
+    ///   behind and [`MAX_AHEAD`] ahead of the map's clock, and not below what [`Self::settle`] has
+    ///   told; all are read where the entry is written. Otherwise it is not in the map: `Early` if it
+    ///   is ahead; `Leaving` if it is up to [`MAX_SKEW`] too old, which is not final; `Stale` beyond
+    ///   that, which is stored like an entry and is final. [`Access::Import`] has no settle window.
     /// - *Failure*: `Refused` is certainly not executed; `Unknown` may or may not be stored.
     ///   Outcomes within a batch may differ, as the entries are in different partitions.
     ///
@@ -57,10 +57,17 @@ pub trait DistributedMap: fmt::Debug + Send + Sync {
     /// The greatest UUID in the map, or `None` when it is empty. Returns within the store timeout.
     async fn last(&self) -> Result<Option<Uuid>, MapError>;
 
-    /// The time before which history is settled: a read that begins after this has returned sees all
-    /// entries whose UUID's time is earlier, and none will be added. The clocks that check new
-    /// entries decide, less [`MAX_SKEW`]. Takes as long as a put.
-    async fn settled(&self) -> Result<SystemTime, MapError>;
+    /// The map's clock and the machine's; `None` until this instance knows them.
+    fn clocks(&self) -> Option<Clocks>;
+
+    /// How old the time in a new entry's UUID may be: a property of the map, `None` until it is known.
+    fn settle_window(&self) -> Option<Duration>;
+
+    /// Settles history up to the settle window and [`MAX_SKEW`] before `clock`, and returns that time:
+    /// a read that begins after this has returned sees all entries whose UUID's time is earlier, and
+    /// none will be added, whatever clocks do. It is stored where entries are checked, as durably as
+    /// an entry. A map's clock that is behind `clock` is moved ahead to it. Takes as long as a put.
+    async fn settle(&self, clock: SystemTime) -> Result<SystemTime, MapError>;
 
     /// Checks the map. Takes as long as a put.
     async fn health(&self) -> Health;
@@ -80,6 +87,15 @@ pub struct Health {
     pub not_ready: Option<String>,
     /// The parts of the map. One that is not `ok` makes a ready map degraded; a warning is `ok`.
     pub checks: Vec<Check>,
+}
+
+/// Problems of the map as checks of its health: they make it degraded.
+pub(super) fn failed_checks(problems: Vec<String>) -> impl Iterator<Item = Check> {
+    problems.into_iter().map(|detail| Check {
+        name: "map".to_owned(),
+        ok: false,
+        detail,
+    })
 }
 
 /// A read in progress. Between calls of `next` it holds no transaction and no lock.
@@ -142,16 +158,39 @@ pub enum MapError {
     Damaged(Uuid),
 }
 
+/// The map's clock, and the clock that it follows.
+#[derive(Clone, Copy, Debug)]
+pub struct Clocks {
+    /// Decides about new entries and settled history.
+    pub map: SystemTime,
+    /// LMDB: this machine's. Redis: the median of the primaries'.
+    pub machine: SystemTime,
+}
+
+/// What a process opens a map for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// To serve it. If there is none, it is created.
+    Serve,
+    /// To put entries of any age. If there is none, it is created.
+    Import,
+    /// To read it. There must be one.
+    Read,
+}
+
+/// The settle window of a map that is created without `--settle`.
+pub(super) const DEFAULT_SETTLE: Duration = Duration::from_secs(10);
+
 /// The options of every engine.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// How long a put or a read of a piece may take.
     pub store_timeout: Duration,
-    /// How far behind the map's clock a new entry's time may be.
-    pub settle: Duration,
+    /// The settle window, if one was given. A map that has one already keeps it.
+    pub settle: Option<Duration>,
     /// Replicas that must hold an entry before it is acknowledged. Default: 1 for a Redis Cluster,
     /// otherwise 0.
     pub backups: Option<u16>,
-    /// Whether to create the map if there is none.
-    pub create: bool,
+    /// What the map is opened for.
+    pub access: Access,
 }

@@ -5,6 +5,9 @@
 //!
 //! Machines or PID namespaces cannot share a folder, because LMDB's locks use process ids.
 
+mod clock;
+mod files;
+mod properties;
 mod readers;
 mod store;
 mod writer;
@@ -17,17 +20,18 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use common::api::{MapStats, MemberStats, Role};
 use common::bounds::Bounds;
-use common::entry::{Entry, Outcome};
+use common::entry::{Entry, Outcome, millis_at, time_of};
 use tokio::time::timeout;
 use uuid::Uuid;
 
 use self::store::{LAYOUT, Store};
 use self::writer::Writer;
 use super::contract::{
-    Cursor, DistributedMap, Health, MapError, Options, Piece, PieceLimit, STATS_TIMEOUT,
+    Access, Clocks, Cursor, DistributedMap, Health, MapError, Options, Piece, PieceLimit,
+    STATS_TIMEOUT, failed_checks,
 };
-use super::queue::{Job, WriteBudget};
-use super::rules::settled_before;
+use super::queue::{Job, Work, WriteBudget};
+use super::rules::{clock_problem, settle_problem, settled_at};
 
 /// An LMDB environment with its writer thread.
 #[derive(Debug)]
@@ -36,21 +40,26 @@ pub(super) struct LmdbMap {
     jobs: mpsc::Sender<Job>,
     budget: WriteBudget,
     store_timeout: Duration,
-    settle: Duration,
+    settle: Option<Duration>,
 }
 
 impl LmdbMap {
     pub(super) fn open(folder: &Path, options: Options) -> anyhow::Result<Self> {
-        let store = Arc::new(Store::open(folder, options.create)?);
+        let is_created = options.access != Access::Read;
+        let store = Arc::new(Store::open(folder, is_created)?);
         let (jobs, queued_jobs) = mpsc::channel();
         let writer = Writer {
             store: store.clone(),
             jobs: queued_jobs,
             settle: options.settle,
+            access: options.access,
         };
+        let (begun, has_begun) = mpsc::channel();
         thread::Builder::new()
             .name("lmdb-writer".to_owned())
-            .spawn(move || writer.run())?;
+            .spawn(move || writer.run(begun))?;
+        // Until then the map's clock may be unknown. A paused process may hold the write lock.
+        let _ = has_begun.recv_timeout(options.store_timeout);
         Ok(Self {
             store,
             jobs,
@@ -60,13 +69,23 @@ impl LmdbMap {
         })
     }
 
-    /// Has a batch written; an error is the outcome of all entries. An empty one checks the writer.
-    async fn submit(&self, entries: Arc<[Entry]>) -> Result<Vec<Outcome>, Outcome> {
-        let (job, reply) = self.budget.admit(entries)?;
+    /// Has a batch written; an error is the outcome of all entries.
+    async fn submit(&self, work: Work) -> Result<Vec<Outcome>, Outcome> {
+        let (job, reply) = self.budget.admit(work)?;
         if self.jobs.send(job).is_err() {
             return Err(Outcome::refused("the map's writer has stopped"));
         }
         reply.outcomes(self.store_timeout).await
+    }
+
+    /// What an operator should know of the map's clock and settle window.
+    fn problems(&self) -> Vec<String> {
+        let clocks = self.clocks();
+        let clock =
+            clocks.and_then(|Clocks { map, machine }| clock_problem("this machine", machine, map));
+        let settle = self.settle_window();
+        let settle = settle.and_then(|settle| settle_problem(self.settle, settle));
+        clock.into_iter().chain(settle).collect()
     }
 }
 
@@ -113,6 +132,7 @@ impl Cursor for LmdbCursor {
 #[async_trait]
 impl DistributedMap for LmdbMap {
     fn id(&self) -> Option<Uuid> {
+        self.store.clock.now()?;
         self.store.id()
     }
 
@@ -121,7 +141,7 @@ impl DistributedMap for LmdbMap {
         if count == 0 {
             return Vec::new();
         }
-        self.submit(entries)
+        self.submit(Work::put(entries))
             .await
             .unwrap_or_else(|outcome| vec![outcome; count])
     }
@@ -143,20 +163,33 @@ impl DistributedMap for LmdbMap {
         read_within(self.store_timeout, &self.store, Store::last).await
     }
 
-    async fn settled(&self) -> Result<SystemTime, MapError> {
-        let now = SystemTime::now();
-        // The write lock is held from the check of an entry's time until its commit, so once this
-        // instance has had it, everything that was checked before is visible, however long a
-        // commit takes.
-        let had_the_lock = self.submit(Arc::new([])).await;
-        had_the_lock.map_err(|outcome| MapError::Unavailable(format!("{outcome:?}")))?;
-        Ok(settled_before(now, self.settle))
+    fn clocks(&self) -> Option<Clocks> {
+        Some(Clocks {
+            map: self.store.clock.now()?,
+            machine: SystemTime::now(),
+        })
+    }
+
+    fn settle_window(&self) -> Option<Duration> {
+        self.store.settle.get().copied().map(Duration::from_millis)
+    }
+
+    async fn settle(&self, clock: SystemTime) -> Result<SystemTime, MapError> {
+        let window = self.store.settle.get().ok_or_else(|| {
+            MapError::Unavailable("the map's settle window was not read yet".to_owned())
+        })?;
+        let floor = settled_at(millis_at(clock), *window);
+        // The write lock is held from the check of an entry's time until its commit, so what was
+        // checked against an earlier floor is visible then.
+        let settled = self.submit(Work::settle(floor, Vec::new())).await;
+        settled.map_err(|outcome| MapError::Unavailable(format!("{outcome:?}")))?;
+        Ok(time_of(floor))
     }
 
     async fn health(&self) -> Health {
         let not_ready = match self.last().await {
             Err(error) => Some(error.to_string()),
-            Ok(_) => match self.submit(Arc::new([])).await {
+            Ok(_) => match self.submit(Work::default()).await {
                 Ok(_) => None,
                 Err(Outcome::Refused { detail, .. } | Outcome::Unknown { detail }) => Some(detail),
                 Err(other) => Some(format!("{other:?}")),
@@ -164,7 +197,11 @@ impl DistributedMap for LmdbMap {
         };
         Health {
             not_ready,
-            checks: self.store.readers.checks(),
+            checks: {
+                let mut checks = self.store.readers.checks();
+                checks.extend(failed_checks(self.problems()));
+                checks
+            },
         }
     }
 
@@ -176,6 +213,7 @@ impl DistributedMap for LmdbMap {
             layout: LAYOUT,
             problem: folder.as_ref().err().map(MapError::to_string),
             members: vec![folder.unwrap_or_else(|_| MemberStats::down(member, Role::Folder))],
+            problems: self.problems(),
         }
     }
 

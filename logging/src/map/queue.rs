@@ -40,8 +40,11 @@ impl WriteBudget {
     ///
     /// # Errors
     /// The outcome of all entries when the budget is used up.
-    pub(super) fn admit(&self, entries: Arc<[Entry]>) -> Result<(Job, PendingReply), Outcome> {
-        let sizes = entries.iter().map(|entry| entry.msg.len() + ENTRY_OVERHEAD);
+    pub(super) fn admit(&self, work: Work) -> Result<(Job, PendingReply), Outcome> {
+        let sizes = work
+            .entries
+            .iter()
+            .map(|entry| entry.msg.len() + ENTRY_OVERHEAD);
         let bytes = JOB_OVERHEAD + sizes.sum::<usize>();
         let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
         let permit = self.0.clone().try_acquire_many_owned(permits);
@@ -49,7 +52,7 @@ impl WriteBudget {
         let (reply, outcomes) = oneshot::channel();
         let claim = Claim::default();
         let job = Job {
-            entries,
+            work,
             bytes,
             claim: claim.clone(),
             reply,
@@ -59,9 +62,37 @@ impl WriteBudget {
     }
 }
 
+/// What a writer is to do.
+#[derive(Debug, Default)]
+pub(super) struct Work {
+    /// Entries to put; without any, the writer is only checked.
+    pub(super) entries: Arc<[Entry]>,
+    /// Below it, in milliseconds since the Unix epoch, nothing may be added afterwards; 0 for nothing.
+    pub(super) floor: u64,
+    /// On Redis, the partitions that get the floor.
+    pub(super) partitions: Vec<u16>,
+}
+
+impl Work {
+    pub(super) fn put(entries: Arc<[Entry]>) -> Self {
+        Self {
+            entries,
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn settle(floor: u64, partitions: Vec<u16>) -> Self {
+        Self {
+            floor,
+            partitions,
+            ..Self::default()
+        }
+    }
+}
+
 /// Records a group commit that began at `began`.
 pub(super) fn measure_commit(group: &[Job], began: Instant) {
-    let entries: usize = group.iter().map(|job| job.entries.len()).sum();
+    let entries: usize = group.iter().map(|job| job.work.entries.len()).sum();
     if entries > 0 {
         histogram!(COMMIT_ENTRIES).record(entries as f64);
         histogram!(COMMIT_DURATION).record(began.elapsed());
@@ -71,7 +102,7 @@ pub(super) fn measure_commit(group: &[Job], began: Instant) {
 /// A batch that waits to be written.
 #[derive(Debug)]
 pub(super) struct Job {
-    pub(super) entries: Arc<[Entry]>,
+    pub(super) work: Work,
     bytes: usize,
     claim: Claim,
     reply: oneshot::Sender<Result<Vec<Outcome>, Outcome>>,
@@ -79,6 +110,11 @@ pub(super) struct Job {
 }
 
 impl Job {
+    /// The number of its outcomes: one for each entry and each partition that gets a floor.
+    pub(super) fn outcomes(&self) -> usize {
+        self.work.entries.len() + self.work.partitions.len()
+    }
+
     /// Answers with the outcome of each entry, or an error for all of them.
     pub(super) fn answer(self, outcomes: Result<Vec<Outcome>, Outcome>) {
         // A caller whose timeout has passed was answered by its claim.
@@ -112,7 +148,7 @@ pub(super) fn answer_group(group: Vec<Job>, outcomes: Result<Vec<Outcome>, Outco
     let mut outcomes = outcomes.map(Vec::into_iter);
     for job in group {
         let share = match &mut outcomes {
-            Ok(outcomes) => Ok(outcomes.take(job.entries.len()).collect()),
+            Ok(outcomes) => Ok(outcomes.take(job.outcomes()).collect()),
             Err(outcome) => Err(outcome.clone()),
         };
         job.answer(share);
@@ -173,7 +209,7 @@ mod tests {
     #[test]
     fn batch_beyond_the_budget_is_refused_until_others_are_answered() {
         let budget = WriteBudget::default();
-        let half = || budget.admit(batch(MAX_QUEUED_BYTES / 2));
+        let half = || budget.admit(Work::put(batch(MAX_QUEUED_BYTES / 2)));
         let (first, _reply) = half().expect("the budget suffices");
         let refused = half().expect_err("two halves and their overhead are too much");
         assert_eq!(refused, Outcome::refused("the write queue is full"));

@@ -29,7 +29,7 @@ fn second_pid_namespace_is_refused() {
     assert!(reason.contains("in another container or PID namespace"));
 }
 
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+pub(crate) const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// The first PID namespace has the same number on every machine, so the boot id tells two machines apart.
 #[test]

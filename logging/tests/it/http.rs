@@ -4,11 +4,11 @@ use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::api::{Batch, READ_END};
+use common::api::{Batch, MARK, Mark, READ_END};
 use common::door::{Door, DoorConfig};
 use common::entry::Entry;
 use common::serve::Timeouts;
-use logging::map::{DistributedMap, Location, Options, open};
+use logging::map::{Access, DistributedMap, Location, Options, open};
 use logging::{App, router};
 use reqwest::{Client, Response, StatusCode};
 use tempfile::TempDir;
@@ -32,9 +32,9 @@ impl Instance {
         let folder = tempfile::tempdir().unwrap();
         let options = Options {
             store_timeout: STORE_TIMEOUT,
-            settle: Duration::from_secs(10),
+            settle: None,
             backups: None,
-            create: true,
+            access: Access::Serve,
         };
         let map = open(&Location::Lmdb(folder.path().into()), options).unwrap();
         Self {
@@ -124,6 +124,35 @@ async fn batch_gets_a_result_for_each_entry_in_order() {
     assert_eq!(response.text().await.unwrap(), expected);
 }
 
+/// A facade names the map that it serves. An instance of another map takes nothing from it.
+#[tokio::test]
+async fn batch_for_another_map_is_not_taken() {
+    let instance = Instance::start();
+    let livez = instance.get("/livez").await;
+    let mark: Mark = livez.headers()[MARK].to_str().unwrap().parse().unwrap();
+    assert!(mark.map.is_some() && mark.clock.is_some());
+    let named = |map| Mark { map, clock: None }.to_string();
+    for (mark, is_taken) in [
+        (named(None), true),
+        (named(mark.map), true),
+        (named(Some(Uuid::now_v7())), false),
+        ("1-2 - -".to_owned(), false),
+        ("nonsense".to_owned(), false),
+    ] {
+        let uuid = Uuid::now_v7();
+        let request = instance.http.post(&instance.url).body(json(uuid, "a"));
+        let request = request.header("content-type", Batch::CONTENT_TYPE);
+        let answer = request.header(MARK, &mark).send().await.unwrap();
+        let expected = match is_taken {
+            true => StatusCode::OK,
+            false => StatusCode::INSUFFICIENT_STORAGE,
+        };
+        assert_eq!(answer.status(), expected, "{mark}");
+        let found = instance.get(&format!("/{uuid}")).await;
+        assert_eq!(found.status().is_success(), is_taken, "{mark}");
+    }
+}
+
 #[tokio::test]
 async fn bad_batches_are_refused_whole() {
     let instance = Instance::start();
@@ -136,10 +165,15 @@ async fn bad_batches_are_refused_whole() {
         format!("[{good},{}]", json(Uuid::max(), "not version 7")),
         format!("[{good},{}]", json(Uuid::now_v7(), "")),
         format!(r#"{{"uuid":"{}","msg":"m","extra":1}}"#, Uuid::now_v7()),
+        // Escaped, as a read writes it, this is 12 MB.
+        format!(
+            "[{good},{}]",
+            json(Uuid::now_v7(), &"\u{7f}".repeat(2_000_000))
+        ),
     ];
     for body in bodies {
         let response = instance.post(body.clone()).await;
-        assert_eq!(response.status(), StatusCode::BAD_REQUEST, "{body}");
+        assert_eq!(response.status(), StatusCode::BAD_REQUEST, "{body:.200}");
         assert_eq!(
             response.headers()["content-type"],
             "application/problem+json"

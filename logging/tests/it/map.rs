@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use common::bounds::{Bounds, Order};
 use common::entry::{Entry, Outcome, first_uuid};
 use logging::map::{
-    DistributedMap, Location, MAX_AHEAD, MAX_SKEW, MapError, Options, PieceLimit, open,
+    Access, DistributedMap, Location, MAX_AHEAD, MAX_SKEW, MapError, Options, PieceLimit, open,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -32,10 +32,18 @@ struct Subject {
 
 impl Subject {
     async fn of(engine: Engine) -> Self {
+        Self::with_settle(engine, SETTLE).await
+    }
+
+    async fn with_settle(engine: Engine, settle: Duration) -> Self {
         let empty = engine.empty_map();
         let location: Location = empty.location.parse().unwrap();
+        let options = Options {
+            settle: Some(settle),
+            ..options()
+        };
         Self {
-            map: open_ready(&location, options()).await,
+            map: open_ready(&location, options).await,
             location,
             _keeper: empty,
         }
@@ -45,15 +53,15 @@ impl Subject {
 fn options() -> Options {
     Options {
         store_timeout: Duration::from_secs(30),
-        settle: SETTLE,
+        settle: Some(SETTLE),
         backups: None,
-        create: true,
+        access: Access::Serve,
     }
 }
 
 /// Opens a map and waits until it is ready. An LMDB map can be opened again only after its writer thread has
 /// ended.
-async fn open_ready(location: &Location, options: Options) -> Arc<dyn DistributedMap> {
+pub(crate) async fn open_ready(location: &Location, options: Options) -> Arc<dyn DistributedMap> {
     let map = loop {
         match open(location, options.clone()) {
             Ok(map) => break map,
@@ -181,12 +189,9 @@ async fn entry_outside_the_settle_window_is_stale() {
     for engine in ENGINES {
         let subject = Subject::of(engine).await;
         let map = subject.map;
-        let now = SystemTime::now();
-        let too_old = entry_at(
-            now - SETTLE - MAX_SKEW - Duration::from_millis(1),
-            "too old",
-        );
-        let leaving = entry_at(now - SETTLE - Duration::from_millis(1), "leaving");
+        let now = map.clocks().unwrap().map;
+        let too_old = entry_at(now - SETTLE - MAX_SKEW - margin / 2, "too old");
+        let leaving = entry_at(now - SETTLE - margin / 2, "leaving");
         let old = entry_at(now - SETTLE + margin, "old");
         let new = entry_at(now + MAX_AHEAD - margin, "new");
         let too_new = entry_at(now + MAX_AHEAD + margin, "too new");
@@ -204,18 +209,8 @@ async fn entry_outside_the_settle_window_is_stale() {
 async fn nothing_is_added_before_what_is_settled() {
     const BATCHES: u64 = 300;
     for engine in ENGINES {
-        let Subject {
-            map,
-            location,
-            _keeper,
-        } = Subject::of(engine).await;
-        drop(map);
         let settle = Duration::from_millis(200);
-        let options = Options {
-            settle,
-            ..options()
-        };
-        let map = open_ready(&location, options).await;
+        let Subject { map, _keeper, .. } = Subject::with_settle(engine, settle).await;
         let before = |time: SystemTime| {
             let since_epoch = time.duration_since(SystemTime::UNIX_EPOCH).unwrap();
             Bounds {
@@ -235,12 +230,12 @@ async fn nothing_is_added_before_what_is_settled() {
         });
         let mut seen = Vec::new();
         while !writer.is_finished() {
-            let settled = map.settled().await.unwrap();
+            let settled = map.settle(SystemTime::now()).await.unwrap();
             let read = read(&*map, before(settled)).await.unwrap();
             seen.push((settled, read.len()));
         }
         let last = writer.await.unwrap();
-        while map.settled().await.unwrap() <= last {
+        while map.settle(SystemTime::now()).await.unwrap() <= last {
             tokio::time::sleep(LOOK_AGAIN).await;
         }
         assert!(seen.len() > 5, "{} reads", seen.len());
@@ -256,17 +251,8 @@ async fn nothing_is_added_before_what_is_settled() {
 #[tokio::test]
 async fn entry_that_becomes_too_old_before_the_commit_is_not_added() {
     const OTHERS: usize = 100_000;
-    let Subject {
-        map,
-        location,
-        _keeper,
-    } = Subject::of(Engine::Lmdb).await;
-    drop(map);
-    let options = Options {
-        settle: Duration::from_millis(20),
-        ..options()
-    };
-    let map = open_ready(&location, options).await;
+    let settle = Duration::from_millis(20);
+    let Subject { map, _keeper, .. } = Subject::with_settle(Engine::Lmdb, settle).await;
     let ahead = SystemTime::now() + MAX_AHEAD - Duration::from_millis(100);
     let mut entries: Vec<Entry> = (0..=OTHERS).map(|_| entry_at(ahead, "others")).collect();
     let entry = entry_at(SystemTime::now(), "a");
@@ -283,20 +269,14 @@ async fn entry_that_becomes_too_old_before_the_commit_is_not_added() {
 #[tokio::test]
 async fn settled_entry_is_still_recognized() {
     for engine in ENGINES {
-        let subject = Subject::of(engine).await;
+        let settle = Duration::from_millis(200);
+        let Subject { map, _keeper, .. } = Subject::with_settle(engine, settle).await;
         let entry = entry("settled");
-        put(&subject.map, std::slice::from_ref(&entry)).await;
-        let Subject {
-            map,
-            location,
-            _keeper,
-        } = subject;
-        drop(map);
-        let no_window = Options {
-            settle: Duration::ZERO,
-            ..options()
-        };
-        let map = open_ready(&location, no_window).await;
+        put(&map, std::slice::from_ref(&entry)).await;
+        let settled_at = SystemTime::now() + settle + MAX_SKEW;
+        while map.clocks().unwrap().map < settled_at {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
         let other = Entry {
             uuid: entry.uuid,
             msg: "other".to_owned(),

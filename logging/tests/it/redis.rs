@@ -1,28 +1,29 @@
 //! The failures of a map on Redis: servers that are away or paused, logins, TLS, replicas that come and go,
 //! failovers, wrong clocks.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use common::bounds::Bounds;
 use common::entry::{Entry, Outcome};
-use logging::map::{DistributedMap, Health, MapError, Options, open};
+use logging::map::{Access, DistributedMap, Health, MapError, Options, open};
 use testing::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
 use testing::redis_servers::{RedisCluster, RedisServer};
+use testing::requirements::valkey_server;
 use uuid::{NoContext, Timestamp, Uuid};
 
 use crate::map::read;
 
-const SETTLE: Duration = Duration::from_secs(60);
+pub(crate) const SETTLE: Duration = Duration::from_secs(60);
 
 pub(crate) fn open_at(location: &str, backups: Option<u16>) -> Arc<dyn DistributedMap> {
     let options = Options {
         store_timeout: Duration::from_millis(800),
-        settle: SETTLE,
+        settle: Some(SETTLE),
         backups,
-        create: true,
+        access: Access::Serve,
     };
     open(&location.parse().unwrap(), options).unwrap()
 }
@@ -35,7 +36,7 @@ pub(crate) fn entries(count: usize) -> Vec<Entry> {
     (0..count).map(entry).collect()
 }
 
-fn entry_at(time: SystemTime) -> Entry {
+pub(crate) fn entry_at(time: SystemTime) -> Entry {
     let since_epoch = time.duration_since(SystemTime::UNIX_EPOCH).unwrap();
     let timestamp =
         Timestamp::from_unix(NoContext, since_epoch.as_secs(), since_epoch.subsec_nanos());
@@ -242,76 +243,6 @@ async fn planned_failovers_leave_nothing_unknown() {
     }));
 }
 
-/// The two members of a shard have clocks 0.9 s apart: an entry that one of them calls `stale` is not stored
-/// by the other one either.
-#[tokio::test]
-async fn stale_is_final_on_a_server_whose_clock_is_behind() {
-    let folder = tempfile::tempdir().unwrap();
-    let alone = ["--cluster-enabled", "no", "--min-replicas-to-write", "0"];
-    let clock = ClockAhead::compile(&folder.path().join("clock.so"));
-    let ahead = clock.start(
-        &folder.path().join("ahead"),
-        &alone,
-        Duration::from_millis(900),
-    );
-    let behind = RedisServer::start(&folder.path().join("behind"), &alone);
-    let ahead = open_at(&format!("redis://{}", ahead.address()), None);
-    let behind = open_at(&format!("redis://{}", behind.address()), None);
-    wait_until_ready(&ahead).await;
-    wait_until_ready(&behind).await;
-    let now = SystemTime::now();
-    let entries: Vec<Entry> = (-30..30)
-        .map(|step: i32| {
-            let age = SETTLE.as_millis() as i64 + i64::from(step) * 100;
-            entry_at(now - Duration::from_millis(age as u64))
-        })
-        .collect();
-    let first = put(&ahead, &entries).await;
-    let second = put(&behind, &entries).await;
-    let is_final = |outcome: &Outcome| *outcome == Outcome::Stale;
-    assert!(first.iter().any(is_final), "{first:?}");
-    assert!(second.contains(&Outcome::Stored), "{second:?}");
-    let both = first.iter().zip(&second);
-    let broken = both.filter(|(first, second)| is_final(first) && **second == Outcome::Stored);
-    assert_eq!(broken.count(), 0, "the entry was stale and then stored");
-}
-
-/// A library that sets the clock of a server ahead.
-#[derive(Debug)]
-struct ClockAhead(PathBuf);
-
-impl ClockAhead {
-    /// Compiles the library; building LMDB needs a C compiler anyway.
-    fn compile(library: &Path) -> Self {
-        const SOURCE: &str = "\
-            #include <stdlib.h>\n\
-            #include <sys/time.h>\n\
-            #include <time.h>\n\
-            int gettimeofday(struct timeval *restrict now, void *restrict zone) {\n\
-                struct timespec real;\n\
-                clock_gettime(CLOCK_REALTIME, &real);\n\
-                long micros = real.tv_nsec / 1000 + 1000 * atol(getenv(\"AHEAD_MILLIS\"));\n\
-                now->tv_sec = real.tv_sec + micros / 1000000;\n\
-                now->tv_usec = micros % 1000000;\n\
-                return 0;\n\
-            }\n";
-        let source = library.with_extension("c");
-        std::fs::write(&source, SOURCE).unwrap();
-        let mut compiler = Command::new("cc");
-        compiler.args(["-shared", "-fPIC", "-o"]).arg(library);
-        assert!(compiler.arg(&source).status().unwrap().success());
-        Self(library.to_owned())
-    }
-
-    /// Starts a server whose clock is ahead.
-    fn start(&self, folder: &Path, flags: &[&str], ahead: Duration) -> RedisServer {
-        let library = self.0.to_str().expect("the path is UTF-8");
-        let millis = ahead.as_millis().to_string();
-        let environment = [("LD_PRELOAD", library), ("AHEAD_MILLIS", &millis)];
-        RedisServer::start_with(folder, flags, &environment)
-    }
-}
-
 /// With `--backups 1` on one server with a replica, an entry is acknowledged when both have it.
 #[tokio::test]
 async fn backups_of_a_single_server_are_waited_for() {
@@ -337,28 +268,35 @@ async fn backups_of_a_single_server_are_waited_for() {
     );
 }
 
-/// The user of docs/redis.md has all the rights that are needed and no others; a wrong password is reported
-/// as the reason.
+/// The user of docs/redis.md has all the rights that are needed and no others, in both forms of its line; a
+/// wrong password is reported as the reason.
 #[tokio::test]
 async fn user_with_a_password_needs_few_rights() {
-    let folder = tempfile::tempdir().unwrap();
-    let server = RedisServer::single(folder.path());
     let rights = "on >secret/word ~entries:* ~message:* ~fence:* ~id:* +get +set +asking +eval +evalsha +zadd +zrange +zrevrange +zrangebylex +zrevrangebylex +zcard +readonly \
                   +incr +time +wait +info +ping +cluster|nodes";
-    let mut command = vec!["ACL", "SETUSER", "logging"];
-    command.extend(rights.split_whitespace());
-    let _: () = server.ask(&command);
-    let _: () = server.ask(&["ACL", "SETUSER", "default", "off"]);
-    let address = server.address();
-    let map = open_at(&format!("redis://logging:secret%2Fword@{address}"), None);
-    wait_until_ready(&map).await;
-    let entries = entries(10);
-    assert_eq!(put(&map, &entries).await, vec![Outcome::Stored; 10]);
-    assert_eq!(read(&*map, Bounds::default()).await.unwrap(), entries);
-    assert_eq!(map.last().await.unwrap(), Some(entries[9].uuid));
+    let with_waitaof = format!("{rights} +waitaof");
+    let mut servers = vec![("redis-server".to_owned(), rights)];
+    if let Some(valkey) = valkey_server() {
+        servers.extend([(valkey.clone(), rights), (valkey, &with_waitaof)]);
+    }
+    for (program, rights) in servers {
+        let folder = tempfile::tempdir().unwrap();
+        let server = RedisServer::single_of(&program, folder.path());
+        let mut command = vec!["ACL", "SETUSER", "logging"];
+        command.extend(rights.split_whitespace());
+        let _: () = server.ask(&command);
+        let _: () = server.ask(&["ACL", "SETUSER", "default", "off"]);
+        let address = server.address();
+        let map = open_at(&format!("redis://logging:secret%2Fword@{address}"), None);
+        wait_until_ready(&map).await;
+        let entries = entries(10);
+        assert_eq!(put(&map, &entries).await, vec![Outcome::Stored; 10]);
+        assert_eq!(read(&*map, Bounds::default()).await.unwrap(), entries);
+        assert_eq!(map.last().await.unwrap(), Some(entries[9].uuid));
 
-    let map = open_at(&format!("redis://logging:wrong@{address}"), None);
-    wait_until_missing(&map, "authentication failed").await;
+        let map = open_at(&format!("redis://logging:wrong@{address}"), None);
+        wait_until_missing(&map, "authentication failed").await;
+    }
 }
 
 /// A server forgets its scripts, as by an operator's command: nothing is stored by the group that meets it, and
@@ -392,30 +330,19 @@ async fn server_that_forgot_the_script_gets_it_again() {
     assert_eq!(put(&map, &entries(2)).await, vec![Outcome::Stored; 2]);
 }
 
-/// `rediss://` with a certificate that the test generates and adds to the trusted ones.
-#[test]
-fn servers_are_reached_by_tls() {
-    let folder = tempfile::tempdir().unwrap();
-    let (key, certificate) = (folder.path().join("key"), folder.path().join("certificate"));
+/// Makes a key and a certificate for these names.
+pub(crate) fn certify(folder: &Path, names: &str) -> [String; 2] {
+    let [key, certificate] = ["key", "certificate"].map(|name| {
+        let path = folder.join(name);
+        path.to_str().expect("the path is UTF-8").to_owned()
+    });
     let made = Command::new("openssl")
-        .args([
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:prime256v1",
-        ])
-        .args(["-nodes", "-days", "2", "-subj", "/CN=test", "-addext"])
-        .args([
-            "subjectAltName=IP:127.0.0.1",
-            "-addext",
-            "basicConstraints=critical,CA:FALSE",
-        ])
-        .arg("-keyout")
-        .arg(&key)
-        .arg("-out")
-        .arg(&certificate)
+        .args(["req", "-x509", "-newkey", "ec", "-nodes", "-days", "2"])
+        .args(["-pkeyopt", "ec_paramgen_curve:prime256v1"])
+        .args(["-subj", "/CN=test"])
+        .args(["-addext", &format!("subjectAltName={names}")])
+        .args(["-addext", "basicConstraints=critical,CA:FALSE"])
+        .args(["-keyout", &key, "-out", &certificate])
         .output()
         .unwrap();
     assert!(
@@ -423,8 +350,15 @@ fn servers_are_reached_by_tls() {
         "{}",
         String::from_utf8_lossy(&made.stderr)
     );
+    [key, certificate]
+}
+
+/// `rediss://` with a certificate that the test generates and adds to the trusted ones.
+#[test]
+fn servers_are_reached_by_tls() {
+    let folder = tempfile::tempdir().unwrap();
+    let [key, certificate] = certify(folder.path(), "IP:127.0.0.1");
     let tls_port = free_address().port();
-    let text = |path: &Path| path.to_str().unwrap().to_owned();
     let _server = RedisServer::start(
         &folder.path().join("server"),
         &[
@@ -435,9 +369,9 @@ fn servers_are_reached_by_tls() {
             "--tls-port",
             &tls_port.to_string(),
             "--tls-cert-file",
-            &text(&certificate),
+            &certificate,
             "--tls-key-file",
-            &text(&key),
+            &key,
             "--tls-auth-clients",
             "no",
         ],
@@ -448,7 +382,7 @@ fn servers_are_reached_by_tls() {
         command.env("SSL_CERT_FILE", trusted);
         Process::start(command, free_address())
     };
-    start(&text(&certificate)).wait_until_ready();
+    start(&certificate).wait_until_ready();
     let stranger = start("/etc/ssl/certs/ca-certificates.crt");
     stranger.wait_for_line(|line| line.contains("certificate"));
     assert!(stranger.readiness().starts_with("HTTP/1.1 503"));

@@ -7,12 +7,12 @@ use std::time::Duration;
 use common::bounds::Bounds;
 use common::entry::{Entry, Outcome};
 use logging::map::{DistributedMap, Health, MapError};
-use testing::process::LOOK_AGAIN;
+use testing::process::{LOOK_AGAIN, Process, free_address};
 use testing::redis_servers::RedisCluster;
 
 use crate::map::read;
 use crate::redis::{
-    entries, is_partition_down, is_whole, open_at, put, wait_for, wait_until_ready,
+    certify, entries, is_partition_down, is_whole, open_at, put, wait_for, wait_until_ready,
 };
 
 /// Slots with their partitions move to another primary while entries are put: every acknowledged entry is
@@ -100,7 +100,7 @@ impl OpenSlot {
     }
 
     fn move_keys(&self, cluster: &RedisCluster) {
-        let port = cluster.nodes[1].port.to_string();
+        let port = cluster.nodes[1].node_port();
         for key in &self.keys {
             let migrate = ["MIGRATE", "127.0.0.1", &port, key, "0", "5000"];
             let _: () = cluster.nodes[0].ask(&migrate);
@@ -177,6 +177,86 @@ async fn interrupted_move_is_reported_and_its_partition_is_read() {
     put_again.expect("the partition accepts entries again");
     let all = whole().await.unwrap();
     assert_eq!(all, [stored, more].concat());
+}
+
+/// The other names of members in redirections: each is followed while the move of a slot is interrupted.
+#[tokio::test]
+async fn redirection_is_followed_by_any_name_of_its_target() {
+    let endpoint = "--cluster-preferred-endpoint-type";
+    let announced = [
+        "--cluster-announce-hostname",
+        "localhost",
+        endpoint,
+        "hostname",
+    ];
+    for (host, flags) in [
+        ("127.0.0.1", &announced[..]),
+        ("127.0.0.1", &[endpoint, "hostname"]),
+        ("127.0.0.1", &[endpoint, "unknown-endpoint"]),
+        ("::1", &["--bind", "127.0.0.1", "::1"]),
+    ] {
+        let cluster = RedisCluster::start_with(host, flags, |_| Vec::new());
+        let map = open_at(&cluster.url(), None);
+        wait_until_ready(&map).await;
+        let stored = entries(1000);
+        assert_eq!(put(&map, &stored).await, vec![Outcome::Stored; 1000]);
+        let open = OpenSlot::open(&cluster, &key_with_entries(&cluster));
+        open.move_keys(&cluster);
+        let read = read(&*map, Bounds::default()).await;
+        assert_eq!(read.unwrap(), stored, "{host} {flags:?}");
+    }
+}
+
+/// The same with TLS: members are reached by their names, and redirections name IP addresses, or no host.
+#[tokio::test]
+async fn redirection_is_followed_by_any_name_of_its_target_with_tls() {
+    let folder = tempfile::tempdir().unwrap();
+    let [key, certificate] = certify(folder.path(), "DNS:localhost,IP:127.0.0.1");
+    for endpoint in ["ip", "unknown-endpoint"] {
+        let cluster = RedisCluster::start_with(
+            "127.0.0.1",
+            &[
+                "--tls-cert-file",
+                &certificate,
+                "--tls-key-file",
+                &key,
+                "--tls-ca-cert-file",
+                &certificate,
+                "--tls-auth-clients",
+                "no",
+                "--tls-cluster",
+                "yes",
+                "--tls-replication",
+                "yes",
+                "--cluster-announce-hostname",
+                "localhost",
+                "--cluster-preferred-endpoint-type",
+                endpoint,
+            ],
+            |_| Vec::new(),
+        );
+        let mut command = Command::new(env!("CARGO_BIN_EXE_logging"));
+        command.args(["--map", &cluster.tls_url()]);
+        command.env("SSL_CERT_FILE", &certificate);
+        let instance = Process::start(command, free_address());
+        instance.wait_until_ready();
+        let map = open_at(&cluster.url(), None);
+        wait_until_ready(&map).await;
+        let stored = entries(1000);
+        assert_eq!(put(&map, &stored).await, vec![Outcome::Stored; 1000]);
+        let open = OpenSlot::open(&cluster, &key_with_entries(&cluster));
+        open.move_keys(&cluster);
+        let read = instance.ask("/");
+        let missing = stored
+            .iter()
+            .find(|entry| !read.contains(&entry.uuid.to_string()));
+        assert_eq!(
+            missing,
+            None,
+            "{endpoint}: {}",
+            &read[read.len().min(500)..]
+        );
+    }
 }
 
 /// The primary that a slot leaves is replaced during the move: its successor does not know that the entries

@@ -7,11 +7,12 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use common::api::write_entry;
-use common::entry::Outcome;
+use common::entry::{Entry, Outcome};
 use reqwest::Client;
 use testing::command_line::one_line;
 use testing::engine::Engine;
 use testing::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
+use testing::redis_servers::RedisServer;
 use tokio::time::{sleep, timeout};
 use uuid::{Builder, Uuid};
 
@@ -45,6 +46,15 @@ fn run(task: &str, file: &Path, map: &str) -> Output {
 #[track_caller]
 fn succeed(task: &str, file: &Path, map: &str) -> String {
     let output = run(task, file, map);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{said}");
+    said
+}
+
+#[track_caller]
+fn check(map: &str) -> String {
+    let output = Command::new(LOGGING).args(["--map", map, "check"]).output();
+    let output = output.unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success(), "{said}");
     said
@@ -86,9 +96,34 @@ fn map_moves_from_engine_to_engine() {
         fs::remove_file(&file).ok();
         succeed("export", &file, &map.location);
         assert!(fs::read(&file).unwrap() == original, "{engine:?}");
+        let said = check(&map.location);
+        assert!(
+            said.ends_with("checked 10000 entries: no fault found\n"),
+            "{said}"
+        );
     }
     let to_stdout = run("export", Path::new("/dev/stdout"), "lmdb:nowhere/map");
     assert!(fail(&to_stdout).contains("there is no map in the folder nowhere/map"));
+}
+
+#[test]
+fn check_names_the_damaged_entry_on_redis() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = RedisServer::single(folder.path());
+    let map = format!("redis://{}", server.address());
+    let file = folder.path().join("file");
+    fs::write(&file, exported(100)).unwrap();
+    succeed("import", &file, &map);
+    check(&map);
+    let not_utf_8 = "local large = redis.call('keys', 'message:*')[1] \
+                     redis.call('append', large, string.char(255)) return large";
+    let damaged: String = server.ask(&["eval", not_utf_8, "0"]);
+    let (_, uuid) = damaged.rsplit_once(':').unwrap();
+    let output = Command::new(LOGGING)
+        .args(["--map", &map, "check"])
+        .output();
+    let line = fail(&output.unwrap());
+    assert!(line.contains(&format!("entry {uuid} is damaged")), "{line}");
 }
 
 /// An export continues an interrupted one wherever it was cut, and never changes any other file.
@@ -172,7 +207,8 @@ async fn killed_import_can_be_repeated() {
     }
 }
 
-/// Nothing is added to the history of a log in use, except with `--force`.
+/// Nothing is added to the history of a log in use, except with `--force`, whose help says what is risked: a key
+/// that the map called never stored is stored then.
 #[tokio::test(flavor = "multi_thread")]
 async fn import_is_refused_while_others_write() {
     let folder = tempfile::tempdir().unwrap();
@@ -200,9 +236,24 @@ async fn import_is_refused_while_others_write() {
     let refused = import(&[]);
     assert!(fail(&refused).contains("--force"), "{refused:?}");
     assert_eq!(all(&http, &url).await[0], stored);
+    let denied = Entry {
+        uuid: Builder::from_unix_timestamp_millis(0, &[7; 10]).into_uuid(),
+        msg: "größe \"".to_owned(),
+    };
+    assert_eq!(put_one(&http, &url, &denied).await, Outcome::Stale);
     let forced = import(&["--force"]);
     assert!(forced.status.success(), "{forced:?}");
-    assert_ne!(all(&http, &url).await[0], stored);
+    assert_eq!(all(&http, &url).await[0], denied);
+    assert_eq!(put_one(&http, &url, &denied).await, Outcome::Duplicate);
+    let help = String::from_utf8(import(&["--help"]).stdout).unwrap();
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    for risk in [
+        "entries that no POST acknowledged on this map then appear in its settled history",
+        "clients that continue from a cursor or follow the log miss those before their position",
+        "a key that a 409 called never stored can become stored",
+    ] {
+        assert!(help.contains(risk), "{help}");
+    }
     writing.abort();
 }
 

@@ -1,36 +1,34 @@
 //! Redis servers that could lose entries, are not a map, or hold another map: each is warned about or refused
 //! with the reason.
 
+use std::time::SystemTime;
+
 use common::bounds::{Bounds, Order};
 use common::entry::{Entry, Outcome};
 use logging::map::Health;
 use testing::redis_servers::{RedisCluster, RedisServer};
+use uuid::Uuid;
 
 use crate::map::read;
 use crate::redis::{
-    entries, is_partition_down, is_whole, open_at, put, wait_for, wait_until_missing,
-    wait_until_ready,
+    SETTLE, entries, entry_at, is_partition_down, is_whole, open_at, put, wait_for,
+    wait_until_missing, wait_until_ready,
 };
 
 #[tokio::test]
-async fn server_that_may_lose_entries_is_warned_about() {
+async fn server_with_more_replicas_than_backups_is_warned_about() {
     let folder = tempfile::tempdir().unwrap();
-    let flags = ["--cluster-enabled", "no", "--min-replicas-to-write", "0"];
-    let no_file = [&flags[..], &["--appendonly", "no"]].concat();
-    let server = RedisServer::start(&folder.path().join("primary"), &no_file);
+    let server = RedisServer::single(&folder.path().join("primary"));
     let map = open_at(&format!("redis://{}", server.address()), None);
-    let health = wait_until_ready(&map).await;
-    let warning = "warning: keeps no append-only file";
-    let is_warned = |health: &Health, warning: &str| {
-        let mut checks = health.checks.iter();
-        checks.any(|check| check.ok && check.detail.starts_with(warning))
-    };
-    assert!(is_warned(&health, warning), "{health:?}");
-
+    wait_until_ready(&map).await;
     let port = server.port.to_string();
-    let follow = [&flags[..], &["--replicaof", "127.0.0.1", &port]].concat();
+    let follow = ["--cluster-enabled", "no", "--replicaof", "127.0.0.1", &port];
     let _replica = RedisServer::start(&folder.path().join("replica"), &follow);
-    wait_for(&map, |health| is_warned(health, "warning: has 1 replicas")).await;
+    let is_warned = |health: &Health| {
+        let mut checks = health.checks.iter();
+        checks.any(|check| check.ok && check.detail.starts_with("warning: has 1 replicas"))
+    };
+    wait_for(&map, is_warned).await;
 }
 
 /// A server with such a policy evicts acknowledged entries when its memory is full. The policy is detected at
@@ -105,9 +103,10 @@ async fn servers_without_a_cluster_are_refused() {
     assert!(put(&map, &entries(1)).await.iter().all(is_partition_down));
 }
 
-/// Two instances agree on the map's id, which either of them generates; emptied servers are another map.
+/// Two instances agree on the map's id, which either of them generates. Emptied servers are no new map to
+/// them, but to an instance that has never known an id; then they serve neither.
 #[tokio::test]
-async fn emptied_servers_are_another_map() {
+async fn emptied_servers_are_another_map_to_new_instances_only() {
     let folder = tempfile::tempdir().unwrap();
     let server = RedisServer::single(folder.path());
     let location = format!("redis://{}", server.address());
@@ -115,15 +114,181 @@ async fn emptied_servers_are_another_map() {
     for map in &maps {
         wait_until_ready(map).await;
     }
-    let first = maps[0].id();
-    assert!(first.is_some());
-    assert_eq!(maps[1].id(), first);
+    let id = maps[0].id();
+    assert!(id.is_some());
+    assert_eq!(maps[1].id(), id);
+    let stored = entries(10);
+    assert_eq!(put(&maps[0], &stored).await, vec![Outcome::Stored; 10]);
     let _: () = server.ask(&["FLUSHALL"]);
     for map in &maps {
-        wait_for(map, |_| map.id() != first).await;
-        assert!(map.id().is_some());
+        wait_for(map, has_lost_its_id).await;
+        assert_eq!(map.id(), id);
+        assert!(map.get(stored[0].uuid).await.is_err());
+        assert!(map.last().await.is_err());
+        assert!(read(&**map, Bounds::default()).await.is_err());
+        assert!(put(map, &stored).await.iter().all(is_partition_down));
     }
-    assert_eq!(maps[0].id(), maps[1].id());
+    assert!(server.ask::<Vec<String>>(&["KEYS", "[ei]*"]).is_empty());
+
+    let new = open_at(&location, None);
+    wait_until_ready(&new).await;
+    assert!(new.id() != id && new.id().is_some());
+    for map in &maps {
+        wait_until_missing(map, "hold map").await;
+        assert_eq!(map.id(), id);
+        assert!(map.get(stored[0].uuid).await.is_err());
+        assert!(put(map, &stored).await.iter().all(is_partition_down));
+    }
+    assert_eq!(new.get(stored[0].uuid).await.unwrap(), None);
+}
+
+fn has_lost_its_id(health: &Health) -> bool {
+    let mut checks = health.checks.iter();
+    checks.any(|check| {
+        !check.ok
+            && check
+                .detail
+                .contains("the map's id (key id:{0}) is missing")
+    })
+}
+
+/// Issue 29, 2: the shard with the map's id was emptied, and an instance made a new map there.
+#[tokio::test]
+async fn shard_that_was_emptied_is_not_a_new_map() {
+    require_no_new_map(|cluster| {
+        let _: () = cluster.nodes[2].ask(&["FLUSHALL"]);
+    })
+    .await;
+}
+
+/// The same when both members of the shard come back without their files.
+#[tokio::test]
+async fn shard_that_lost_its_files_is_not_a_new_map() {
+    require_no_new_map(|cluster| {
+        for node in [2, 5] {
+            cluster.nodes[node].lose_data();
+        }
+        for node in [2, 5] {
+            cluster.nodes[node].restart();
+        }
+        cluster.wait_until_whole();
+    })
+    .await;
+}
+
+/// `lose` empties the shard of node 2, which has the map's id.
+async fn require_no_new_map(lose: impl FnOnce(&mut RedisCluster)) {
+    let mut cluster = RedisCluster::start();
+    let map = open_at(&cluster.url(), None);
+    wait_until_ready(&map).await;
+    let id = map.id();
+    let stored = entries(1000);
+    assert_eq!(put(&map, &stored).await, vec![Outcome::Stored; 1000]);
+    lose(&mut cluster);
+    let owns = |node: usize, entry: &Entry| {
+        let partition = crc32fast::hash(entry.uuid.as_bytes()) % 271;
+        let slot: u16 = cluster.nodes[0].ask(&["CLUSTER", "KEYSLOT", &format!("{{{partition}}}")]);
+        slot / 5461 == u16::try_from(node).unwrap()
+    };
+    let emptied = &cluster.nodes[2];
+    let health = wait_for(&map, has_lost_its_id).await;
+    assert_eq!(health.not_ready, None);
+    let fresh = open_at(&cluster.url(), None);
+    wait_until_missing(&fresh, "the map's id (key id:{0}) is missing but partition").await;
+    for map in [&map, &fresh] {
+        assert!(read(&**map, Bounds::default()).await.is_err());
+        assert!(map.last().await.is_err());
+    }
+    assert_eq!((map.id(), fresh.id()), (id, None));
+    for entry in &stored {
+        let found = map.get(entry.uuid).await;
+        match owns(2, entry) {
+            true => assert!(found.is_err(), "{found:?}"),
+            false => assert_eq!(found.unwrap().as_ref(), Some(&entry.msg)),
+        }
+    }
+    let new = entries(1000);
+    for (entry, outcome) in new.iter().zip(put(&map, &new).await) {
+        match owns(2, entry) {
+            true => assert!(is_partition_down(&outcome), "{outcome:?}"),
+            false => assert_eq!(outcome, Outcome::Stored),
+        }
+    }
+    let stats = map.stats().await;
+    let counted = stats
+        .members
+        .iter()
+        .find(|row| row.member == emptied.address());
+    assert_eq!(counted.and_then(|row| row.entries), None);
+    assert!(
+        stats
+            .problem
+            .is_some_and(|problem| problem.contains("id:{0}"))
+    );
+    assert!(emptied.ask::<Vec<String>>(&["KEYS", "[ei]*"]).is_empty());
+}
+
+/// A partition with the marks and entries of another map is an error to each kind of read, also to one that
+/// ends before its last mark.
+#[tokio::test]
+async fn partition_of_another_map_is_neither_read_nor_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = RedisServer::single(folder.path());
+    let map = open_at(&format!("redis://{}", server.address()), None);
+    wait_until_ready(&map).await;
+    let in_partition = |entry: &Entry| crc32fast::hash(entry.uuid.as_bytes()) % 271 == 7;
+    let stored: Vec<Entry> = entries(5000).into_iter().filter(in_partition).collect();
+    let outcomes = put(&map, &stored).await;
+    assert!(outcomes.iter().all(|outcome| *outcome == Outcome::Stored));
+    let last = stored.last().expect("some entries are in the partition");
+    let read_all = async || {
+        let bounds = [Order::Asc, Order::Desc].map(|order| Bounds {
+            after: Some(stored[0].uuid),
+            before: Some(last.uuid),
+            order,
+        });
+        [
+            read(&*map, bounds[0]).await.err(),
+            read(&*map, bounds[1]).await.err(),
+            map.get(stored[0].uuid).await.err(),
+            map.last().await.err(),
+        ]
+    };
+    assert!(read_all().await.iter().all(Option::is_none));
+    let other = Uuid::now_v7();
+    let client = redis::Client::open(format!("redis://{}", server.address())).unwrap();
+    let mut connection = client.get_connection().unwrap();
+    let mut marks = redis::cmd("ZADD");
+    marks.arg("entries:{7}");
+    for end in [Uuid::nil(), Uuid::max()] {
+        let id = map.id().expect("it is ready");
+        let remove = [*end.as_bytes(), *id.as_bytes()].concat();
+        let mut command = redis::cmd("ZREM");
+        let removed: i64 = command
+            .arg("entries:{7}")
+            .arg(remove)
+            .query(&mut connection)
+            .unwrap();
+        assert_eq!(removed, 1);
+        marks
+            .arg(0)
+            .arg([*end.as_bytes(), *other.as_bytes()].concat());
+    }
+    let _: i64 = marks.query(&mut connection).unwrap();
+    // Neither is a new entry stored there, nor a repeat, nor is one called never stored.
+    let mut put_there: Vec<Entry> = entries(5000).into_iter().filter(in_partition).collect();
+    put_there.push(stored[0].clone());
+    let old = (0..5000).map(|_| entry_at(SystemTime::now() - 10 * SETTLE));
+    put_there.extend(old.filter(in_partition));
+    let outcomes = put(&map, &put_there).await;
+    assert!(outcomes.iter().all(is_partition_down), "{outcomes:?}");
+    let [ascending, descending, get, last] = read_all().await;
+    for error in [ascending, descending, get, last] {
+        let error = error.expect("no entry of another map is read").to_string();
+        assert!(error.contains("another map"), "{error}");
+    }
+    let stats = map.stats().await;
+    assert_eq!(stats.members[0].entries, None);
 }
 
 /// A replica of a single server can be read, but may lack entries of its primary.
@@ -180,7 +345,7 @@ async fn lost_partition_is_not_an_empty_one() {
     let late = open_at(&location, None);
     let is_lost_map = |health: &Health| {
         let missing = health.not_ready.as_deref().unwrap_or_default();
-        missing.contains("the map's id (key id:{0}) is missing but partition 0 has entries")
+        missing.contains("the map's id (key id:{0}) is missing but partition 0 is not empty")
     };
     wait_for(&late, is_lost_map).await;
 }

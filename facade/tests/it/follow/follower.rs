@@ -22,7 +22,7 @@ pub(crate) struct Follower {
 }
 
 impl Follower {
-    pub(super) async fn start(http: &Client, url: &str, last_event_id: Option<Uuid>) -> Self {
+    pub(crate) async fn start(http: &Client, url: &str, last_event_id: Option<Uuid>) -> Self {
         let mut request = http.get(url).header("accept", "text/event-stream");
         if let Some(id) = last_event_id {
             request = request.header("last-event-id", id.to_string());
@@ -53,7 +53,7 @@ impl Follower {
     }
 
     /// The next message; `None` at the end of the body, an error when it is cut.
-    pub(super) async fn try_next(&mut self) -> Result<Option<Entry>, BoxError> {
+    pub(crate) async fn try_next(&mut self) -> Result<Option<Entry>, BoxError> {
         let next = timeout(PATIENCE, self.read_next()).await;
         next.expect("a message comes, or the end")
     }

@@ -6,12 +6,11 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::Request;
 use common::entry::Entry;
-use facade::identifiers::Identifiers;
 use facade::{App, router};
 use rand::RngExt;
 use rand::seq::IndexedRandom;
@@ -95,7 +94,7 @@ impl Run {
         }
         let has_clock_behind = network.ahead.iter().any(|ahead| *ahead < 0);
         let network = Arc::new(Mutex::new(network));
-        let app = facade_on(&network, seed, Identifiers::new(SystemTime::now), true);
+        let app = facade_on(&network, seed, true);
         Self {
             seed,
             app,

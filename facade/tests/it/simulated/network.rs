@@ -35,7 +35,7 @@ const MAX_SKEW: Duration = Duration::from_secs(1);
 #[derive(Clone, Copy)]
 pub(super) struct Clock {
     pub(super) base: SystemTime,
-    began: Instant,
+    pub(super) began: Instant,
 }
 
 impl Clock {

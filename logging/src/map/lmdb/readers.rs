@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,17 +17,14 @@ pub(super) const MAX_READERS: u32 = 4096;
 const MAX_READ: Duration = Duration::from_secs(1);
 
 /// The size of a record of the table, in bytes: a cache line.
-const RECORD: usize = 64;
+pub(super) const RECORD: usize = 64;
 
 /// The transaction id in the record of a reader that has no transaction.
 const NO_TXN: u64 = u64::MAX;
 
-/// The table, and the reads that were behind the last commit in the latest sweep.
-#[derive(Debug)]
+/// The reads that were behind the last commit in the latest sweep.
+#[derive(Debug, Default)]
 pub(super) struct Readers {
-    /// Stays open as long as the environment: LMDB's locks on the file are POSIX locks, which a
-    /// process loses when it closes any descriptor of the file.
-    file: File,
     behind: Mutex<HashMap<Read, Seen>>,
 }
 
@@ -48,16 +44,9 @@ struct Seen {
 }
 
 impl Readers {
-    pub(super) fn open(folder: &Path) -> io::Result<Self> {
-        Ok(Self {
-            file: File::open(folder.join("lock.mdb"))?,
-            behind: Mutex::default(),
-        })
-    }
-
-    /// Logs each read that takes too long once.
-    pub(super) fn look(&self) {
-        let found = match self.behind() {
+    /// Reads the table, LMDB's `lock.mdb`, and logs each read that takes too long once.
+    pub(super) fn look(&self, lock: &File) {
+        let found = match behind(lock) {
             Ok(found) => found,
             Err(error) => {
                 return tracing::warn!(%error, "LMDB's reader table, lock.mdb, cannot be read");
@@ -105,32 +94,32 @@ impl Readers {
             })
             .collect()
     }
+}
 
-    /// The reads behind the last commit, each with its lag in transactions. Empty unless the file
-    /// has the layout of LMDB 0.9.
-    fn behind(&self) -> io::Result<Vec<(Read, u64)>> {
-        const MAGIC: u32 = 0xBEEF_C0DE;
-        const LOCK_VERSION: u32 = 2;
-        let mut table = vec![0; usize::try_from(self.file.metadata()?.len()).unwrap_or(0)];
-        self.file.read_exact_at(&mut table, 0)?;
-        // The records follow a header, whose length depends on the size of a mutex.
-        let records = MAX_READERS as usize * RECORD;
-        let Some(header) = table.len().checked_sub(records).filter(|len| *len >= 24) else {
-            return Ok(Vec::new());
-        };
-        let number = |at: usize| u32::from_le_bytes(*table[at..].first_chunk().expect("4 bytes"));
-        let long = |at: usize| u64::from_le_bytes(*table[at..].first_chunk().expect("8 bytes"));
-        if number(0) != MAGIC || number(4) & 0xFFF != LOCK_VERSION {
-            return Ok(Vec::new());
-        }
-        let last = long(8);
-        let used = (number(16) as usize).min(MAX_READERS as usize);
-        let reads = (0..used).filter_map(|record| {
-            let at = header + record * RECORD;
-            let (txn, pid) = (long(at), number(at + 8));
-            let lag = last.checked_sub(txn).filter(|lag| *lag > 0)?;
-            (pid != 0 && txn != NO_TXN).then_some((Read { record, pid, txn }, lag))
-        });
-        Ok(reads.collect())
+/// The reads behind the last commit, each with its lag in transactions. Empty unless the file
+/// has the layout of LMDB 0.9.
+fn behind(lock: &File) -> io::Result<Vec<(Read, u64)>> {
+    const MAGIC: u32 = 0xBEEF_C0DE;
+    const LOCK_VERSION: u32 = 2;
+    let mut table = vec![0; usize::try_from(lock.metadata()?.len()).unwrap_or(0)];
+    lock.read_exact_at(&mut table, 0)?;
+    // The records follow a header, whose length depends on the size of a mutex.
+    let records = MAX_READERS as usize * RECORD;
+    let Some(header) = table.len().checked_sub(records).filter(|len| *len >= 24) else {
+        return Ok(Vec::new());
+    };
+    let number = |at: usize| u32::from_le_bytes(*table[at..].first_chunk().expect("4 bytes"));
+    let long = |at: usize| u64::from_le_bytes(*table[at..].first_chunk().expect("8 bytes"));
+    if number(0) != MAGIC || number(4) & 0xFFF != LOCK_VERSION {
+        return Ok(Vec::new());
     }
+    let last = long(8);
+    let used = (number(16) as usize).min(MAX_READERS as usize);
+    let reads = (0..used).filter_map(|record| {
+        let at = header + record * RECORD;
+        let (txn, pid) = (long(at), number(at + 8));
+        let lag = last.checked_sub(txn).filter(|lag| *lag > 0)?;
+        (pid != 0 && txn != NO_TXN).then_some((Read { record, pid, txn }, lag))
+    });
+    Ok(reads.collect())
 }

@@ -1,9 +1,9 @@
 //! The folder on disk: opens and reopens the LMDB environment, reads from it, and encodes entries.
 
-use std::fs::{self, DirBuilder, File, Permissions};
+use std::fs::{self, DirBuilder, File};
 use std::io::{Read, Seek, Write};
 use std::ops::Bound;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{OnceLock, PoisonError, RwLock};
@@ -12,12 +12,16 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use common::api::{MemberStats, Role};
 use common::bounds::{Bounds, Order};
-use common::entry::Entry;
+use common::clock::{MapClock, since_boot};
+use common::entry::{Entry, time_of};
 use heed::byteorder::BigEndian;
 use heed::types::{Bytes, U128};
 use heed::{AnyTls, Database, Env, EnvOpenOptions, MdbError, RoTxn, RwTxn, WithoutTls};
 use uuid::Uuid;
 
+use super::clock::BootClock;
+use super::files::{self, Files};
+use super::properties;
 use super::readers::{MAX_READERS, Readers};
 use crate::map::contract::{MapError, Piece, PieceLimit};
 use crate::map::rules::parse_id;
@@ -31,19 +35,10 @@ const MAX_CLOSING: Duration = Duration::from_secs(5);
 /// With less space than this, in bytes, the disk counts as full: the size of one group commit.
 const MIN_SPACE: u64 = 4 * 1024 * 1024;
 
-const DATA_FILE: &str = "data.mdb";
-
 /// The version of the storage format.
 pub(super) const LAYOUT: u32 = 1;
 
-/// Only the user of the instances may open the files: who can open the write lock can hold it. LMDB
-/// gives its own files the same mode.
-const FILE_MODE: u32 = 0o600;
-
 const CHECKSUM_BYTES: usize = 4;
-
-/// The key of the map's id, see [`parse_id`]. It sorts before every UUID.
-const ID_KEY: &[u8] = &[0];
 
 pub(super) const DISK_FULL: &str = "the disk that holds the map is full";
 
@@ -58,15 +53,18 @@ pub(super) struct Store {
     pub(super) folder: PathBuf,
     /// `None` only during a reopen after a fatal error, or until one succeeds.
     opened: RwLock<Option<Opened>>,
-    /// Set once the id is found in the map or committed to it.
+    /// Set once the id is in the map and in the folder's file `id`.
     pub(super) id: OnceLock<Uuid>,
+    /// The map's settle window, in milliseconds; set with the first commit.
+    pub(super) settle: OnceLock<u64>,
+    /// The map's clock as of the last commit that this process has seen.
+    pub(super) clock: MapClock,
+    /// Whether no other process had the folder open when this one opened it.
+    pub(super) is_first: bool,
     pub(super) readers: Readers,
     /// Entries read by this process.
     gets: AtomicU64,
-    /// Locked by the process that writes: see [`Store::lock_for_writing`].
-    turns: File,
-    /// Locked while the map is open: see [`claim_namespace`].
-    _namespace: File,
+    pub(super) files: Files,
 }
 
 /// An open environment and its one database.
@@ -78,32 +76,35 @@ pub(super) struct Opened {
 
 impl Store {
     pub(super) fn open(folder: &Path, create: bool) -> anyhow::Result<Self> {
-        if !create && !folder.join(DATA_FILE).exists() {
-            bail!("there is no map in the folder {}", folder.display());
-        }
+        let expected = files::expected_id(folder, create)?;
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(folder)
             .with_context(|| format!("cannot create the map's folder {}", folder.display()))?;
-        let namespace = claim_namespace(folder)?;
-        let turns = lock_file(folder, "turns")?;
-        let opened = Opened::open(folder).with_context(|| {
-            format!(
-                "cannot open the map in {}; it must be on a local disk and may be shared only by \
-                 processes of one machine, not by several containers",
-                folder.display()
-            )
-        })?;
-        Ok(Self {
+        let (namespace, is_first) = claim_namespace(folder)?;
+        let files = Files::open(folder, namespace)?;
+        let opened = Opened::open(folder, &files, expected)?;
+        if opened.id()?.is_none() {
+            tracing::warn!(
+                folder = %folder.display(),
+                "making a new, empty map, as the folder has had none: right at the first start; \
+                 otherwise the folder is the wrong one, or was emptied"
+            );
+        }
+        let store = Self {
             folder: folder.to_owned(),
-            id: opened.id()?.map(OnceLock::from).unwrap_or_default(),
+            id: expected.map(OnceLock::from).unwrap_or_default(),
+            settle: OnceLock::new(),
+            clock: MapClock::default(),
+            is_first,
             opened: RwLock::new(Some(opened)),
-            readers: Readers::open(folder)?,
+            readers: Readers::default(),
             gets: AtomicU64::new(0),
-            turns,
-            _namespace: namespace,
-        })
+            files,
+        };
+        store.read_clock()?;
+        Ok(store)
     }
 
     pub(super) fn opened(&self) -> Result<Opened, MapError> {
@@ -120,8 +121,9 @@ impl Store {
     /// other waiters hang. The kernel releases a file lock however its holder ends. Reads still
     /// take a robust mutex, for the microseconds in which they find a free slot.
     pub(super) fn lock_for_writing(&self) -> Result<Turn<'_>, MapError> {
-        match self.turns.lock() {
-            Ok(()) => Ok(Turn(&self.turns)),
+        let turns = &self.files.turns;
+        match turns.lock() {
+            Ok(()) => Ok(Turn(turns)),
             Err(error) => Err(MapError::Unavailable(format!(
                 "the map's write lock, the file turns, cannot be locked: {error}"
             ))),
@@ -130,20 +132,6 @@ impl Store {
 
     pub(super) fn id(&self) -> Option<Uuid> {
         self.id.get().copied()
-    }
-
-    /// Fails when the folder was deleted. Deleted files can still be written while they are open,
-    /// but no instance that starts later would find the entries.
-    pub(super) fn require_folder(&self) -> Result<(), MapError> {
-        let file = rustix::fs::fstat(&self.turns);
-        if file.is_ok_and(|file| file.st_nlink > 0) {
-            return Ok(());
-        }
-        Err(MapError::Unavailable(format!(
-            "the map's folder {} was deleted while this instance ran: no entries are stored; \
-             restore the folder from a copy, then restart all logging instances on it",
-            self.folder.display()
-        )))
     }
 
     /// Closes the environment once reads have ended, after at most [`MAX_CLOSING`], and opens it
@@ -160,13 +148,9 @@ impl Store {
 
     /// Opens the environment again, unless the folder holds another map now.
     fn open_same_map(&self) -> anyhow::Result<Opened> {
-        self.require_folder()?;
-        let opened = Opened::open(&self.folder)?;
-        let found = opened.id()?;
-        if self.id().is_some_and(|id| found != Some(id)) {
-            bail!("the map in the folder is not the one that was opened first");
-        }
-        Ok(opened)
+        self.files.require_intact()?;
+        let expected = files::expected_id(&self.folder, true)?;
+        Opened::open(&self.folder, &self.files, self.id().or(expected))
     }
 
     fn replace(&self, opened: Option<Opened>) -> Option<Opened> {
@@ -185,17 +169,50 @@ impl Store {
         let Ok(opened) = self.opened() else {
             return self.reopen();
         };
+        if self.files.require_intact().is_err() {
+            // LMDB would read a file that may be cut. Readiness and each batch report the reason.
+            return;
+        }
         opened.clear_stale_readers();
-        self.readers.look();
+        self.readers.look(&self.files.lock);
+        if let Err(error) = self.read_clock() {
+            tracing::warn!(%error, "the map's clock cannot be read");
+        }
+    }
+
+    /// Reads the map's clock, which another process may have moved.
+    fn read_clock(&self) -> Result<(), MapError> {
+        let clock = self.read(|opened, txn| BootClock::read(opened.entries, txn))?;
+        if let Some(clock) = clock.filter(BootClock::is_of_this_boot) {
+            self.clock.correct(time_of(clock.now(since_boot())));
+        }
+        Ok(())
+    }
+
+    /// Reads in a transaction. What it returns is of this map only if the files were the same ones,
+    /// and whole, before and after.
+    fn read<T>(
+        &self,
+        read: impl FnOnce(&Opened, &RoTxn<'_, WithoutTls>) -> Result<T, MapError>,
+    ) -> Result<T, MapError> {
+        let opened = self.opened()?;
+        self.files.require_readable(self.id())?;
+        let txn = opened.env.read_txn()?;
+        if let Some(id) = self.id() {
+            require_id(opened.entries, &txn, id)?;
+        }
+        let result = read(&opened, &txn);
+        self.files.require_readable(self.id())?;
+        result
     }
 
     pub(super) fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError> {
-        let Opened { env, entries } = self.opened()?;
-        let txn = env.read_txn()?;
-        let value = entries.get(&txn, uuid.as_bytes());
         self.gets.fetch_add(1, Ordering::Relaxed);
-        let msg = value?.map(|value| decode(uuid, value)).transpose()?;
-        Ok(msg.map(str::to_owned))
+        self.read(|opened, txn| {
+            let value = opened.entries.get(txn, uuid.as_bytes())?;
+            let msg = value.map(|value| decode(uuid, value)).transpose()?;
+            Ok(msg.map(str::to_owned))
+        })
     }
 
     /// The first entries within the bounds.
@@ -207,27 +224,26 @@ impl Store {
         let low = bounds.after.map_or(Bound::Included(0), excluded);
         let high = bounds.before.map_or(Bound::Unbounded, excluded);
         let range = (low, high);
-        let Opened { env, entries } = self.opened()?;
-        let entries = entries.remap_key_type::<UuidKey>();
-        let txn = env.read_txn()?;
-        let piece = match bounds.order {
-            Order::Asc => fill_piece(entries.range(&txn, &range)?, limit),
-            Order::Desc => fill_piece(entries.rev_range(&txn, &range)?, limit),
-        }?;
+        let piece = self.read(|opened, txn| {
+            let entries = opened.entries.remap_key_type::<UuidKey>();
+            match bounds.order {
+                Order::Asc => fill_piece(entries.range(txn, &range)?, limit),
+                Order::Desc => fill_piece(entries.rev_range(txn, &range)?, limit),
+            }
+        })?;
         self.gets.fetch_add(piece.count, Ordering::Relaxed);
         Ok(piece)
     }
 
     /// The row of the folder.
     pub(super) fn stats(&self) -> Result<MemberStats, MapError> {
-        let Opened { env, entries } = self.opened()?;
-        let txn = env.read_txn()?;
-        let stat = entries.stat(&txn)?;
+        let (stat, properties) = self.read(|opened, txn| {
+            let entries = opened.entries;
+            Ok((entries.stat(txn)?, properties::count(entries, txn)?))
+        })?;
         let records = stat.entries as u64;
-        // One record is the map's id.
-        let count = records.saturating_sub(u64::from(read_id(entries, &txn)?.is_some()));
+        let count = records.saturating_sub(properties);
         let pages = stat.branch_pages + stat.leaf_pages + stat.overflow_pages;
-        let file = fs::metadata(self.folder.join(DATA_FILE));
         Ok(MemberStats {
             member: self.folder.display().to_string(),
             role: Role::Folder,
@@ -239,17 +255,17 @@ impl Store {
             entry_memory_bytes: Some(pages as u64 * u64::from(stat.page_size)),
             backups: Some(0),
             backup_memory_bytes: Some(0),
-            used_memory_bytes: file.ok().map(|file| file.len()),
+            used_memory_bytes: self.files.used_bytes(),
             max_memory_bytes: None,
         })
     }
 
     pub(super) fn last(&self) -> Result<Option<Uuid>, MapError> {
-        let Opened { env, entries } = self.opened()?;
-        let txn = env.read_txn()?;
-        let entries = entries.remap_key_type::<UuidKey>();
-        let last = entries.rev_range(&txn, &(0..))?.next().transpose()?;
-        Ok(last.map(|(uuid, _)| Uuid::from_u128(uuid)))
+        self.read(|opened, txn| {
+            let entries = opened.entries.remap_key_type::<UuidKey>();
+            let last = entries.rev_range(txn, &(0..))?.next().transpose()?;
+            Ok(last.map(|(uuid, _)| Uuid::from_u128(uuid)))
+        })
     }
 }
 
@@ -281,7 +297,34 @@ fn fill_piece<'txn>(
 }
 
 impl Opened {
-    fn open(folder: &Path) -> heed::Result<Self> {
+    /// Opens the environment, which must hold the map `expected`, if there is one.
+    fn open(folder: &Path, files: &Files, expected: Option<Uuid>) -> anyhow::Result<Self> {
+        if expected.is_some() {
+            files.require_whole()?;
+        }
+        let opened = Self::open_any(folder).with_context(|| {
+            format!(
+                "cannot open the map in {}; it must be on a local disk and may be shared only by \
+                 processes of one machine, not by several containers",
+                folder.display()
+            )
+        })?;
+        files.require_intact()?;
+        let found = opened.id()?;
+        if let Some(expected) = expected.filter(|expected| found != Some(*expected)) {
+            let found = found.map_or("no map".to_owned(), |id| format!("the map {id}"));
+            bail!(
+                "the folder {} is of the map {expected}, but its data.mdb holds {found}: restore \
+                 data.mdb from a copy of that map, or, to change to the one in data.mdb, delete the \
+                 file id",
+                folder.display()
+            );
+        }
+        opened.clear_stale_readers();
+        Ok(opened)
+    }
+
+    fn open_any(folder: &Path) -> heed::Result<Self> {
         let mut options = EnvOpenOptions::new().read_txn_without_tls();
         options.map_size(MAP_SIZE).max_readers(MAX_READERS);
         #[expect(
@@ -295,9 +338,7 @@ impl Opened {
         let entries = env.open_database(&txn, None)?;
         let entries = entries.expect("LMDB makes the unnamed database with the file");
         drop(txn);
-        let opened = Self { env, entries };
-        opened.clear_stale_readers();
-        Ok(opened)
+        Ok(Self { env, entries })
     }
 
     fn id(&self) -> Result<Option<Uuid>, MapError> {
@@ -314,8 +355,8 @@ impl Opened {
     }
 }
 
-fn read_id(entries: Entries, txn: &RoTxn<'_, AnyTls>) -> Result<Option<Uuid>, MapError> {
-    let Some(id) = entries.get(txn, ID_KEY)? else {
+pub(super) fn read_id(entries: Entries, txn: &RoTxn<'_, AnyTls>) -> Result<Option<Uuid>, MapError> {
+    let Some(id) = entries.get(txn, properties::ID)? else {
         return Ok(None);
     };
     let id = parse_id(&String::from_utf8_lossy(id), LAYOUT);
@@ -323,15 +364,26 @@ fn read_id(entries: Entries, txn: &RoTxn<'_, AnyTls>) -> Result<Option<Uuid>, Ma
     id.map(Some).map_err(described)
 }
 
-/// Reads the map's id, or writes a new one in this transaction.
-pub(super) fn find_or_make_id(entries: Entries, txn: &mut RwTxn<'_>) -> Result<Uuid, MapError> {
-    if let Some(id) = read_id(entries, txn)? {
-        return Ok(id);
+/// Fails when `data.mdb` holds another map than `id`: it can be overwritten while it is open.
+pub(super) fn require_id(
+    entries: Entries,
+    txn: &RoTxn<'_, AnyTls>,
+    id: Uuid,
+) -> Result<(), MapError> {
+    match read_id(entries, txn)? {
+        Some(found) if found == id => Ok(()),
+        _ => Err(MapError::Unavailable(format!(
+            "data.mdb no longer holds the map {id}: stop all logging instances on the folder and \
+             restore it from a copy"
+        ))),
     }
+}
+
+/// Writes a new map's id.
+pub(super) fn make_id(entries: Entries, txn: &mut RwTxn<'_>) -> heed::Result<Uuid> {
     let id = Uuid::now_v7();
     let text = format!("{LAYOUT} {id}");
-    let put = entries.put(txn, ID_KEY, text.as_bytes());
-    put?;
+    entries.put(txn, properties::ID, text.as_bytes())?;
     Ok(id)
 }
 
@@ -340,12 +392,14 @@ pub(super) fn find_or_make_id(entries: Entries, txn: &mut RwTxn<'_>) -> Result<U
 /// The file `namespace` names the boot id and the PID namespace; the boot id stands for the
 /// machine, as the initial namespace has the same number on every machine. Each process holds a
 /// shared lock on the file; one that finds it unlocked is the only one and writes its own names.
-fn claim_namespace(folder: &Path) -> anyhow::Result<File> {
-    let mut file = lock_file(folder, "namespace")?;
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+///
+/// Returns the locked file, and whether this process was the only one.
+fn claim_namespace(folder: &Path) -> anyhow::Result<(File, bool)> {
+    let mut file = files::open_file(folder, files::NAMESPACE_FILE)?;
     let namespace = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
-    let ours = format!("{} {}", boot.trim_end(), namespace.display());
-    if file.try_lock().is_ok() {
+    let ours = format!("{} {}", boot_id(), namespace.display());
+    let is_first = file.try_lock().is_ok();
+    if is_first {
         file.set_len(0)?;
         file.write_all(ours.as_bytes())?;
     }
@@ -361,24 +415,13 @@ fn claim_namespace(folder: &Path) -> anyhow::Result<File> {
             folder.display()
         );
     }
-    Ok(file)
+    Ok((file, is_first))
 }
 
-/// Opens a file of the map's folder that is there to be locked.
-fn lock_file(folder: &Path, name: &str) -> anyhow::Result<File> {
-    let opened = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(FILE_MODE)
-        .open(folder.join(name));
-    let restricted = opened.and_then(|file| {
-        // An earlier version left it open to everyone.
-        file.set_permissions(Permissions::from_mode(FILE_MODE))?;
-        Ok(file)
-    });
-    restricted.with_context(|| format!("cannot write to the map's folder {}", folder.display()))
+/// The id of the machine's boot.
+pub(super) fn boot_id() -> String {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    id.unwrap_or_default().trim_end().to_owned()
 }
 
 /// A stored value: the CRC-32 of key and message, big-endian, then the message.

@@ -1,6 +1,6 @@
 //! The state of the cluster as `discovery` publishes it: its topology, and its members' health.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -12,17 +12,23 @@ use uuid::Uuid;
 
 use super::config::Address;
 use super::connection::ServerConnection;
+use super::known_map::KnownMap;
 use super::partition;
 use super::primary_writer::PrimaryWriter;
 use super::replies::{Direction, MovingSlot, ServerInfo};
 use crate::map::contract::{Health, MapError};
 use crate::metrics::{PRIMARY_OPEN, SERVER_MAX_MEMORY, SERVER_MEMORY, SERVER_UP};
 
+/// What to do about a server that is not a member of the map's cluster; follows its name.
+pub(super) const STRANGER: &str =
+    "is not a member of the map's cluster, and not used: if --map names it, correct --map";
+
 /// The cluster as discovery sees it.
 #[derive(Debug)]
 pub(super) struct Cluster {
     state: watch::Receiver<ClusterState>,
     wake_discovery: Arc<Notify>,
+    pub(super) known: Arc<KnownMap>,
     /// Whether the state was ever complete: see [`ClusterState::is_complete`].
     was_complete: AtomicBool,
     /// Entries of each partition read by this process.
@@ -34,14 +40,20 @@ pub(super) struct ClusterState {
     pub(super) topology: Arc<Topology>,
     /// Why discovery found no usable topology.
     pub(super) discovery_error: Option<String>,
+    /// What each member of the map's cluster said of itself last.
     pub(super) infos: BTreeMap<Address, ServerInfo>,
+    /// Servers in `--map`, or at the address of a member, that are not members of the map's cluster.
+    pub(super) strangers: BTreeSet<Address>,
     /// Replicas that must hold an entry before it is acknowledged.
     pub(super) backups: u16,
     /// Whether a refresh ever found the state complete: see [`Self::is_complete`].
     pub(super) was_complete: bool,
+    /// The id of the map, which never changes while the process runs.
     pub(super) map_id: Option<Uuid>,
     /// Why the map's id could not be read although its primary answers.
     pub(super) map_id_error: Option<String>,
+    /// The id that the primary has instead of `map_id`.
+    pub(super) other_map: Option<Uuid>,
 }
 
 /// The primary that owns each partition.
@@ -53,6 +65,8 @@ pub(super) struct Topology {
     pub(super) owners: Vec<Option<usize>>,
     /// The connections for reads to all members, also to members without partitions.
     pub(super) connections: HashMap<Address, Arc<ServerConnection>>,
+    /// The address in `connections` of each spelling of a member's address.
+    pub(super) spellings: HashMap<Address, Address>,
     /// The primary of each replica.
     pub(super) primaries: HashMap<Address, Address>,
 }
@@ -66,10 +80,15 @@ pub(super) struct Shard {
 
 impl Cluster {
     /// Discovery publishes to `state` until this is dropped.
-    pub(super) fn new(state: watch::Receiver<ClusterState>, wake_discovery: Arc<Notify>) -> Self {
+    pub(super) fn new(
+        state: watch::Receiver<ClusterState>,
+        wake_discovery: Arc<Notify>,
+        known: Arc<KnownMap>,
+    ) -> Self {
         Self {
             state,
             wake_discovery,
+            known,
             was_complete: AtomicBool::new(false),
             gets: partition::all().map(|_| AtomicU64::new(0)).collect(),
         }
@@ -97,12 +116,13 @@ impl Cluster {
         self.state.borrow().map_id
     }
 
-    /// Fails when a partition's mark is another map's.
+    /// Fails when a partition's mark is another map's, or this map's id was not read yet.
     pub(super) fn require_mark(&self, map: &[u8]) -> Result<(), MapError> {
-        if self.map_id().is_none_or(|id| id.as_bytes() == map) {
-            return Ok(());
-        }
-        let detail = "a partition belongs to another map: the redis servers hold several maps";
+        let detail = match self.map_id() {
+            Some(id) if id.as_bytes() == map => return Ok(()),
+            Some(_) => "a partition belongs to another map: the redis servers hold several maps",
+            None => "the map's id was not read yet",
+        };
         Err(MapError::Unavailable(detail.to_owned()))
     }
 
@@ -142,7 +162,7 @@ impl Cluster {
     /// The health of the map, from discovery and the writers.
     pub(super) fn health(&self) -> Health {
         let state = self.state.borrow();
-        if state.is_complete() {
+        if state.is_complete() && self.known.get().is_some() {
             self.was_complete.store(true, Ordering::Relaxed);
         }
         let shards = state.topology.shards.iter().map(|shard| {
@@ -160,9 +180,20 @@ impl Cluster {
             ok: true,
             detail: format!("warning: {warning}"),
         });
+        let strangers = state.strangers.iter().map(|address| Check {
+            name: format!("server {address}"),
+            ok: false,
+            detail: STRANGER.to_owned(),
+        });
+        let map_id = state.map_id_error.iter().map(|error| Check {
+            name: "map".to_owned(),
+            ok: false,
+            detail: error.clone(),
+        });
+        let members = shards.chain(state.moves()).chain(warnings);
         Health {
             not_ready: self.not_ready(&state),
-            checks: shards.chain(state.moves()).chain(warnings).collect(),
+            checks: members.chain(strangers).chain(map_id).collect(),
         }
     }
 
@@ -189,6 +220,10 @@ impl Cluster {
         if state.map_id.is_none() {
             let error = state.map_id_error.clone();
             return Some(error.unwrap_or_else(|| "the map's id was not read yet".to_owned()));
+        }
+        if self.known.get().is_none() {
+            let detail = "the clocks of most redis primaries were not read yet";
+            return Some(detail.to_owned());
         }
         Some("no redis primary answers".to_owned())
     }
@@ -223,6 +258,13 @@ impl Topology {
         !self.owners.is_empty() && self.owners.iter().all(Option::is_some)
     }
 
+    /// The hosts by which a member is known.
+    pub(super) fn hosts(&self, member: &Address) -> Vec<&str> {
+        let spellings = self.spellings.iter();
+        let same = spellings.filter(|(_, address)| *address == member);
+        same.map(|(spelling, _)| spelling.host.as_str()).collect()
+    }
+
     fn has_primary(&self, address: &Address) -> bool {
         let mut shards = self.shards.iter();
         shards.any(|shard| shard.connection.address == *address)
@@ -247,6 +289,15 @@ impl ClusterState {
         Some(format!(
             "redis {address} evicts entries when its memory is used up (maxmemory {memory}, \
              maxmemory-policy {policy}): set maxmemory-policy noeviction"
+        ))
+    }
+
+    /// Names the other map that the servers hold.
+    pub(super) fn other_map_reason(&self) -> Option<String> {
+        let (id, other) = self.map_id.zip(self.other_map)?;
+        Some(format!(
+            "the redis servers hold map {other}, but this instance serves map {id}: correct --map, restore \
+             the map from a copy, or restart logging instances and facades to use the other map"
         ))
     }
 
@@ -292,11 +343,6 @@ impl ClusterState {
     pub(super) fn warnings(&self) -> Vec<(&Address, String)> {
         let mut warnings = Vec::new();
         for (address, info) in &self.infos {
-            if !info.has_append_only_file {
-                let warning = "keeps no append-only file: acknowledged entries can be lost; set \
-                               appendonly yes and appendfsync always";
-                warnings.push((address, warning.to_owned()));
-            }
             if info.evicted_keys > 0 {
                 let warning = "has evicted keys since it started: entries can be lost; restore the \
                                map from a copy";

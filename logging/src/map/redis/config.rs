@@ -1,6 +1,7 @@
 //! The configuration in `--map redis://…`: the addresses of Redis servers, the login and TLS.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 
 use redis::io::tcp::TcpSettings;
@@ -123,6 +124,23 @@ pub(super) struct Address {
     pub(super) port: u16,
 }
 
+impl Address {
+    /// Each IP address has one spelling, so that equal ones are equal.
+    pub(super) fn new(host: &str, port: u16) -> Self {
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        let ip = host.parse::<IpAddr>();
+        let host = ip.map_or_else(|_| host.to_owned(), |ip| ip.to_canonical().to_string());
+        Self { host, port }
+    }
+
+    /// Parses `HOST:PORT` as members write it: an IPv6 address has no brackets, and an unknown host is empty
+    /// or `?`.
+    pub(super) fn of_member(text: &str) -> Option<Self> {
+        let (host, port) = text.rsplit_once(':')?;
+        Some(Self::new(host.trim_matches('?'), port.parse().ok()?))
+    }
+}
+
 impl FromStr for Address {
     type Err = String;
 
@@ -132,10 +150,7 @@ impl FromStr for Address {
         let info = is_address.then(|| format!("redis://{text}").into_connection_info());
         let info = info.and_then(Result::ok);
         match info.as_ref().map(ConnectionInfo::addr) {
-            Some(ConnectionAddr::Tcp(host, port)) => Ok(Self {
-                host: host.clone(),
-                port: *port,
-            }),
+            Some(ConnectionAddr::Tcp(host, port)) => Ok(Self::new(host, *port)),
             _ => Err(WRITE_INSTEAD.to_owned()),
         }
     }

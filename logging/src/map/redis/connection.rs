@@ -10,7 +10,7 @@ use redis::{AsyncConnectionConfig, Client, Pipeline, RedisError, RedisResult, Va
 use tokio::sync::{Mutex, Notify, watch};
 use tokio::time::sleep;
 
-use super::config::Address;
+use super::config::{Address, RedisConfig};
 
 /// The interval between probes of a server that is down.
 pub(super) const PROBE_INTERVAL: Duration = Duration::from_millis(200);
@@ -61,6 +61,12 @@ impl ServerConnection {
             is_probed: AtomicBool::new(false),
             wake_discovery,
         }
+    }
+
+    /// The same for another server, which is not probed.
+    pub(super) fn sibling(&self, address: Address, config: &RedisConfig) -> Self {
+        let client = config.client(&address);
+        Self::new(address, client, self.timeout, self.wake_discovery.clone())
     }
 
     /// Makes another connection to the server; its timeout bounds this and each reply.

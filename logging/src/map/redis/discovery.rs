@@ -1,10 +1,10 @@
 //! Discovery: asks members of the cluster for the primary that owns each partition, every 2 s, and
 //! at once when a primary does not answer, refuses a command, or does not own a partition.
 //!
-//! Where members disagree about a slot, the greatest configuration epoch wins, so the outdated view
-//! of a paused or disconnected member is ignored.
+//! Only answers of `members` count. Where they disagree about a slot, the greatest configuration epoch wins,
+//! so the outdated view of a paused or disconnected member is ignored.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,16 +13,20 @@ use rand::seq::IteratorRandom;
 use redis::Value;
 use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
+use uuid::Uuid;
 
-use super::cluster::{Cluster, ClusterState, Shard, Topology};
+use super::cluster::{Cluster, ClusterState, STRANGER, Shard, Topology};
 use super::config::{Address, RedisConfig};
 use super::connection::ServerConnection;
+use super::known_map::{KnownMap, Properties};
 use super::map_id::{self, Making, MapId};
+use super::members::{Members, require_one_cluster};
 use super::partition::{self, PARTITIONS};
 use super::primary_writer::PrimaryWriter;
 use super::replies::{Direction, Node, ServerInfo};
 use super::timeouts::answer_timeout;
-use crate::map::contract::Options;
+use crate::map::contract::{Access, DEFAULT_SETTLE, Options};
+use crate::map::rules::millis;
 
 /// The interval between refreshes while nothing wakes discovery.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(2);
@@ -36,13 +40,20 @@ const MAX_ASKED: usize = 8;
 /// The default of `--backups` in a Redis Cluster.
 const CLUSTER_BACKUPS: u16 = 1;
 
+const NO_MEMBER: &str = "none of the redis servers that answer is a member of the map's cluster: start its \
+                         members, or correct --map";
+
+const LOST_ID: &str = "the map's id (key id:{0}) is missing, so its entries are probably lost: restore the \
+                       map from a copy; partitions that are left are still served";
+
 /// Starts discovery; it ends when the returned [`Cluster`] is dropped.
 pub(super) fn start(config: RedisConfig, options: Options) -> Cluster {
     let (publisher, state) = watch::channel(ClusterState::default());
     let wake_discovery = Arc::<Notify>::default();
-    let discovery = Discovery::new(config, options, wake_discovery.clone());
+    let known = Arc::<KnownMap>::default();
+    let discovery = Discovery::new(config, options, wake_discovery.clone(), known.clone());
     tokio::spawn(discovery.run(publisher));
-    Cluster::new(state, wake_discovery)
+    Cluster::new(state, wake_discovery, known)
 }
 
 /// The discovery task, with what it keeps between refreshes.
@@ -50,7 +61,11 @@ struct Discovery {
     config: RedisConfig,
     options: Options,
     wake: Arc<Notify>,
+    known: Arc<KnownMap>,
     connections: HashMap<Address, Arc<ServerConnection>>,
+    members: Members,
+    /// See [`Topology::spellings`].
+    spellings: HashMap<Address, Address>,
     /// The primary that owns each partition, by the greatest configuration epoch seen.
     owners: Vec<Option<Node>>,
     shards: HashMap<Address, Arc<Shard>>,
@@ -61,12 +76,15 @@ struct Discovery {
 }
 
 impl Discovery {
-    fn new(config: RedisConfig, options: Options, wake: Arc<Notify>) -> Self {
+    fn new(config: RedisConfig, options: Options, wake: Arc<Notify>, known: Arc<KnownMap>) -> Self {
         let mut discovery = Self {
             config,
             options,
             wake,
+            known,
             connections: HashMap::new(),
+            members: Members::default(),
+            spellings: HashMap::new(),
             owners: vec![None; usize::from(PARTITIONS)],
             shards: HashMap::new(),
             primaries: HashMap::new(),
@@ -93,8 +111,10 @@ impl Discovery {
         let mut questions = redis::pipe();
         questions.cmd("INFO").cmd("CLUSTER").arg("NODES");
         map_id::question(&mut questions);
+        // At the start no answer may be missed that shows another cluster.
+        let most = state.map_id.map_or(usize::MAX, |_| MAX_ASKED);
         let connections = self.connections.values().cloned();
-        let asked = connections.sample(&mut rand::rng(), MAX_ASKED);
+        let asked = connections.sample(&mut rand::rng(), most.min(self.connections.len()));
         let asked = asked.iter().map(async |connection| {
             let replies = connection.ask(&questions).await?;
             Answer::read(connection, &replies, self.config.is_tls)
@@ -111,20 +131,13 @@ impl Discovery {
             state.discovery_error = self.update_topology(&answers, &mut state).err();
             self.update_map_id(&answers, &mut state).await;
         }
-        for answer in answers {
-            state.infos.insert(answer.address, answer.info);
-        }
-        let connections = &self.connections;
-        state
-            .infos
-            .retain(|address, _| connections.contains_key(address));
-        let is_up = |address: &Address| connections[address].down_reason().is_none();
-        if let Some(reason) = state.eviction(is_up) {
+        let is_up = |address: &Address| self.connections[address].down_reason().is_none();
+        if let Some(reason) = state.eviction(is_up).or_else(|| state.other_map_reason()) {
             state.discovery_error = Some(reason);
             state.topology = Arc::default();
         }
         self.log_state(&state);
-        state.was_complete |= state.is_complete();
+        state.was_complete |= state.is_complete() && self.known.get().is_some();
         state
     }
 
@@ -146,30 +159,62 @@ impl Discovery {
                 Some(reason) => incompatibility = Some(reason),
             }
         }
-        let Some(first) = compatible.first() else {
-            if !is_cluster {
-                state.topology = Arc::default();
-            }
-            return incompatibility.map_or(Ok(()), Err);
-        };
-        if let Some(reason) = incompatibility {
-            self.log_once(&reason);
+        if let Some(reason) = &incompatibility {
+            self.log_once(reason);
         }
-        let (owners, default_backups) = if first.info.is_cluster_enabled {
-            self.update_owners(&compatible);
-            let owners = partition::all()
-                .zip(&self.owners)
-                .map(|(partition, owner)| {
-                    let owner = &owner.as_ref()?.address;
-                    let is_split = is_split(partition::slot(partition), owner, answers);
-                    (!is_split).then(|| owner.clone())
-                });
-            (owners.collect(), CLUSTER_BACKUPS)
+        let members = self.members.select(&compatible, state.map_id);
+        let others = compatible.iter().copied();
+        let others: Vec<&Answer> = others
+            .filter(|answer| !self.members.contains(answer))
+            .collect();
+        for answer in &compatible {
+            state.strangers.remove(&answer.address);
+        }
+        if state.map_id.is_some() {
+            let others = others.iter().map(|answer| answer.address.clone());
+            state.strangers.extend(others);
+        } else if let Err(reason) = require_one_cluster(&self.config.seeds, &members, &others) {
+            state.topology = Arc::default();
+            return Err(reason);
+        }
+        let is_cluster = members
+            .first()
+            .map_or(is_cluster, |member| member.info.is_cluster_enabled);
+        let default_backups = if is_cluster { CLUSTER_BACKUPS } else { 0 };
+        if is_cluster && !members.is_empty() {
+            self.update_owners(&members);
+        }
+        for member in &members {
+            let info = member.info.clone();
+            state.infos.insert(member.address.clone(), info);
+        }
+        let connections = &self.connections;
+        let strangers = &mut state.strangers;
+        strangers.retain(|address| connections.contains_key(address));
+        let infos = &mut state.infos;
+        infos
+            .retain(|address, _| connections.contains_key(address) && !strangers.contains(address));
+        let is_up = |address: &Address| connections[address].down_reason().is_none();
+        let infos = infos.iter().filter(|(address, _)| is_up(address));
+        let infos: Vec<&ServerInfo> = infos.map(|(_, info)| info).collect();
+        let owners: Vec<Option<Address>> = if is_cluster {
+            let owners = partition::all().zip(&self.owners);
+            let owners = owners.map(|(partition, owner)| {
+                let owner = owner.as_ref()?;
+                let is_split = is_split(partition::slot(partition), owner, &infos);
+                let is_usable = !is_split && !strangers.contains(&owner.address);
+                is_usable.then(|| owner.address.clone())
+            });
+            owners.collect()
         } else {
-            (vec![Some(first.address.clone()); self.owners.len()], 0)
+            let server = members.first().map(|server| server.address.clone());
+            vec![server; self.owners.len()]
         };
         state.backups = self.options.backups.unwrap_or(default_backups);
-        state.topology = Arc::new(self.topology(&owners, state.backups));
+        state.topology = Arc::new(self.topology(&owners, &state.strangers, state.backups));
+        if members.is_empty() {
+            return Err(incompatibility.unwrap_or_else(|| NO_MEMBER.to_owned()));
+        }
         Ok(())
     }
 
@@ -191,6 +236,11 @@ impl Discovery {
         for node in &nodes {
             self.connection(&node.address);
         }
+        let spellings = nodes.iter().flat_map(|node| {
+            let spellings = node.spellings.iter().cloned();
+            spellings.map(|spelling| (spelling, node.address.clone()))
+        });
+        self.spellings = spellings.collect();
         // What a member says of itself comes last, and counts.
         let mut replicas: Vec<&&Node> = nodes.iter().collect();
         replicas.sort_by_key(|node| node.is_myself);
@@ -209,10 +259,12 @@ impl Discovery {
         });
     }
 
-    /// Reads the map's id, or creates a missing map once all primaries take entries.
+    /// Reads the map's id, or creates a missing map once all primaries take entries. An id that is known
+    /// never changes: where it is missing, the map was lost.
     async fn update_map_id(&self, answers: &[Answer], state: &mut ClusterState) {
         let topology = &state.topology;
         let Some(owner) = topology.owner(map_id::PARTITION) else {
+            state.other_map = None;
             return;
         };
         let connection = &topology.shards[owner].connection;
@@ -220,9 +272,21 @@ impl Discovery {
         let Some(answer) = answers.find(|answer| answer.address == connection.address) else {
             return;
         };
-        let found = match &answer.map_id {
-            Ok(MapId::Made(id)) => Ok(*id),
-            Ok(MapId::Missing) if !self.options.create => Err("holds no map".to_owned()),
+        let known = state.map_id;
+        state.other_map = None;
+        let found = match answer.map_id.clone() {
+            Ok(MapId::Made(id)) => {
+                state.other_map = known.filter(|known| *known != id).and(Some(id));
+                let id = known.unwrap_or(id);
+                match state.other_map.is_none() && self.known.settle().is_none() {
+                    true => self.know(id, answer, connection, state.backups).await,
+                    false => Ok(id),
+                }
+            }
+            Ok(_) if known.is_some() => Err(LOST_ID.to_owned()),
+            Ok(MapId::Missing) if self.options.access == Access::Read => {
+                Err("holds no map".to_owned())
+            }
             Ok(MapId::Missing | MapId::Making(_)) => {
                 let mut shards = topology.shards.iter();
                 if !topology.is_whole()
@@ -235,19 +299,12 @@ impl Discovery {
                     owner: connection,
                     backups: state.backups,
                 };
-                making.run().await
+                making.run(self.settle()).await
             }
-            Err(reason) => Err(reason.clone()),
+            Err(reason) => Err(reason),
         };
         match found {
             Ok(id) => {
-                if state.map_id.is_some_and(|previous| previous != id) {
-                    tracing::error!(
-                        %id,
-                        "the redis servers hold another map than before: restore their data, or \
-                         restart the facades to use this map"
-                    );
-                }
                 state.map_id = Some(id);
                 state.map_id_error = None;
             }
@@ -257,7 +314,33 @@ impl Discovery {
         }
     }
 
-    fn topology(&mut self, owners: &[Option<Address>], backups: u16) -> Topology {
+    fn settle(&self) -> u64 {
+        millis(self.options.settle.unwrap_or(DEFAULT_SETTLE))
+    }
+
+    /// Takes note of the map's properties. A map of before has no settle window until it is served.
+    async fn know(
+        &self,
+        id: Uuid,
+        answer: &Answer,
+        owner: &ServerConnection,
+        backups: u16,
+    ) -> Result<Uuid, String> {
+        let settle = match (answer.settle.clone()?, self.options.access) {
+            (Some(settle), _) => settle,
+            (None, Access::Serve) => map_id::store_settle(owner, backups, self.settle()).await?,
+            (None, Access::Import | Access::Read) => self.settle(),
+        };
+        self.known.set(Properties { id, settle });
+        Ok(id)
+    }
+
+    fn topology(
+        &mut self,
+        owners: &[Option<Address>],
+        strangers: &BTreeSet<Address>,
+        backups: u16,
+    ) -> Topology {
         let mut partitions: BTreeMap<&Address, Vec<u16>> = BTreeMap::new();
         for (partition, owner) in partition::all().zip(owners) {
             if let Some(address) = owner {
@@ -270,8 +353,14 @@ impl Discovery {
             shards: Vec::new(),
             owners: vec![None; owners.len()],
             connections: self.connections.clone(),
+            spellings: self.spellings.clone(),
             primaries: self.primaries.clone(),
         };
+        // A member that `--map` names otherwise is not another one.
+        let own: HashSet<&Address> = self.spellings.values().collect();
+        topology.connections.retain(|address, _| {
+            !strangers.contains(address) && (own.is_empty() || own.contains(address))
+        });
         for (index, (address, partitions)) in partitions.into_iter().enumerate() {
             for partition in &partitions {
                 topology.owners[usize::from(*partition)] = Some(index);
@@ -288,7 +377,16 @@ impl Discovery {
             return shard.clone();
         }
         let connection = self.connection(address);
-        let writer = PrimaryWriter::open(connection.clone(), &self.options, backups, partitions);
+        let (config, options) = (self.config.clone(), &self.options);
+        let known = self.known.clone();
+        let writer = PrimaryWriter::open(
+            connection.clone(),
+            config,
+            options,
+            known,
+            backups,
+            partitions,
+        );
         let shard = Arc::new(Shard { connection, writer });
         self.shards.insert(address.clone(), shard.clone());
         shard
@@ -310,6 +408,9 @@ impl Discovery {
         for (address, warning) in state.warnings() {
             self.log_once(&format!("redis {address} {warning}"));
         }
+        for address in &state.strangers {
+            self.log_once(&format!("redis {address} {STRANGER}"));
+        }
         let errors = [&state.discovery_error, &state.map_id_error];
         for error in errors.into_iter().flatten() {
             self.log_once(error);
@@ -325,29 +426,41 @@ impl Discovery {
 
 /// Whether a member imports a slot whose owner does not report the move. A failover during a move
 /// leaves this state: the importing member may hold keys that the owner lacks.
-fn is_split(slot: u16, owner: &Address, answers: &[Answer]) -> bool {
-    let reports = |answer: &Answer, direction| {
-        let mut moving = answer.info.moving.iter();
+fn is_split(slot: u16, owner: &Node, infos: &[&ServerInfo]) -> bool {
+    let reports = |info: &ServerInfo, direction| {
+        let mut moving = info.moving.iter();
         moving.any(|moving| moving.slot == slot && moving.direction == direction)
     };
-    let mut others = answers.iter().filter(|answer| answer.address != *owner);
-    let is_imported = others.any(|answer| reports(answer, Direction::In));
-    let mut answers = answers.iter();
-    let owner_reports =
-        |answer: &Answer| answer.address == *owner && reports(answer, Direction::Out);
-    is_imported && !answers.any(owner_reports)
+    let mut members = infos.iter();
+    let is_imported = members.any(|info| info.id != owner.id && reports(info, Direction::In));
+    let mut members = infos.iter();
+    is_imported && !members.any(|info| info.id == owner.id && reports(info, Direction::Out))
 }
 
-/// The replies of one member.
-struct Answer {
-    address: Address,
-    info: ServerInfo,
-    nodes: Vec<Node>,
+/// The replies of one server.
+pub(super) struct Answer {
+    pub(super) address: Address,
+    pub(super) info: ServerInfo,
+    pub(super) nodes: Vec<Node>,
     /// Valid only from the primary that owns [`map_id::PARTITION`].
-    map_id: Result<MapId, String>,
+    pub(super) map_id: Result<MapId, String>,
+    /// The same for the settle window, in milliseconds.
+    pub(super) settle: Result<Option<u64>, String>,
 }
 
 impl Answer {
+    /// The ids of the nodes that it lists; a single server lists itself.
+    pub(super) fn node_ids(&self) -> impl Iterator<Item = &str> {
+        let own = Some(&self.info.id).filter(|_| self.nodes.is_empty());
+        let listed = self.nodes.iter().map(|node| &node.id);
+        listed.chain(own).map(String::as_str)
+    }
+
+    /// Whether it is, or lists, a primary that may hold a map.
+    pub(super) fn has_slots(&self) -> bool {
+        !self.info.is_cluster_enabled || self.nodes.iter().any(|node| !node.slots.is_empty())
+    }
+
     /// Why this server cannot hold the map or its share of it.
     fn incompatibility(&self, is_cluster: bool) -> Option<String> {
         let Self { address, info, .. } = self;
@@ -381,7 +494,7 @@ impl Answer {
             Value::ServerError(error) => Err(format!("redis {address} refuses: {error}")),
             _ => Err(partition::unexpected_reply(replies).to_string()),
         };
-        let [info, nodes, id] = replies else {
+        let [info, nodes, id, settle] = replies else {
             return Err(partition::unexpected_reply(replies).to_string());
         };
         let mut info = ServerInfo::parse(&text(info)?);
@@ -390,6 +503,7 @@ impl Answer {
         } else {
             Vec::new()
         };
+        info.id = address.to_string();
         if let Some(myself) = nodes.iter().find(|node| node.is_myself) {
             info.id.clone_from(&myself.id);
             info.moving.clone_from(&myself.moving);
@@ -399,6 +513,7 @@ impl Answer {
             info,
             nodes,
             map_id: map_id::parse(id),
+            settle: map_id::parse_settle(settle),
         })
     }
 }

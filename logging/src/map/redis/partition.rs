@@ -9,7 +9,7 @@
 
 use common::entry::Entry;
 use crc::{CRC_16_XMODEM, Crc};
-use redis::Value;
+use redis::{Cmd, Value};
 use uuid::Uuid;
 
 use crate::map::contract::MapError;
@@ -61,6 +61,12 @@ pub(super) fn fence_key(partition: u16) -> String {
     format!("fence:{{{partition}}}")
 }
 
+/// The key of a partition's floor: the time, in milliseconds since the Unix epoch, below which nothing in it
+/// is new any more.
+pub(super) fn floor_key(partition: u16) -> String {
+    format!("fence:{{{partition}}}:floor")
+}
+
 /// The slot of a partition. Source:
 /// <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/>
 pub(super) fn slot(partition: u16) -> u16 {
@@ -92,6 +98,13 @@ pub(super) fn member(entry: &Entry) -> (Vec<u8>, bool) {
 /// The first and the last mark of a partition of this map.
 pub(super) fn marks(map: Uuid) -> [Vec<u8>; 2] {
     [Uuid::nil(), Uuid::max()].map(|end| [*end.as_bytes(), *map.as_bytes()].concat())
+}
+
+/// The command that reads a partition's first member, which is its mark.
+pub(super) fn first_member(partition: u16) -> Cmd {
+    let mut command = redis::cmd("ZRANGE");
+    command.arg(entries_key(partition)).arg(0).arg(0);
+    command
 }
 
 /// A member of a partition's sorted set.

@@ -1,21 +1,27 @@
 //! Writes to a primary on a separate connection, and maps its replies to outcomes. A commit is one
-//! call of `put.lua` and a `WAIT` for the replicas. The script first increments a counter, the
-//! fence, so that `WAIT` has a write to wait for even when no entry is new.
+//! call of `put.lua`, a `WAIT` for the replicas, and the proof that what they have is on disk. The script
+//! first increments a counter, the fence, so that `WAIT` has a write to wait for even when no entry is new.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
+
 use std::time::Duration;
 
-use common::entry::{Outcome, unix_millis};
+use common::entry::{Outcome, millis_at, unix_millis};
+use futures_util::future::join;
 use redis::aio::MultiplexedConnection;
 use redis::{Pipeline, Script, ServerError, Value};
 use tokio::sync::watch;
 
+use super::append_only::{Primacy, Proof};
+use super::config::RedisConfig;
 use super::connection::{self, ServerConnection};
+use super::known_map::{KnownMap, Properties};
 use super::partition::{self, entries_key, fence_key, message_key};
 use super::timeouts::wait_timeout;
-use crate::map::contract::{MAX_AHEAD, MAX_SKEW};
+use crate::map::contract::{Access, MAX_AHEAD, MAX_SKEW};
 use crate::map::queue::Job;
+use crate::map::rules::millis;
 
 const PUT_SCRIPT: &str = include_str!("put.lua");
 
@@ -49,20 +55,38 @@ impl Shared {
 pub(super) struct Primary {
     /// The connection for reads, which may notice first that the server is down.
     pub(super) connection: Arc<ServerConnection>,
-    pub(super) settle: Duration,
+    pub(super) known: Arc<KnownMap>,
+    pub(super) access: Access,
     /// Replicas that must hold an entry before it is acknowledged.
     pub(super) backups: u16,
     pub(super) shared: Arc<Shared>,
+    /// How its replicas are reached.
+    pub(super) config: RedisConfig,
+    /// When its append-only file was seen complete.
+    pub(super) seen: Option<Primacy>,
+}
+
+/// A connection for commits, and what proves that they are on disk.
+pub(super) struct Session {
+    connection: MultiplexedConnection,
+    proof: Proof,
 }
 
 impl Primary {
-    /// Connects, and commits the fence to check the replicas.
-    pub(super) async fn open(&self) -> Result<MultiplexedConnection, String> {
-        let connected = self.connection.connect().await;
-        let mut connection = connected.map_err(|error| self.connection.describe(&error))?;
-        let committed = self.commit(&[], &mut connection).await;
+    /// Connects, looks at the append-only files, and commits the fence to check the replicas.
+    pub(super) async fn open(&mut self) -> Result<Session, String> {
+        let server = &*self.connection;
+        let connected = server.connect().await;
+        let mut connection = connected.map_err(|error| server.describe(&error))?;
+        let (config, seen) = (&self.config, self.seen.as_ref());
+        let proof = Proof::find(&mut connection, server, config, self.backups, seen).await?;
+        if let Proof::Unchanged(primacy) = &proof {
+            self.seen = Some(primacy.clone());
+        }
+        let mut session = Session { connection, proof };
+        let committed = self.commit(&[], &mut session).await;
         committed.map_err(|failure| failure.detail)?;
-        Ok(connection)
+        Ok(session)
     }
 
     /// Commits a group and returns the outcome of each entry once the replicas have the commit.
@@ -70,19 +94,43 @@ impl Primary {
     pub(super) async fn commit(
         &self,
         group: &[Job],
-        connection: &mut MultiplexedConnection,
+        session: &mut Session,
     ) -> Result<Vec<Outcome>, Failure> {
         let address = &self.connection.address;
-        let sent = connection::send(connection, &self.pipeline(group)).await;
+        let Session { connection, proof } = session;
+        let wait = match proof {
+            // The two waits must end within the call.
+            Proof::WaitAof => wait_timeout(self.connection.timeout) * 5 / 8,
+            Proof::Unchanged(_) => wait_timeout(self.connection.timeout),
+        };
+        let (put, prove) = (
+            self.pipeline(group, wait),
+            proof.question(self.backups, wait),
+        );
+        // In this order, but apart: a primary that steps down closes the connection after the replies to the
+        // first, which may say that nothing was executed.
+        let (mut putting, mut proving) = (connection.clone(), connection.clone());
+        let putting = connection::send(&mut putting, &put);
+        let proving = connection::send(&mut proving, &prove);
+        let (sent, proved) = join(putting, proving).await;
         let replies = sent.map_err(|error| {
             Failure::maybe_executed(format!("redis {address} returned no reply: {error}"))
         })?;
-        let entries = group.iter().map(|job| job.entries.len()).sum();
-        self.outcomes(&replies, entries)
+        let outcomes = group.iter().map(Job::outcomes).sum();
+        let proved = match proved {
+            Ok(replies) => proof.check(&replies, self.backups),
+            Err(error) => Err(format!("returned no reply: {error}")),
+        };
+        self.outcomes(&replies, outcomes, proved)
     }
 
-    /// Maps the replies of a pipeline to the outcome of each entry.
-    fn outcomes(&self, replies: &[Value], entries: usize) -> Result<Vec<Outcome>, Failure> {
+    /// Maps the replies of a pipeline to the outcome of each entry and floor.
+    fn outcomes(
+        &self,
+        replies: &[Value],
+        count: usize,
+        proved: Result<(), String>,
+    ) -> Result<Vec<Outcome>, Failure> {
         let address = &self.connection.address;
         // If the script was not executed, the reply of `WAIT` does not matter. On a primary that
         // steps down, `WAIT` fails too.
@@ -95,17 +143,29 @@ impl Primary {
             [put, Value::Int(replicas)] => (put, *replicas),
             _ => return Err(self.unexpected_reply(replies)),
         };
-        let Some([Value::BulkString(letters), Value::BulkString(failure)]) = put.as_sequence()
+        let Some(
+            [
+                Value::BulkString(letters),
+                Value::BulkString(failure),
+                Value::BulkString(floor),
+            ],
+        ) = put.as_sequence()
         else {
             return Err(self.unexpected_reply(replies));
         };
-        if letters.len() != entries {
+        if letters.len() != count {
             return Err(self.unexpected_reply(replies));
         }
+        let floor = str::from_utf8(floor).ok();
+        let floor = floor.and_then(|floor| floor.parse().ok());
+        self.known.note_floor(floor.unwrap_or(0));
         if replicas < backups {
             return Err(Failure::maybe_executed(format!(
                 "redis {address}: {replicas} of {backups} backups have the entries"
             )));
+        }
+        if let Err(reason) = proved {
+            return Err(Failure::maybe_executed(format!("redis {address} {reason}")));
         }
         let failure = String::from_utf8_lossy(failure);
         let outcomes = letters.iter().map(|letter| match letter {
@@ -125,34 +185,48 @@ impl Primary {
     /// server keeps; if it forgets it, the next group is refused and the primary is opened again. The keys
     /// are passed as arguments, because `KEYS` of one call must all be in one slot; a key that this primary
     /// does not own fails inside the script.
-    fn pipeline(&self, group: &[Job]) -> Pipeline {
-        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    fn pipeline(&self, group: &[Job], wait: Duration) -> Pipeline {
         let mut commands = redis::pipe();
         let put = match group {
             [] => commands.cmd("EVAL").arg(PUT_SCRIPT),
             _ => commands.cmd("EVALSHA").arg(&*PUT_SCRIPT_HASH),
         };
-        let entries = || group.iter().flat_map(|job| job.entries.iter());
+        let entries = || group.iter().flat_map(|job| job.work.entries.iter());
         let times = || entries().map(|entry| unix_millis(entry.uuid));
-        put.arg(0)
-            .arg(millis(self.settle))
-            .arg(millis(self.settle + MAX_SKEW))
+        put.arg(0).arg(fence_key(self.shared.fence()));
+        match self.known.get() {
+            Some((Properties { id, settle }, clock)) => {
+                let [_, last_mark] = partition::marks(id);
+                put.arg(last_mark).arg(millis_at(clock));
+                match self.access {
+                    Access::Import => put.arg(""),
+                    Access::Serve | Access::Read => put.arg(settle),
+                }
+            }
+            // Only the fence is committed before the map is known.
+            None => put.arg("").arg(0).arg(0),
+        };
+        put.arg(millis(MAX_SKEW))
             .arg(millis(MAX_AHEAD))
             .arg(times().min().unwrap_or(0))
-            .arg(times().max().unwrap_or(0))
-            .arg(fence_key(self.shared.fence()));
-        for entry in entries() {
-            let (member, is_large) = partition::member(entry);
-            put.arg(entries_key(partition::of(entry.uuid))).arg(member);
-            if is_large {
-                put.arg(message_key(entry.uuid)).arg(entry.msg.as_str());
+            .arg(times().max().unwrap_or(0));
+        for job in group {
+            for entry in job.work.entries.iter() {
+                let (member, is_large) = partition::member(entry);
+                put.arg(entries_key(partition::of(entry.uuid))).arg(member);
+                if is_large {
+                    put.arg(message_key(entry.uuid)).arg(entry.msg.as_str());
+                }
+            }
+            for partition in &job.work.partitions {
+                put.arg(entries_key(*partition)).arg("").arg(job.work.floor);
             }
         }
         if self.backups > 0 {
             commands
                 .cmd("WAIT")
                 .arg(self.backups)
-                .arg(millis(wait_timeout(self.connection.timeout)).max(1));
+                .arg(millis(wait).max(1));
         }
         commands
     }
@@ -245,14 +319,22 @@ mod tests {
                 timeout,
                 Arc::default(),
             )),
-            settle: timeout,
+            known: Arc::default(),
+            access: Access::Serve,
             backups: 1,
             shared: Arc::new(Shared {
                 closed_reason: watch::Sender::default(),
                 partitions: watch::Sender::default(),
                 fence: AtomicUsize::new(0),
             }),
+            config: "redis://127.0.0.1:7001".parse().expect("a location"),
+            seen: None,
         }
+    }
+
+    /// The outcomes of one entry, which is on disk.
+    fn outcomes(put: Value, wait: Value) -> Result<Vec<Outcome>, Failure> {
+        primary().outcomes(&[put, wait], 1, Ok(()))
     }
 
     fn error(text: &str) -> Value {
@@ -282,7 +364,8 @@ mod tests {
             "READONLY You can't write against a read only replica.",
         ] {
             for wait in &waits {
-                let failure = primary().outcomes(&[error(refusal), wait.clone()], 1);
+                let replies = [error(refusal), wait.clone()];
+                let failure = primary().outcomes(&replies, 1, Err("broken pipe".to_owned()));
                 let failure = failure.expect_err("nothing was executed");
                 assert!(!failure.may_be_executed, "{refusal}, {wait:?}");
             }
@@ -291,17 +374,18 @@ mod tests {
 
     #[test]
     fn script_that_was_executed_is_unknown_when_wait_fails() {
-        let put = Value::Array(vec![
-            Value::BulkString(b"s".to_vec()),
-            Value::BulkString(Vec::new()),
-        ]);
+        let texts = [&b"s"[..], b"", b"0"];
+        let put = Value::Array(texts.map(|text| Value::BulkString(text.to_vec())).to_vec());
         for wait in [Value::Int(0), error("UNBLOCKED force unblock")] {
-            let failure = primary().outcomes(&[put.clone(), wait], 1);
+            let failure = outcomes(put.clone(), wait);
             assert!(failure.expect_err("no backup has it").may_be_executed);
         }
-        let other = primary().outcomes(&[error("ERR in the middle"), Value::Int(1)], 1);
+        let other = outcomes(error("ERR in the middle"), Value::Int(1));
         assert!(other.expect_err("it failed").may_be_executed);
-        let stored = primary().outcomes(&[put, Value::Int(1)], 1);
+        let replies = [put.clone(), Value::Int(1)];
+        let not_on_disk = primary().outcomes(&replies, 1, Err("is not on disk".to_owned()));
+        assert!(not_on_disk.is_err_and(|failure| failure.may_be_executed));
+        let stored = outcomes(put, Value::Int(1));
         assert!(stored.is_ok_and(|outcomes| outcomes == [Outcome::Stored]));
     }
 }

@@ -9,15 +9,16 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
-use common::entry::{Entry, Outcome};
-use redis::aio::MultiplexedConnection;
+use common::entry::Outcome;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
 
+use super::config::RedisConfig;
 use super::connection::{PROBE_INTERVAL, ServerConnection};
-use super::primary::{Primary, Shared};
+use super::known_map::KnownMap;
+use super::primary::{Primary, Session, Shared};
 use crate::map::contract::Options;
-use crate::map::queue::{Job, WriteBudget, answer_group, claim_group, measure_commit};
+use crate::map::queue::{Job, Work, WriteBudget, answer_group, claim_group, measure_commit};
 
 /// A group commit takes no further batch beyond this, in bytes: the script blocks the primary.
 const MAX_GROUP_BYTES: usize = 512 * 1024;
@@ -34,7 +35,9 @@ impl PrimaryWriter {
     /// Starts the writer. It ends when the handle is dropped and all queued batches are answered.
     pub(super) fn open(
         connection: Arc<ServerConnection>,
+        config: RedisConfig,
         options: &Options,
+        known: Arc<KnownMap>,
         backups: u16,
         partitions: Vec<u16>,
     ) -> Self {
@@ -50,9 +53,12 @@ impl PrimaryWriter {
         let writer = Writer {
             primary: Primary {
                 connection,
-                settle: options.settle,
+                known,
+                access: options.access,
                 backups,
                 shared: shared.clone(),
+                config,
+                seen: None,
             },
             jobs: queued,
         };
@@ -77,14 +83,14 @@ impl PrimaryWriter {
         self.shared.partitions.send_replace(partitions);
     }
 
-    /// Has a batch written; an error is the outcome of all its entries. An empty batch checks that
-    /// the primary and its replicas take entries.
+    /// Has work done; an error is the outcome of all its entries. Without any, it checks that the
+    /// primary and its replicas take entries.
     pub(super) async fn put(
         &self,
         budget: &WriteBudget,
-        entries: Arc<[Entry]>,
+        work: Work,
     ) -> Result<Vec<Outcome>, Outcome> {
-        let (job, reply) = budget.admit(entries)?;
+        let (job, reply) = budget.admit(work)?;
         // If the writer has panicked, the reply fails.
         let _ = self.jobs.send(job);
         reply.outcomes(self.store_timeout).await
@@ -103,13 +109,13 @@ impl Writer {
         let mut opened = self.primary.open().await;
         loop {
             let reason = match opened {
-                Ok(connection) => {
+                Ok(session) => {
                     let address = &self.primary.connection.address;
                     tracing::info!("redis primary {address} takes entries");
                     self.primary.shared.closed_reason.send_replace(None);
                     // Discovery creates a new map once its primaries take entries.
                     self.primary.connection.wake_discovery.notify_one();
-                    self.serve(connection).await?
+                    self.serve(session).await?
                 }
                 Err(reason) => reason,
             };
@@ -129,7 +135,7 @@ impl Writer {
     }
 
     /// Retries after a pause and refuses batches until then; `None` when the handle was dropped.
-    async fn open_again(&mut self, reason: &str) -> Option<Result<MultiplexedConnection, String>> {
+    async fn open_again(&mut self, reason: &str) -> Option<Result<Session, String>> {
         let attempt = async {
             sleep(PROBE_INTERVAL).await;
             self.primary.open().await
@@ -144,7 +150,7 @@ impl Writer {
     }
 
     /// Commits groups until one fails and returns the reason; `None` when the handle was dropped.
-    async fn serve(&mut self, mut connection: MultiplexedConnection) -> Option<String> {
+    async fn serve(&mut self, mut session: Session) -> Option<String> {
         loop {
             let first = self.jobs.recv().await?;
             let queued = iter::from_fn(|| self.jobs.try_recv().ok());
@@ -154,7 +160,7 @@ impl Writer {
                 return Some(reason);
             }
             let began = Instant::now();
-            let committed = self.primary.commit(&group, &mut connection).await;
+            let committed = self.primary.commit(&group, &mut session).await;
             measure_commit(&group, began);
             match committed {
                 Ok(outcomes) => {

@@ -1,35 +1,100 @@
 #!lua flags=allow-cross-slot-keys
--- Puts entries into partitions of this server.
+-- Puts entries into partitions of this server, and raises floors of partitions.
 --
--- ARGV: the maximum age of a new entry, the age from which it is certainly too old, and how far
--- ahead of this server's clock it may be, in milliseconds; the times of the oldest and of the
--- newest entry, in milliseconds since the Unix epoch; the key of the fence; then for each entry the key
--- of its partition and its member: 16 bytes of UUID, then the message. If the byte after the UUID is 255,
--- the message is large: its key and the message follow.
+-- ARGV: the key of the fence; the last mark of each partition of this map; the map's clock; the settle
+-- window, empty if entries of any age are taken; how long after it an entry's time is settled; how far
+-- ahead of the clock a new entry may be; the times of the oldest and of the newest entry. Then for each
+-- entry the key of its partition and its member: 16 bytes of UUID, then the message; if the byte after the
+-- UUID is 255, the message is large: its key and the message follow. Or the key of a partition, an empty
+-- member, and the floor to which its floor is raised. Times are in milliseconds, since the Unix epoch or
+-- as a difference.
 --
--- Returns one letter for each entry (s stored, d duplicate, c conflict, o too old, l leaving: too
--- old only by this server's clock, a ahead, e not executed), and the error of the last e.
+-- Returns one letter for each entry or floor (s stored, d duplicate, c conflict, o too old for ever, l
+-- leaving: too old, and not for ever yet, a ahead, e not executed), the error of the last e, and the
+-- greatest floor of the partitions that were used.
 
 -- The fence: WAIT needs a write in every group. It comes first: if it fails, nothing was executed.
-local fence = redis.pcall('INCR', ARGV[6])
+local fence = redis.pcall('INCR', ARGV[1])
 if type(fence) == 'table' then
     return redis.error_reply('NOFENCE ' .. fence.err)
 end
 
+-- One of the two clocks may have been stepped. Too much that is taken does no harm: floors protect what
+-- was told as settled.
 local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local oldest, settled, newest = now - ARGV[1], now - ARGV[2], now + ARGV[3]
-local may_all_be_new = tonumber(ARGV[4]) >= oldest and tonumber(ARGV[5]) <= newest
+local own, told = time[1] * 1000 + math.floor(time[2] / 1000), tonumber(ARGV[3])
+local takes_any_age = ARGV[4] == ''
+local settle = tonumber(ARGV[4]) or math.huge
+local oldest = math.min(own, told) - settle
+local settled = oldest - ARGV[5]
+local newest = math.max(own, told) + ARGV[6]
+local first, last = tonumber(ARGV[7]), tonumber(ARGV[8])
+local mark = ARGV[2]
+local floors, greatest_floor = {}, 0
 local outcomes, failure = {}, ''
 
+local function floor_key(key)
+    return 'fence:' .. string.sub(key, 9) .. ':floor'
+end
+
+-- The floor of a partition of this map; nil after a failure. Below it nothing is new any more.
+local function floor_of(key)
+    local floor = floors[key]
+    if floor then
+        return floor
+    end
+    local found = redis.pcall('ZREVRANGE', key, '0', '0')
+    if found.err or found[1] ~= mark then
+        failure = found.err or ('NOMARK ' .. key .. ' is not a partition of this map: it was lost')
+        return nil
+    end
+    local stored = redis.pcall('GET', floor_key(key))
+    if type(stored) == 'table' then
+        failure = stored.err
+        return nil
+    end
+    floor = tonumber(stored or 0)
+    floors[key] = floor
+    greatest_floor = math.max(greatest_floor, floor)
+    return floor
+end
+
+-- Whether the floor of the partition is at least this one now.
+local function raise(key, floor)
+    local stored = floor_of(key)
+    if not stored then
+        return false
+    end
+    if stored < floor then
+        local set = redis.pcall('SET', floor_key(key), string.format('%.0f', floor))
+        if set.err then
+            failure = set.err
+            return false
+        end
+        floors[key] = floor
+        greatest_floor = math.max(greatest_floor, floor)
+    end
+    return true
+end
+
 -- The outcome that the entry's time forces on a new entry, or nil.
-local function staleness(uuid)
+local function staleness(key, uuid, floor)
+    if takes_any_age then
+        floor = 0
+    end
+    if first >= oldest and first >= floor and last <= newest then
+        return nil
+    end
     local millis = 0
     for i = 1, 6 do
         millis = millis * 256 + string.byte(uuid, i)
     end
-    if millis < settled then
+    if millis < floor then
         return 'o'
+    end
+    if millis < settled then
+        -- "Never" is told only of what the floor forbids.
+        return raise(key, settled) and 'o' or 'e'
     end
     if millis < oldest then
         return 'l'
@@ -41,15 +106,15 @@ end
 
 -- Numbers are passed as text: Redis formats a Lua number with printf's %.17g, a tenth of this function's time.
 local function put(key, member, message_key, message)
+    local floor = floor_of(key)
+    if not floor then
+        return 'e'
+    end
     local uuid = string.sub(member, 1, 16)
+    -- The last mark follows every entry.
     local found = redis.pcall('ZRANGEBYLEX', key, '[' .. uuid, '+', 'LIMIT', '0', '1')
     if found.err then
         failure = found.err
-        return 'e'
-    end
-    -- The last mark follows every entry.
-    if not found[1] then
-        failure = 'NOMARK ' .. key .. ' is missing'
         return 'e'
     end
     if found[1] == member and message_key then
@@ -66,7 +131,7 @@ local function put(key, member, message_key, message)
     if string.sub(found[1], 1, 16) == uuid then
         return 'c'
     end
-    local stale = not may_all_be_new and staleness(uuid)
+    local stale = staleness(key, uuid, floor)
     if stale then
         return stale
     end
@@ -86,16 +151,19 @@ local function put(key, member, message_key, message)
     return 's'
 end
 
-local i, entry, arguments = 7, 0, #ARGV
+local i, entry, arguments = 9, 0, #ARGV
 while i <= arguments do
     entry = entry + 1
-    local is_large = string.byte(ARGV[i + 1], 17) == 255
-    if is_large then
-        outcomes[entry] = put(ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3])
+    local key, member = ARGV[i], ARGV[i + 1]
+    if member == '' then
+        outcomes[entry] = raise(key, tonumber(ARGV[i + 2])) and 's' or 'e'
+        i = i + 3
+    elseif string.byte(member, 17) == 255 then
+        outcomes[entry] = put(key, member, ARGV[i + 2], ARGV[i + 3])
         i = i + 4
     else
-        outcomes[entry] = put(ARGV[i], ARGV[i + 1])
+        outcomes[entry] = put(key, member)
         i = i + 2
     end
 end
-return { table.concat(outcomes), failure }
+return { table.concat(outcomes), failure, string.format('%.0f', greatest_floor) }

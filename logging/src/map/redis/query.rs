@@ -2,11 +2,10 @@
 //! slot moves, commands follow the redirections of the servers.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
 
 use common::bounds::Order;
 use futures_util::future::try_join_all;
-use redis::{Cmd, ServerError, Value, from_redis_value};
+use redis::{Cmd, ServerError, Value};
 use uuid::Uuid;
 
 use super::cluster::{Cluster, Topology};
@@ -35,52 +34,47 @@ pub(super) fn rank(order: Order, uuid: Uuid) -> u128 {
 /// The rank of the first UUID that an entry may have; rank 0 and the last one belong to the marks.
 pub(super) const FIRST_RANK: u128 = 1;
 
-/// Reads several ranges. Each has at least one member, as both ends of a partition are marks.
+/// Reads several ranges. Each has at least one member, as both ends of a partition are marks. Each
+/// partition's first mark is read too, so that no other map's entries are taken for this one's.
 pub(super) async fn read_parts(
     cluster: &Cluster,
     order: Order,
     parts: &[Part],
 ) -> Result<Vec<Vec<Member>>, MapError> {
-    let partitions: Vec<u16> = parts.iter().map(|part| part.partition).collect();
-    let replies = ask(cluster, &partitions, |index| range(order, &parts[index]));
-    let replies = replies.await?.into_iter().zip(parts);
-    let read = replies.map(|(reply, part)| {
-        let Value::Array(found) = reply else {
-            return Err(unexpected_reply(&[reply]));
+    let partitions = parts.iter().flat_map(|part| [part.partition; 2]);
+    let partitions: Vec<u16> = partitions.collect();
+    let replies = ask(cluster, &partitions, |index| match index % 2 {
+        0 => partition::first_member(partitions[index]),
+        _ => range(order, &parts[index / 2]),
+    });
+    let mut replies = replies.await?.into_iter();
+    let read = parts.iter().map(|part| {
+        let (Some(Value::Array(first)), Some(Value::Array(found))) =
+            (replies.next(), replies.next())
+        else {
+            return Err(unexpected_reply(&[]));
         };
+        let first = first.into_iter().next().map(Member::read).transpose()?;
         let found: Result<Vec<Member>, MapError> = found.into_iter().map(Member::read).collect();
-        let mut found = found?;
-        if part.from == FIRST_RANK && !found.is_empty() {
-            match found.remove(0) {
-                Member::Mark(map) => cluster.require_mark(&map)?,
-                Member::Small(..) | Member::Large(..) => found.clear(),
+        let found = found?;
+        match first {
+            Some(Member::Mark(map)) if !found.is_empty() => {
+                cluster.require_mark(&map)?;
+                Ok(found)
             }
-        }
-        match found.is_empty() {
-            true => Err(MapError::Unavailable(format!(
+            _ => Err(MapError::Unavailable(format!(
                 "partition {} is missing: it is moving, or its primary lost it; if this lasts, see \
                  docs/redis.md, What loses entries",
                 part.partition
             ))),
-            false => Ok(found),
         }
     });
     read.collect()
 }
 
-/// The command that reads one range. A range at the end of a set is read by position, with its
-/// mark, as Redis finds it without a search.
+/// The command that reads one range.
 fn range(order: Order, part: &Part) -> Cmd {
     let mut command = Cmd::new();
-    let key = entries_key(part.partition);
-    if part.from == FIRST_RANK {
-        let name = match order {
-            Order::Asc => "ZRANGE",
-            Order::Desc => "ZREVRANGE",
-        };
-        command.arg(name).arg(key).arg(0).arg(part.count);
-        return command;
-    }
     let (name, from, end) = match order {
         Order::Asc => ("ZRANGEBYLEX", bound(b'[', part.from), "+"),
         // Members that begin with a UUID sort after the bare UUID.
@@ -90,7 +84,8 @@ fn range(order: Order, part: &Part) -> Cmd {
             "-",
         ),
     };
-    command.arg(name).arg(key).arg(from).arg(end);
+    command.arg(name).arg(entries_key(part.partition));
+    command.arg(from).arg(end);
     command.arg("LIMIT").arg(0).arg(part.count);
     command
 }
@@ -155,29 +150,6 @@ pub(super) async fn last(cluster: &Cluster) -> Result<Option<Uuid>, MapError> {
     Ok(entries.filter_map(|member| member.uuid()).max())
 }
 
-/// The time of the primary whose clock is furthest behind.
-pub(super) async fn slowest_clock(cluster: &Cluster) -> Result<SystemTime, MapError> {
-    let topology = cluster.topology();
-    if !topology.is_whole() {
-        cluster.start_discovery();
-        return Err(MapError::Unavailable(cluster.unowned_reason()));
-    }
-    let clocks = topology.shards.iter().map(async |shard| {
-        let mut commands = redis::pipe();
-        commands.cmd("TIME");
-        let asked = shard.connection.ask(&commands).await;
-        let replies = asked.map_err(MapError::Unavailable)?;
-        let time = <[Value; 1]>::try_from(replies).ok();
-        let time = time.and_then(|[time]| from_redis_value::<(u64, u32)>(time).ok());
-        let (seconds, micros) = time.ok_or_else(|| unexpected_reply(&[]))?;
-        let since_epoch = Duration::from_secs(seconds) + Duration::from_micros(micros.into());
-        Ok::<_, MapError>(SystemTime::UNIX_EPOCH + since_epoch)
-    });
-    let clocks = try_join_all(clocks).await?;
-    let slowest = clocks.into_iter().min();
-    slowest.ok_or_else(|| MapError::Unavailable(cluster.unowned_reason()))
-}
-
 /// Sends each partition's command to its primary; the replies have the order of `partitions`.
 async fn ask(
     cluster: &Cluster,
@@ -229,7 +201,7 @@ async fn follow(
     command: Cmd,
 ) -> Result<Value, MapError> {
     let target = match error.code() {
-        "MOVED" | "ASK" => redirection(topology, error),
+        "MOVED" | "ASK" => redirection(topology, &connection.address, error),
         _ => None,
     };
     let target = target.ok_or_else(|| refused(connection, error))?;
@@ -243,14 +215,23 @@ async fn follow(
     }
 }
 
-/// Finds the server in the error's `SLOT HOST:PORT`.
+/// Finds the member in the error's `SLOT HOST:PORT`; without a host, it is that of the member asked.
 fn redirection<'a>(
     topology: &'a Topology,
+    asked: &Address,
     error: &ServerError,
 ) -> Option<&'a Arc<ServerConnection>> {
-    let (_, address) = error.details()?.split_once(' ')?;
-    let address: Address = address.parse().ok()?;
-    topology.connections.get(&address)
+    let (_, target) = error.details()?.split_once(' ')?;
+    let target = Address::of_member(target)?;
+    let hosts = match target.host.is_empty() {
+        true => topology.hosts(asked),
+        false => vec![target.host.as_str()],
+    };
+    let mut members = hosts.into_iter().filter_map(|host| {
+        let spelling = Address::new(host, target.port);
+        topology.connections.get(topology.spellings.get(&spelling)?)
+    });
+    members.next()
 }
 
 fn refused(connection: &ServerConnection, error: &ServerError) -> MapError {

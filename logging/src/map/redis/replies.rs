@@ -12,7 +12,6 @@ pub(super) struct ServerInfo {
     pub(super) version: String,
     pub(super) is_cluster_enabled: bool,
     pub(super) is_replica: bool,
-    pub(super) has_append_only_file: bool,
     /// Replicas that are connected at the moment.
     pub(super) replicas: u64,
     /// In bytes; 0 is no limit.
@@ -24,7 +23,7 @@ pub(super) struct ServerInfo {
     pub(super) dataset_memory: u64,
     /// Keys evicted since the server started.
     pub(super) evicted_keys: u64,
-    /// The server's id in the cluster, from `CLUSTER NODES`.
+    /// The server's id in the cluster, from `CLUSTER NODES`; of a single server its address.
     pub(super) id: String,
     /// Slots that the server reports as moving, from `CLUSTER NODES`.
     pub(super) moving: Vec<MovingSlot>,
@@ -39,7 +38,6 @@ impl ServerInfo {
             version: text("redis_version"),
             is_cluster_enabled: number("cluster_enabled") == 1,
             is_replica: text("role") == "slave",
-            has_append_only_file: number("aof_enabled") == 1,
             replicas: number("connected_slaves"),
             max_memory: number("maxmemory"),
             max_memory_policy: text("maxmemory_policy"),
@@ -103,7 +101,10 @@ impl MovingSlot {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Node {
     pub(super) id: String,
+    /// Where it is reached.
     pub(super) address: Address,
+    /// Its IP address and its announced host name: a redirection may name either.
+    pub(super) spellings: Vec<Address>,
     /// Whether the member that was asked is this one.
     pub(super) is_myself: bool,
     /// Of two members that claim a slot, the one with the greater configuration epoch owns it.
@@ -133,24 +134,25 @@ impl Node {
             return None;
         }
         let (address, names) = endpoint.split_once('@')?;
-        let (ip, port) = address.rsplit_once(':')?;
-        // Certificates usually name hosts, not IP addresses.
+        let by_ip = Address::of_member(address)?;
         let name = names.split(',').nth(1).filter(|name| !name.is_empty());
-        let host = match name {
-            Some(name) if is_tls => name,
-            _ if ip.is_empty() => &asked.host,
-            _ => ip,
+        let by_name = name.map(|name| Address::new(name, by_ip.port));
+        let address = match &by_name {
+            // Certificates usually name hosts, not IP addresses.
+            Some(by_name) if is_tls => by_name.clone(),
+            _ if by_ip.host.is_empty() => Address::new(&asked.host, by_ip.port),
+            _ => by_ip.clone(),
         };
         let has_flag = |name| flags.split(',').any(|flag| flag == name);
         // A moving slot is listed in brackets, besides the range that contains it.
         let moving = slots.iter().filter_map(|slot| MovingSlot::parse(slot));
         let slots = slots.iter().filter_map(|slots| slot_range(slots));
+        let spellings = [Some(address.clone()), Some(by_ip), by_name];
+        let spellings = spellings.into_iter().flatten();
         Some(Self {
             id: (*id).to_owned(),
-            address: Address {
-                host: host.to_owned(),
-                port: port.parse().ok()?,
-            },
+            spellings: spellings.filter(|name| !name.host.is_empty()).collect(),
+            address,
             epoch: epoch.parse().ok()?,
             primary_id: Some((*primary_id).to_owned()).filter(|id| id != "-"),
             is_myself: has_flag("myself"),
@@ -277,10 +279,10 @@ eee 10.0.0.5:7005@17005 handshake - 0 0 0 disconnected
     #[test]
     fn server_info_is_read() {
         let info = ServerInfo::parse(
-            "# Server\r\nredis_version:7.0.15\r\ncluster_enabled:1\r\naof_enabled:0\r\n\
+            "# Server\r\nredis_version:7.0.15\r\ncluster_enabled:1\r\n\
              connected_slaves:2\r\n",
         );
-        assert!(info.is_new_enough() && info.is_cluster_enabled && !info.has_append_only_file);
+        assert!(info.is_new_enough() && info.is_cluster_enabled);
         assert_eq!((info.replicas, info.is_replica), (2, false));
         let evicting = |policy| ServerInfo::parse(policy).may_evict_entries();
         assert!(evicting("maxmemory:1\r\nmaxmemory_policy:allkeys-lru\r\n"));

@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use super::cluster::{Cluster, Topology};
 use super::config::Address;
 use super::connection::ServerConnection;
-use super::partition::{LAYOUT, MARKS, entries_key};
+use super::partition::{LAYOUT, MARKS, Member, entries_key, first_member};
 use super::replies::ServerInfo;
 use crate::map::contract::STATS_TIMEOUT;
 
@@ -27,7 +27,7 @@ pub(super) async fn stats(cluster: &Cluster) -> MapStats {
             Some(primary) => (Role::Replica, owned(topology, primary)),
             None => (Role::Primary, own),
         };
-        let asked = ask(member, is_cluster, &partitions);
+        let asked = ask(cluster, member, is_cluster, &partitions);
         let Ok(Ok((info, entries))) = timeout(STATS_TIMEOUT, asked).await else {
             return MemberStats::down(address.to_string(), role);
         };
@@ -59,7 +59,11 @@ pub(super) async fn stats(cluster: &Cluster) -> MapStats {
         engine: if is_cluster { "redis-cluster" } else { "redis" }.to_owned(),
         layout: LAYOUT,
         members,
-        problem: (!state.topology.is_whole()).then(|| cluster.unowned_reason()),
+        problems: Vec::new(),
+        problem: match state.topology.is_whole() {
+            true => state.map_id_error.clone(),
+            false => Some(cluster.unowned_reason()),
+        },
     }
 }
 
@@ -72,6 +76,7 @@ fn owned(topology: &Topology, primary: &Address) -> Vec<u16> {
 /// Asks one member for its `INFO` and its number of entries, on a connection for this alone:
 /// `READONLY`, which lets a replica count, would let it answer reads too.
 async fn ask(
+    cluster: &Cluster,
     member: &ServerConnection,
     is_cluster: bool,
     partitions: &[u16],
@@ -85,15 +90,21 @@ async fn ask(
     }
     commands.cmd("INFO");
     for partition in partitions {
+        commands.add_command(first_member(*partition));
         commands.cmd("ZCARD").arg(entries_key(*partition));
     }
     let replies: Vec<Value> = commands.query_async(&mut connection).await?;
     let mut replies = replies.into_iter();
     let info: String = from_redis_value(replies.next().unwrap_or(Value::Nil))?;
     let mut entries = 0;
-    for reply in replies {
-        let members: u64 = from_redis_value(reply)?;
-        let count = members.checked_sub(MARKS);
+    while let (Some(first), Some(count)) = (replies.next(), replies.next()) {
+        let [first]: [Value; 1] = from_redis_value(first)?;
+        let is_marked = match Member::read(first) {
+            Ok(Member::Mark(map)) => cluster.require_mark(&map).is_ok(),
+            _ => false,
+        };
+        let members: u64 = from_redis_value(count)?;
+        let count = members.checked_sub(MARKS).filter(|_| is_marked);
         entries += count.ok_or_else(|| {
             RedisError::from((ErrorKind::UnexpectedReturnType, "a partition is missing"))
         })?;
