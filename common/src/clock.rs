@@ -41,6 +41,15 @@ struct Reading {
     latest: Duration,
 }
 
+impl Reading {
+    /// The time to show, which is kept as the latest.
+    fn show(&mut self, ticks: Duration) -> Duration {
+        let time = self.time + ticks.saturating_sub(self.ticks);
+        self.latest = self.latest.max(time);
+        self.latest
+    }
+}
+
 impl Default for MapClock {
     fn default() -> Self {
         Self::with_ticks(since_boot)
@@ -61,9 +70,7 @@ impl MapClock {
     pub fn now(&self) -> Option<SystemTime> {
         let mut reading = self.reading();
         let reading = reading.as_mut()?;
-        let elapsed = (self.ticks)().saturating_sub(reading.ticks);
-        reading.latest = reading.latest.max(reading.time + elapsed);
-        Some(UNIX_EPOCH + reading.latest)
+        Some(UNIX_EPOCH + reading.show((self.ticks)()))
     }
 
     /// Waits until the clock was told a time.
@@ -79,44 +86,53 @@ impl MapClock {
 
     /// Moves towards `time`, by at most [`slew`]. The first time is taken as it is.
     pub fn follow(&self, time: SystemTime) {
-        let Some(Reading {
-            ticks, time: then, ..
-        }) = *self.reading()
-        else {
-            return self.set(time);
-        };
-        let elapsed = (self.ticks)().saturating_sub(ticks);
-        let most = slew(elapsed);
-        let now = UNIX_EPOCH + then + elapsed;
-        self.correct(time.clamp(now - most, now + most));
+        self.change(time, |reading, time, ticks| {
+            let elapsed = ticks.saturating_sub(reading.ticks);
+            let (now, most) = (reading.time + elapsed, slew(elapsed));
+            Some(time.clamp(now.saturating_sub(most), now + most))
+        });
     }
 
     /// Shows `time`, or what it shows if that is later.
     pub fn advance_to(&self, time: SystemTime) {
-        if self.now().is_none_or(|now| now < time) {
-            self.set(time);
-        }
+        self.change(time, |reading, time, ticks| {
+            (reading.show(ticks) < time).then_some(time)
+        });
     }
 
     /// Continues from `time`; if it has shown a later time, it shows that one until then.
     pub fn correct(&self, time: SystemTime) {
-        let latest = self.now().unwrap_or(UNIX_EPOCH);
-        self.show(time, latest);
+        self.change(time, |_, time, _| Some(time));
     }
 
     /// Shows `time` from now on, even if that is back.
     pub fn set(&self, time: SystemTime) {
-        self.show(time, time);
-    }
-
-    fn show(&self, time: SystemTime, latest: SystemTime) {
-        let since_epoch = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let time = time.duration_since(UNIX_EPOCH).unwrap_or_default();
         *self.reading() = Some(Reading {
             ticks: (self.ticks)(),
-            time: since_epoch(time),
-            latest: since_epoch(latest),
+            time,
+            latest: time,
         });
         self.told.notify_waiters();
+    }
+
+    /// Continues from the time that `choose` makes of the reading, `time` and the ticks, if any.
+    fn change(
+        &self,
+        time: SystemTime,
+        choose: impl FnOnce(&mut Reading, Duration, Duration) -> Option<Duration>,
+    ) {
+        let mut current = self.reading();
+        let Some(reading) = current.as_mut() else {
+            drop(current);
+            return self.set(time);
+        };
+        let ticks = (self.ticks)();
+        reading.show(ticks);
+        let time = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        if let Some(time) = choose(reading, time, ticks) {
+            (reading.time, reading.ticks) = (time, ticks);
+        }
     }
 
     fn reading(&self) -> MutexGuard<'_, Option<Reading>> {

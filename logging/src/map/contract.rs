@@ -26,8 +26,7 @@ pub(super) const STATS_TIMEOUT: Duration = Duration::from_millis(400);
 /// Entries are ordered by UUID, the same on every instance and engine.
 #[async_trait]
 pub trait DistributedMap: fmt::Debug + Send + Sync {
-    /// The id that the map got when it was created; `None` until this instance knows it and the map's
-    /// clock.
+    /// The id that the map got when it was created; `None` until this instance has read it.
     fn id(&self) -> Option<Uuid>;
 
     /// Puts a batch and returns the outcome of each entry, in the order given.

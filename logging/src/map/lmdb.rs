@@ -132,7 +132,6 @@ impl Cursor for LmdbCursor {
 #[async_trait]
 impl DistributedMap for LmdbMap {
     fn id(&self) -> Option<Uuid> {
-        self.store.clock.now()?;
         self.store.id()
     }
 

@@ -81,8 +81,7 @@ impl RedisMap {
 #[async_trait]
 impl DistributedMap for RedisMap {
     fn id(&self) -> Option<Uuid> {
-        let (properties, _) = self.cluster.known.get()?;
-        Some(properties.id)
+        self.cluster.known.id()
     }
 
     async fn put(&self, entries: Arc<[Entry]>) -> Vec<Outcome> {

@@ -231,7 +231,7 @@ async fn instance_that_starts_while_a_member_is_away_has_a_clock() {
     }
     let map = open_with(&cluster.url(), Duration::from_secs(10));
     let begin = Instant::now();
-    while map.id().is_none() {
+    while map.clocks().is_none() {
         assert!(begin.elapsed() < PATIENCE, "{:?}", map.health().await);
         tokio::time::sleep(LOOK_AGAIN).await;
     }
@@ -280,6 +280,26 @@ async fn boot_with_a_slow_clock_does_not_change_settled_history() {
         .await
         .unwrap();
     assert_eq!(outcomes, [Outcome::Stale, Outcome::Stored]);
+}
+
+/// A map whose clock is ahead begins at the machine's time again when all processes were stopped.
+#[tokio::test]
+async fn map_clock_begins_at_the_machines_where_no_process_ran() {
+    let clock = FakeClock::new();
+    let folder = tempfile::tempdir().unwrap();
+    let http = Client::new();
+    for ahead in [60, 0] {
+        clock.step_to(ahead);
+        let mut command = logging(folder.path());
+        command.envs(clock.environment());
+        let mut instance = Process::start(command, free_address());
+        let now = SystemTime::now() + Duration::from_secs(ahead as u64);
+        let told = mark_of(&http, &instance.url()).await.clock.unwrap();
+        assert!(told < now + Duration::from_secs(5), "{told:?} at {now:?}");
+        let outcome = crate::processes::put_one(&http, &instance.url(), &entry_at(now)).await;
+        assert_eq!(outcome, Outcome::Stored);
+        instance.kill();
+    }
 }
 
 /// The settle window is the map's, whatever a later instance is told.

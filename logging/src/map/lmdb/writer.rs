@@ -93,8 +93,12 @@ impl Writer {
         txn.commit()
             .map_err(|error| Failure::at_commit(&self.store, &env, &error))?;
         files.require_intact().map_err(Failure::after_commit)?;
-        self.store.clock.correct(time_of(written.clock_now()));
-        self.store.settle.get_or_init(|| written.settle);
+        let now = time_of(written.clock_now());
+        match self.store.settle.set(written.settle) {
+            // Where no process ran, the clock may have begun earlier than it was.
+            Ok(()) => self.store.clock.set(now),
+            Err(_) => self.store.clock.correct(now),
+        }
         if self.store.id().is_none() {
             let recorded = files.record_id(written.id);
             recorded.map_err(Failure::after_commit)?;

@@ -57,6 +57,10 @@ impl KnownMap {
         self.map.get_or_init(|| properties);
     }
 
+    pub(super) fn id(&self) -> Option<Uuid> {
+        Some(self.map.get()?.id)
+    }
+
     pub(super) fn settle(&self) -> Option<u64> {
         Some(self.map.get()?.settle)
     }
