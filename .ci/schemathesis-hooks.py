@@ -1,5 +1,6 @@
 """What Schemathesis cannot know about the API, each with its reason."""
 
+import json
 import re
 
 import schemathesis
@@ -11,8 +12,13 @@ MAX_TEXT = 256
 
 @schemathesis.serializer(NDJSON)
 def serialize_upload(context, body):
-    """Schemathesis does not know this media type: the body is sent as it is."""
-    return body if isinstance(body, bytes) else body.encode()
+    """Schemathesis does not know this media type, and the schema cannot say that a line is JSON: what is to be
+    accepted is sent as a line, anything else as it is."""
+    if isinstance(body, bytes):
+        return body
+    if body and context.case.meta.generation.mode.is_positive:
+        return json.dumps(body).encode()
+    return body.encode()
 
 
 @schemathesis.hook

@@ -19,5 +19,5 @@ esac
 exec redis-server /redis.conf "$@" - <<CONFIGURATION
 requirepass $admin
 masterauth $admin
-user logging on >$logging ~entries:* ~message:* ~fence:* ~id:* +get +set +asking +eval +evalsha +zadd +zrange +zrevrange +zrangebylex +zrevrangebylex +zcard +readonly +incr +time +wait $wait_aof +info +ping +cluster|nodes
+user logging on >$logging ~entries:* ~message:* ~fence:* ~id:* +get +getrange +set +asking +eval +evalsha +zadd +zrange +zrevrange +zrangebylex +zrevrangebylex +zcard +readonly +incr +time +wait $wait_aof +info +ping +cluster|nodes
 CONFIGURATION

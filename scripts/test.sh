@@ -127,7 +127,7 @@ fi
 # On Redis not again the tests that do not depend on the engine or choose it themselves.
 own=(
     compose:: cluster:: full:: scripts:: simulated:: overload:: clock:: fates:: configuration:: openapi:: console::
-    large::largest
+    state:: door:: output:: proxy:: traces:: large::largest large::stopped
 )
 for engine in "${engines[@]}"; do
     if [[ $engine == lmdb ]]; then

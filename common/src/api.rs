@@ -23,7 +23,8 @@ pub use stats::{
     InstanceStats, MapStats, MemberStats, OutcomeCounts, Role, nearly_full, timestamp,
 };
 pub use stream::{
-    EntryLine, MAX_LINE, Poll, READ_END, READ_SETTLED, ReadQuery, StreamEnd, write_entry,
+    EntryLine, LINE_BEGIN_BYTES, LINE_END, MAX_LINE, Poll, READ_END, READ_SETTLED, ReadQuery,
+    StreamEnd, begin_line, parse_line_begin, whole_characters, write_entry, write_part,
 };
 
 /// The header of every response of a logging instance, and of every request of a facade to one. Its value

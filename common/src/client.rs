@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use axum::http::{Extensions, HeaderMap};
+use ipnet::IpNet;
 
 /// The address of a request's client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,8 +22,8 @@ impl Client {
     /// The client behind `peer`, the other end of the connection. A trusted proxy's word is taken for the
     /// address that it got the request from: the last one of its `X-Forwarded-For`, or else of its
     /// `Forwarded`. Those before it are the client's word.
-    pub(crate) fn behind(peer: IpAddr, headers: &HeaderMap, trusted_proxies: &[IpAddr]) -> Self {
-        if !trusted_proxies.contains(&peer) {
+    pub(crate) fn behind(peer: IpAddr, headers: &HeaderMap, trusted_proxies: &[IpNet]) -> Self {
+        if !is_trusted(peer, trusted_proxies) {
             return Self(peer);
         }
         let last = |name: &str| {
@@ -55,6 +56,13 @@ impl Client {
     }
 }
 
+/// Whether the other end of a connection is a trusted proxy.
+pub(crate) fn is_trusted(peer: IpAddr, trusted_proxies: &[IpNet]) -> bool {
+    trusted_proxies
+        .iter()
+        .any(|network| network.contains(&peer))
+}
+
 impl<S: Sync> FromRequestParts<S> for Client {
     type Rejection = Infallible;
 
@@ -85,15 +93,21 @@ mod tests {
         for (name, value) in headers {
             map.append(*name, value.parse().expect("a value"));
         }
-        let proxy = "10.0.0.1".parse().expect("an address");
+        let proxies = ["10.0.0.1/32", "172.18.0.0/16", "fd00::/8"];
+        let proxies = proxies.map(|network| network.parse().expect("a network"));
         let peer = peer.parse().expect("an address");
-        Client::behind(peer, &map, &[proxy]).0.to_string()
+        Client::behind(peer, &map, &proxies).0.to_string()
     }
 
     #[test]
     fn only_a_trusted_proxy_names_its_client_and_only_by_its_last_word() {
         let spoofed = [("x-forwarded-for", "192.0.2.1")];
-        assert_eq!(client("10.0.0.2", &spoofed), "10.0.0.2");
+        for stranger in ["10.0.0.2", "172.19.0.1", "2001:db8::9"] {
+            assert_eq!(client(stranger, &spoofed), stranger);
+        }
+        for proxy in ["172.18.0.1", "172.18.255.9", "fd00::1"] {
+            assert_eq!(client(proxy, &spoofed), "192.0.2.1");
+        }
         assert_eq!(client("10.0.0.1", &[]), "10.0.0.1");
         assert_eq!(client("10.0.0.1", &[("x-forwarded-for", "x")]), "10.0.0.1");
         for (name, value, expected) in [

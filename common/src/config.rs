@@ -7,9 +7,9 @@ use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::builder::BoolishValueParser;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Command, Parser};
+use ipnet::IpNet;
 
 use crate::door::DoorConfig;
 use crate::telemetry::LogFormat;
@@ -17,8 +17,14 @@ use crate::telemetry::LogFormat;
 /// The exit code for wrong configuration, the same as that of `clap`.
 const EXIT_CONFIGURATION: i32 = 2;
 
+/// Shorter timeouts are rejected: nothing that asks another process or a disk could succeed.
+const SHORTEST_TIMEOUT: Duration = Duration::from_millis(10);
+
 /// Longer durations are rejected: added to a point in time they could overflow.
 const LONGEST_DURATION: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// The default of `--idle-timeout`.
+pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 
 /// The default of `--max-connections`.
 pub(crate) const MAX_CONNECTIONS: u32 = 1024;
@@ -26,25 +32,31 @@ pub(crate) const MAX_CONNECTIONS: u32 = 1024;
 /// Options of every service.
 #[derive(Args, Clone, Debug)]
 pub struct ServiceConfig {
-    /// Time for requests in flight to finish after SIGINT or SIGTERM; then their connections are cut
-    #[arg(long, default_value = "10s", value_parser = duration)]
+    /// Time for requests in flight to finish after SIGINT, SIGTERM or SIGHUP; then their connections are cut
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
     pub grace: Duration,
 
+    /// After this time without a request a kept connection is closed; longer than the same of a proxy in front
+    #[arg(long, default_value = "75s", value_parser = timeout)]
+    pub idle_timeout: Duration,
+
     /// Listen beyond loopback although no token is asked for: something else guards the port
-    #[arg(long, value_parser = BoolishValueParser::new())]
+    #[arg(long, value_parser = switch)]
     pub open: bool,
 
-    /// Format of the log on standard output; RUST_LOG filters it (default: info)
-    #[arg(long, value_enum, default_value = "text")]
+    /// Format of the log on standard output. The variable RUST_LOG filters it: a level, or levels of modules,
+    /// as in warn,logging=info (default: info)
+    #[arg(long, value_name = "FORMAT", value_enum, default_value = "text")]
     pub log_format: LogFormat,
 
     /// Connections at once; a further one takes the place of an idle one, or gets a 503
-    #[arg(long, default_value_t = MAX_CONNECTIONS, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = MAX_CONNECTIONS, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_connections: u32,
 
-    /// Address of a proxy whose X-Forwarded-For (or Forwarded) header names the client; may be repeated
-    #[arg(long, value_name = "ADDRESS", value_delimiter = ',', value_parser = ip_address)]
-    pub trusted_proxy: Vec<IpAddr>,
+    /// Address, or network as 172.18.0.0/16, of proxies whose X-Forwarded-For (or Forwarded) header names the
+    /// client; may be repeated
+    #[arg(long, value_name = "ADDRESS", value_delimiter = ',', value_parser = network)]
+    pub trusted_proxy: Vec<IpNet>,
 }
 
 /// Parses the command line and the environment. Ends the process with code 0 after `--help` and
@@ -90,13 +102,16 @@ pub fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| error.to_owned())
 }
 
-/// Parses an address without a port.
+/// Parses a network, or one address.
 ///
 /// # Errors
 /// A sentence that says what to write instead.
-pub fn ip_address(text: &str) -> Result<IpAddr, String> {
-    let error = "write an address without a port, for example 127.0.0.1";
-    text.parse().map_err(|_| error.to_owned())
+fn network(text: &str) -> Result<IpNet, String> {
+    let address = text.parse().map(|ip: IpAddr| ip.to_canonical().into());
+    address.or_else(|_| text.parse()).map_err(|_| {
+        "write an address without a port, for example 127.0.0.1, or a network, for example 172.18.0.0/16"
+            .to_owned()
+    })
 }
 
 /// Parses a duration.
@@ -111,14 +126,26 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Parses a duration above zero.
+/// Parses a duration that is long enough for a timeout.
 ///
 /// # Errors
 /// A sentence that says what to write instead.
 pub fn timeout(text: &str) -> Result<Duration, String> {
     match duration(text)? {
-        Duration::ZERO => Err("write a time above zero, for example 800ms or 10s".to_owned()),
-        timeout => Ok(timeout),
+        timeout if timeout >= SHORTEST_TIMEOUT => Ok(timeout),
+        _ => Err("write a time of at least 10ms, for example 800ms or 10s".to_owned()),
+    }
+}
+
+/// Parses the environment variable of a flag that has no value.
+///
+/// # Errors
+/// A sentence that says what to write instead.
+fn switch(text: &str) -> Result<bool, String> {
+    match &*text.to_lowercase() {
+        "true" | "t" | "yes" | "y" | "on" | "1" => Ok(true),
+        "false" | "f" | "no" | "n" | "off" | "0" => Ok(false),
+        _ => Err("write true or false".to_owned()),
     }
 }
 
@@ -210,6 +237,9 @@ fn in_one_line(error: &clap::Error, service: &str) -> String {
         (Some(reason), _) => reason.to_string(),
         (None, Some(ContextValue::Strings(values))) => {
             format!("write one of {}", values.join(", "))
+        }
+        (None, _) if error.kind() == ErrorKind::TooManyValues => {
+            format!("write {option} without a value")
         }
         (None, _) => "it is malformed".to_owned(),
     };

@@ -2,22 +2,29 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
+use std::io::{self, ErrorKind};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::task::Context;
 use std::time::{Duration, Instant};
 
 use futures_util::task::AtomicWaker;
+use ipnet::IpNet;
 use metrics::counter;
-use tokio::io::ReadBuf;
+use tokio::io::Interest;
 use tokio::net::TcpStream;
+use tokio::time::sleep;
 
-use crate::client::Client;
+use crate::client::{Client, is_trusted};
 use crate::metrics::CONNECTIONS_CUT;
 
 /// The pause between two log lines that say that the door is full.
 const TELL_AGAIN: Duration = Duration::from_secs(10);
+
+/// A client that has closed its half of the connection may still read, but has left when there is nothing to
+/// send to it for this time. Otherwise only a write could tell: the next byte makes its kernel reset the connection.
+const LEFT_AFTER: Duration = Duration::from_secs(1);
 
 /// What a connection's socket and its requests tell each other.
 #[derive(Debug)]
@@ -28,6 +35,8 @@ pub(crate) struct Connection {
     idle_since: Mutex<Option<Instant>>,
     /// Whether the last request was read to its end.
     is_request_read: AtomicBool,
+    /// Whether nobody reads the rest of it.
+    is_request_dropped: AtomicBool,
     /// Whether the end of the connection is all that tells the end of the response.
     is_unframed: AtomicBool,
     is_evicted: AtomicBool,
@@ -41,6 +50,7 @@ impl Connection {
             peer,
             idle_since: Mutex::new(Some(Instant::now())),
             is_request_read: AtomicBool::new(false),
+            is_request_dropped: AtomicBool::new(false),
             is_unframed: AtomicBool::new(false),
             is_evicted: AtomicBool::new(false),
             reader: AtomicWaker::new(),
@@ -50,6 +60,7 @@ impl Connection {
     pub(crate) fn begin_request(&self) {
         *self.idle() = None;
         self.is_request_read.store(false, Ordering::Relaxed);
+        self.is_request_dropped.store(false, Ordering::Relaxed);
     }
 
     pub(crate) fn note_request_read(&self) {
@@ -58,6 +69,14 @@ impl Connection {
 
     pub(crate) fn is_request_read(&self) -> bool {
         self.is_request_read.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn note_request_dropped(&self) {
+        self.is_request_dropped.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_request_dropped(&self) -> bool {
+        self.is_request_dropped.load(Ordering::Relaxed)
     }
 
     /// The response that begins has neither a length nor chunks.
@@ -78,22 +97,28 @@ impl Connection {
         *self.idle() = Some(Instant::now());
     }
 
-    /// Whether the client has closed its half of the connection. If not, the task of `context` is woken when
-    /// it does or sends something; nothing else may wait for the client to send.
-    pub(crate) fn poll_closed(&self, context: &mut Context<'_>) -> Poll<()> {
-        let mut byte = [0];
-        match ready!(self.stream.poll_peek(context, &mut ReadBuf::new(&mut byte))) {
-            Ok(0) | Err(_) => Poll::Ready(()),
-            // What it sends now is its next request, behind which its end cannot be seen.
-            Ok(_) => Poll::Pending,
+    /// Since when no request is being served.
+    pub(crate) fn idle_since(&self) -> Option<Instant> {
+        *self.idle()
+    }
+
+    /// Waits until the client has closed its half of the connection and [`LEFT_AFTER`] has passed. The caller
+    /// begins anew with each thing that it can send meanwhile.
+    pub(crate) async fn client_gone(&self) -> io::Error {
+        // Only the end of the connection satisfies this interest, and not what the client has sent before,
+        // such as its next request, or the end of TLS.
+        if let Err(error) = self.stream.ready(Interest::PRIORITY).await {
+            return error;
         }
+        sleep(LEFT_AFTER).await;
+        ErrorKind::ConnectionAborted.into()
     }
 
     /// Whether the connection has to make room for another one. If not, the task of `context` is woken when
     /// it has to.
     pub(crate) fn must_end(&self, context: &Context<'_>) -> bool {
         self.reader.register(context.waker());
-        self.is_evicted.load(Ordering::Acquire) && self.idle().is_some()
+        self.is_evicted.load(Ordering::Acquire) && self.idle_since().is_some()
     }
 
     /// Wakes the task that reads, if the connection has to make room.
@@ -119,7 +144,7 @@ impl Connection {
 #[derive(Debug)]
 pub(crate) struct Connections {
     max: usize,
-    trusted_proxies: Arc<[IpAddr]>,
+    trusted_proxies: Arc<[IpNet]>,
     open: Mutex<Open>,
 }
 
@@ -134,7 +159,7 @@ struct Open {
 }
 
 impl Connections {
-    pub(crate) fn new(max: usize, trusted_proxies: Arc<[IpAddr]>) -> Self {
+    pub(crate) fn new(max: usize, trusted_proxies: Arc<[IpNet]>) -> Self {
         Self {
             max,
             trusted_proxies,
@@ -155,7 +180,7 @@ impl Connections {
     ) -> Result<Admitted, TcpStream> {
         let mut open = self.lock();
         let own = open.by_client.get(&key(peer)).copied().unwrap_or_default();
-        let is_shared = Client(peer).sharer().is_some() && !self.trusted_proxies.contains(&peer);
+        let is_shared = Client(peer).sharer().is_some() && !is_trusted(peer, &self.trusted_proxies);
         let victim = if is_shared && own >= (self.max / 2).max(1) {
             Some(open.oldest_idle_of(key(peer)))
         } else if open.connections.len() >= self.max {
@@ -192,7 +217,7 @@ impl Open {
     /// The idle connections: how many their client has, for how long they are idle, their numbers.
     fn idle(&self) -> impl Iterator<Item = (usize, Duration, u64)> {
         self.connections.iter().filter_map(|(number, connection)| {
-            let idle_for = connection.idle().as_ref()?.elapsed();
+            let idle_for = connection.idle_since()?.elapsed();
             let of_client = self.by_client.get(&key(connection.peer));
             Some((of_client.copied().unwrap_or_default(), idle_for, *number))
         })
@@ -269,7 +294,7 @@ mod tests {
     }
 
     impl Clients {
-        fn new(max: usize, trusted_proxies: &[IpAddr]) -> Self {
+        fn new(max: usize, trusted_proxies: &[IpNet]) -> Self {
             Self {
                 listener: std::net::TcpListener::bind("127.0.0.1:0").expect("a free port"),
                 connections: Arc::new(Connections::new(max, trusted_proxies.into())),
@@ -313,7 +338,7 @@ mod tests {
     #[tokio::test]
     async fn client_elsewhere_has_half_of_the_connections_at_most() {
         let [one, other, proxy] = [1, 2, 3].map(|last| IpAddr::from([192, 0, 2, last]));
-        let clients = Clients::new(4, &[proxy]);
+        let clients = Clients::new(4, &[proxy.into()]);
         let admit = |peer| clients.admit(peer);
         let (first, second) = (admit(one).expect("1 of 2"), admit(one).expect("2 of 2"));
         first.connection.begin_request();

@@ -1,6 +1,7 @@
 //! Who may come in: the checks of every request before a handler sees it. Connections, their number and
 //! their timeouts are the subject of `serve`.
 
+mod access;
 mod host;
 mod origin;
 mod rate;
@@ -13,8 +14,12 @@ use std::sync::Arc;
 
 use axum::extract::Request;
 use axum::http::HeaderValue;
+use axum::http::uri::Scheme;
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
 use clap::Args;
 
+pub use self::access::Access;
 use self::host::Hosts;
 pub use self::host::host_name;
 use self::rate::Rate;
@@ -57,7 +62,9 @@ impl DoorConfig {
         match (&self.tls_cert, &self.tls_key) {
             (None, None) => Ok(None),
             (Some(certificate), Some(key)) => {
-                follow_certificate(certificate.clone(), key.clone()).map(Some)
+                let followed = follow_certificate(certificate.clone(), key.clone());
+                let named = followed.map_err(|error| format!("--tls-cert and --tls-key: {error}"));
+                named.map(Some)
             }
             (Some(_), None) | (None, Some(_)) => {
                 Err("--tls-cert and --tls-key go together; give both".to_owned())
@@ -70,6 +77,8 @@ impl DoorConfig {
 #[derive(Clone, Debug)]
 pub struct Door {
     hosts: Hosts,
+    /// Of a service that speaks HTTPS; another one may be behind a proxy that does.
+    scheme: Option<Scheme>,
     rate: Option<Arc<Rate>>,
     tokens: Option<Followed<Tokens>>,
 }
@@ -78,6 +87,7 @@ impl Default for Door {
     fn default() -> Self {
         Self {
             hosts: Hosts::Any,
+            scheme: None,
             rate: None,
             tokens: None,
         }
@@ -92,6 +102,7 @@ impl Door {
     pub fn new(config: &DoorConfig, listen: SocketAddr, names: &[String]) -> Result<Self, String> {
         Ok(Self {
             hosts: Hosts::new(listen, names),
+            scheme: config.has_tls().then_some(Scheme::HTTPS),
             rate: None,
             tokens: config.token_file.clone().map(follow_tokens).transpose()?,
         })
@@ -106,29 +117,50 @@ impl Door {
         }
     }
 
-    /// Whether a request may come in. The cheapest check comes first.
+    /// Has a handler answer a request that may come in. A GET is refused or aborted when its token no longer
+    /// allows it; the handler of another one finds its [`Access`] in the extensions.
+    pub(crate) async fn answer(&self, mut request: Request, next: Next) -> Response {
+        let access = match self.check(&request) {
+            Ok(None) => return next.run(request).await,
+            Ok(Some(access)) => access,
+            Err(problem) => return problem.into_response(),
+        };
+        let is_safe = request.method().is_safe();
+        request.extensions_mut().insert(access.clone());
+        let response = next.run(request).await;
+        if !is_safe {
+            return response;
+        }
+        match access.check() {
+            Ok(()) => access.guard(response),
+            Err(problem) => problem.into_response(),
+        }
+    }
+
+    /// Whether a request may come in, and by which token. The cheapest check comes first.
     ///
     /// # Errors
     /// The answer to one that may not.
-    pub(crate) fn check(&self, request: &Request) -> Result<(), Problem> {
+    fn check(&self, request: &Request) -> Result<Option<Access>, Problem> {
         self.hosts.check(request)?;
         if let (Some(rate), false) = (&self.rate, is_open(request)) {
             rate.check(Client::of(request.extensions()))?;
         }
-        origin::check(request)?;
+        origin::check(request, self.scheme.as_ref())?;
         match &self.tokens {
-            Some(tokens) if !is_open(request) => tokens.borrow().check(request),
-            _ => Ok(()),
+            Some(tokens) if !is_open(request) => Access::new(tokens, request).map(Some),
+            _ => Ok(None),
         }
     }
 }
 
-/// Follows the tokens of a file.
+/// Follows the tokens of `--token-file`.
 ///
 /// # Errors
 /// A line for the operator, when the file cannot be read or is wrong.
 fn follow_tokens(file: PathBuf) -> Result<Followed<Tokens>, String> {
-    follow(vec![file], |contents| Tokens::parse(&contents.concat()))
+    let followed = follow(vec![file], |contents| Tokens::parse(&contents.concat()));
+    followed.map_err(|error| format!("--token-file {error}"))
 }
 
 /// Follows the header that a client sends: the first token of a file that may do everything.

@@ -22,10 +22,19 @@ use crate::json::JsonLine;
 use crate::problem::Problem;
 use crate::tls::trusting_anyone;
 
+/// Whether a service can serve, for operators and load balancers.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub struct Health {
+    /// Why it cannot serve; `None` when it is ready.
+    pub not_ready: Option<String>,
+    /// Its parts. One that is not `ok` makes a service that is ready degraded; a warning is `ok`.
+    pub checks: Vec<Check>,
+}
+
 /// One check of `/readyz?verbose`.
-#[derive(Clone, Debug, Serialize, ToSchema)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Check {
-    /// The thing checked, for example `map` or `logging 127.0.0.1:8082`.
+    /// The thing checked, for example `map` or `logging-1`.
     pub name: String,
     /// Whether the check passed.
     pub ok: bool,

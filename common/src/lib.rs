@@ -21,7 +21,7 @@
 //! - [`entry`] is what the services store, [`bounds`] a part of the log.
 //! - [`api`] is the wire between facade and logging.
 //! - A response is written by [`json`] or [`problem`]; [`escape`] makes text safe to print.
-//! - [`health`] answers `/livez` and `/readyz`.
+//! - [`health`] answers `/livez` and `/readyz`, from the [`latest`] check.
 //!
 //! Code that only one service uses does not belong here.
 
@@ -40,6 +40,7 @@ pub mod escape;
 pub mod files;
 pub mod health;
 pub mod json;
+pub mod latest;
 mod listener;
 pub mod metrics;
 pub mod middleware;

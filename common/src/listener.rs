@@ -1,20 +1,22 @@
 //! The listening socket: it accepts connections up to a limit, and follows each of their requests.
 
-use std::convert::Infallible;
 use std::io::{self, ErrorKind};
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes, HttpBody};
-use axum::http::{Method, Request, Response, Version};
+use axum::http::{HeaderValue, Method, Request, Response, Version, header};
 use axum_server::accept::Accept;
 use axum_server::{AddrListener, Address};
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
+use ipnet::IpNet;
 use metrics::counter;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
@@ -25,7 +27,7 @@ use tower::Service;
 use crate::client::Client;
 use crate::connection::{Admitted, Connection, Connections};
 use crate::metrics::CONNECTIONS_CUT;
-use crate::serve::Endless;
+use crate::serve::Timeouts;
 use crate::socket::Socket;
 
 /// The pauses after errors of accepting, which begin short and double. Most such errors mean that the
@@ -62,17 +64,16 @@ pub(crate) struct Listener {
     listener: TcpListener,
     connections: Arc<Connections>,
     refusals: Arc<Semaphore>,
-    /// For reading responses.
-    slack: Duration,
+    timeouts: Timeouts,
 }
 
 impl Listener {
-    pub(crate) fn new(listener: TcpListener, connections: Connections, slack: Duration) -> Self {
+    pub(crate) fn new(listener: TcpListener, connections: Connections, timeouts: Timeouts) -> Self {
         Self {
             listener,
             connections: Arc::new(connections),
             refusals: Arc::new(Semaphore::new(MAX_REFUSALS)),
-            slack,
+            timeouts,
         }
     }
 
@@ -82,7 +83,11 @@ impl Listener {
             return;
         };
         let connection = Arc::new(Connection::new(stream, peer));
-        let mut socket = Socket::new(connection, REFUSE_WITHIN, permit);
+        let timeouts = Timeouts {
+            read: REFUSE_WITHIN,
+            ..self.timeouts
+        };
+        let mut socket = Socket::new(connection, timeouts, permit);
         tokio::spawn(tokio::time::timeout(REFUSE_WITHIN, async move {
             socket.write_all(TOO_MANY.as_bytes()).await?;
             socket.shutdown().await
@@ -119,7 +124,7 @@ impl AddrListener<Socket<Admitted>, Peer> for Listener {
             match self.connections.admit(stream, address) {
                 Ok(admitted) => {
                     let connection = admitted.connection.clone();
-                    return Ok((Socket::new(connection, self.slack, admitted), Peer));
+                    return Ok((Socket::new(connection, self.timeouts, admitted), Peer));
                 }
                 Err(stream) => self.refuse(stream, address),
             }
@@ -134,7 +139,9 @@ impl AddrListener<Socket<Admitted>, Peer> for Listener {
 /// Follows the requests of each connection.
 #[derive(Clone, Debug)]
 pub(crate) struct Follow {
-    pub(crate) trusted_proxies: Arc<[IpAddr]>,
+    pub(crate) trusted_proxies: Arc<[IpNet]>,
+    /// What a response says of a connection that is kept.
+    pub(crate) keep_alive: HeaderValue,
 }
 
 impl Accept<Socket<Admitted>, Router> for Follow {
@@ -146,7 +153,7 @@ impl Accept<Socket<Admitted>, Router> for Follow {
         let requests = Requests {
             router,
             connection: socket.connection.clone(),
-            trusted_proxies: self.trusted_proxies.clone(),
+            following: self.clone(),
         };
         std::future::ready(Ok((socket, requests)))
     }
@@ -157,24 +164,28 @@ impl Accept<Socket<Admitted>, Router> for Follow {
 pub(crate) struct Requests {
     router: Router,
     connection: Arc<Connection>,
-    trusted_proxies: Arc<[IpAddr]>,
+    following: Follow,
 }
 
 impl Service<Request<Incoming>> for Requests {
     type Response = Response<ResponseBody>;
-    type Error = Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+    type Error = io::Error;
+    type Future = Pin<Box<dyn Future<Output = io::Result<Self::Response>> + Send>>;
 
-    fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+    fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
         let busy = Busy::begin(&self.connection);
         let peer = self.connection.peer;
-        let client = Client::behind(peer, request.headers(), &self.trusted_proxies);
+        let trusted_proxies = &self.following.trusted_proxies;
+        let client = Client::behind(peer, request.headers(), trusted_proxies);
+        let keep_alive = self.following.keep_alive.clone();
         let ends_with_the_connection =
             request.version() < Version::HTTP_11 && request.method() != Method::HEAD;
+        // What changes something is finished, and its answer is sent.
+        let ends_with_its_client = request.method().is_safe();
         let connection = self.connection.clone();
         let mut request = request.map(|body| {
             if body.is_end_stream() {
@@ -185,18 +196,38 @@ impl Service<Request<Incoming>> for Requests {
         request.extensions_mut().insert(client);
         let answer = self.router.call(request);
         Box::pin(async move {
-            let response = answer.await?;
+            let mut response = tokio::select! {
+                biased;
+                Ok(response) = answer => response,
+                gone = busy.0.client_gone(), if ends_with_its_client => {
+                    tracing::info!(client = %peer, "a client has left before its answer began");
+                    return Err(gone);
+                }
+            };
+            if is_early(&response, &busy.0) {
+                let close = HeaderValue::from_static("close");
+                response.headers_mut().insert(header::CONNECTION, close);
+            } else {
+                let headers = response.headers_mut();
+                headers.insert("keep-alive", keep_alive);
+            }
             if ends_with_the_connection && response.body().size_hint().exact().is_none() {
                 busy.0.begin_unframed_response();
             }
-            let is_endless = response.extensions().get::<Endless>().is_some();
             Ok(response.map(|body| ResponseBody {
                 body,
                 busy,
-                is_endless,
+                ends_with_its_client,
+                gone: None,
             }))
         })
     }
+}
+
+/// Whether the rest of the request will not be read: no other can follow it on its connection.
+fn is_early(response: &Response<Body>, connection: &Connection) -> bool {
+    let is_complete = response.body().size_hint().exact().is_some();
+    !connection.is_request_read() && (is_complete || connection.is_request_dropped())
 }
 
 /// A request that is being served, until its response is written.
@@ -246,11 +277,18 @@ impl HttpBody for RequestBody {
     }
 }
 
-#[derive(Debug)]
+impl Drop for RequestBody {
+    fn drop(&mut self) {
+        self.connection.note_request_dropped();
+    }
+}
+
 pub(crate) struct ResponseBody {
     body: Body,
     busy: Busy,
-    is_endless: bool,
+    ends_with_its_client: bool,
+    /// While there is nothing to send: whether the client is still there.
+    gone: Option<BoxFuture<'static, io::Error>>,
 }
 
 impl HttpBody for ResponseBody {
@@ -261,13 +299,20 @@ impl HttpBody for ResponseBody {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let frame = Pin::new(&mut self.body).poll_frame(context);
-        if frame.is_pending() && self.is_endless && self.busy.0.poll_closed(context).is_ready() {
-            let gone = io::Error::from(ErrorKind::ConnectionAborted);
+        let this = &mut *self;
+        let frame = Pin::new(&mut this.body).poll_frame(context);
+        if frame.is_pending() && this.ends_with_its_client {
+            let connection = &this.busy.0;
+            let gone = this.gone.get_or_insert_with(|| {
+                let connection = connection.clone();
+                Box::pin(async move { connection.client_gone().await })
+            });
+            let gone = ready!(gone.poll_unpin(context));
             return Poll::Ready(Some(Err(axum::Error::new(gone))));
         }
-        if matches!(frame, Poll::Ready(None)) || self.body.is_end_stream() {
-            self.busy.0.end_complete_response();
+        this.gone = None;
+        if matches!(frame, Poll::Ready(None)) || this.body.is_end_stream() {
+            this.busy.0.end_complete_response();
         }
         frame
     }

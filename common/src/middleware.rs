@@ -34,7 +34,7 @@ const MAX_SHOWN: usize = 256;
 /// Whether a service logs one line for each request it answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestLog {
-    /// One line at level info, for facade and messages.
+    /// One line at level info, for facade and messages; at level debug what is asked again and again.
     On,
     /// No line, for logging, which has a line for each entry.
     Off,
@@ -89,23 +89,26 @@ async fn observe(
     let counts = service.counts.as_ref();
     let counts = counts.filter(|counts| counts.count_request(&request));
     let id = identify(request.headers_mut());
+    let is_of_operators = matches!(
+        request.uri().path(),
+        "/livez" | "/readyz" | "/stats" | "/metrics"
+    );
     let span = request_span(&request, &id);
     let answering = async {
         let measurement = Measurement::begin(&request);
-        let answering = async {
-            match service.door.check(&request) {
-                Ok(()) => next.run(request).await,
-                Err(problem) => problem.into_response(),
-            }
-        };
+        let answering = service.door.answer(request, next);
         let answering = answering.instrument(measurement.span.clone());
         let answer = AssertUnwindSafe(answering).catch_unwind().await;
         let response = answer.unwrap_or_else(|panic| answer_panic(&*panic));
-        measurement.end(response.status(), &service.durations);
+        measurement.end(&response, &service.durations);
         if service.log == RequestLog::On {
             let elapsed_ms = begin.elapsed().as_micros() as f64 / 1000.0;
             let status = response.status().as_u16();
-            tracing::info!(status, elapsed_ms, "answered");
+            if is_of_operators {
+                tracing::debug!(status, elapsed_ms, "answered");
+            } else {
+                tracing::info!(status, elapsed_ms, "answered");
+            }
         }
         response
     };
@@ -120,7 +123,10 @@ async fn observe(
         HeaderValue::from_static("nosniff"),
     );
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    headers.insert(header::VARY, HeaderValue::from_static("accept"));
+    headers.insert(
+        header::VARY,
+        HeaderValue::from_static("accept, sec-fetch-mode"),
+    );
     response
 }
 

@@ -13,6 +13,7 @@ use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::escape::needs_escape;
@@ -46,6 +47,8 @@ struct Output {
     grown: Condvar,
     written: Condvar,
     dropped_lines: AtomicU64,
+    /// Cancelled when the reader of a pipe is gone.
+    lost: CancellationToken,
 }
 
 #[derive(Debug, Default)]
@@ -104,6 +107,22 @@ pub fn print(lines: Vec<u8>) -> impl Future<Output = ()> + Send + 'static {
 pub fn stuck_for() -> Duration {
     let since = OUTPUT.lock().stuck_since;
     since.map_or(Duration::ZERO, |since| since.elapsed())
+}
+
+/// Ends the process, with a line on stderr and code 1, when the reader of its output is gone: a supervisor can
+/// start it again with another one. A process that stops anyway is left to finish.
+pub async fn end_when_lost(stop: CancellationToken) {
+    tokio::select! {
+        biased;
+        () = stop.cancelled() => {}
+        () = OUTPUT.lost.cancelled() => {
+            eprintln!(
+                "error: the reader of standard output is gone, and no entry is stored without its line: \
+                 start this instance again with a reader"
+            );
+            std::process::exit(1);
+        }
+    }
 }
 
 /// Lines that were dropped because the output was stuck, since the start of the process.
@@ -188,6 +207,10 @@ impl Output {
                     self.lock().stuck_since = Some(Instant::now());
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::BrokenPipe => {
+                    self.lost.cancel();
+                    std::thread::sleep(RETRY);
+                }
                 Ok(0) | Err(_) => std::thread::sleep(RETRY),
             }
         }

@@ -1,4 +1,4 @@
-//! The least throughput of a client that the service waits for.
+//! The least throughput of a client, or of another service, that is waited for.
 
 use std::time::Duration;
 
@@ -9,12 +9,14 @@ use tokio::time::Instant;
 /// rate a step takes 16 s, about half of the default slack. A modem is faster.
 pub const MIN_THROUGHPUT: u32 = 4 * 1024;
 
-/// How far one client is behind [`MIN_THROUGHPUT`]. Only the time in which the service waits for the client
-/// counts; each byte makes up for the time that it may take. So a client that does nothing is too slow
-/// after the whole slack, and one that does less than the minimum soon after it.
+/// How far one client is behind a throughput, usually [`MIN_THROUGHPUT`]. Only the time in which the
+/// service waits for the client counts; each byte makes up for the time that it may take. So a client
+/// that does nothing is too slow after the whole slack, and one that does less soon after it.
 #[derive(Debug)]
 pub struct Pace {
     slack: Duration,
+    /// In bytes a second.
+    throughput: u32,
     /// The time for which the client may still be waited for.
     left: Duration,
     waiting_since: Option<Instant>,
@@ -23,8 +25,14 @@ pub struct Pace {
 impl Pace {
     /// A client that has not been waited for yet.
     pub fn new(slack: Duration) -> Self {
+        Self::at(MIN_THROUGHPUT, slack)
+    }
+
+    /// The same for another throughput, in bytes a second.
+    pub fn at(throughput: u32, slack: Duration) -> Self {
         Self {
             slack,
+            throughput,
             left: slack,
             waiting_since: None,
         }
@@ -33,7 +41,8 @@ impl Pace {
     /// Begins to wait for the client, or goes on; at the returned time the client is too slow.
     pub fn wait(&mut self) -> Instant {
         let since = *self.waiting_since.get_or_insert_with(Instant::now);
-        since + self.left
+        // Timers have whole milliseconds: with a rest of one, crumbs would always come in time.
+        since + Duration::from_millis(self.left.as_millis() as u64)
     }
 
     /// Ends the wait: the client has sent or taken so many bytes.
@@ -41,7 +50,7 @@ impl Pace {
         let waited = self.waiting_since.take().map(|since| since.elapsed());
         let left = self.left.saturating_sub(waited.unwrap_or_default());
         if left < self.slack {
-            let earned = Duration::from_secs_f64(bytes as f64 / f64::from(MIN_THROUGHPUT));
+            let earned = Duration::from_secs_f64(bytes as f64 / f64::from(self.throughput));
             self.left = left.saturating_add(earned).min(self.slack);
         }
     }

@@ -3,9 +3,10 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use crate::client::Client;
 
@@ -16,6 +17,8 @@ pub struct Permits {
     /// The most that one client may hold.
     share: usize,
     held: Mutex<HashMap<IpAddr, usize>>,
+    /// Wakes clients that wait for permits.
+    returned: Notify,
 }
 
 /// There are not that many permits for this client now.
@@ -29,6 +32,7 @@ impl Permits {
             free: Arc::new(Semaphore::new(count)),
             share: (count / 2).max(1),
             held: Mutex::default(),
+            returned: Notify::new(),
         })
     }
 
@@ -48,6 +52,18 @@ impl Permits {
             sharer,
             permits: self.clone(),
         })
+    }
+
+    /// Takes permits for a client as soon as that is possible.
+    pub async fn wait(self: &Arc<Self>, client: Client, count: usize) -> Permit {
+        loop {
+            let mut returned = pin!(self.returned.notified());
+            returned.as_mut().enable();
+            if let Ok(permit) = self.take(client, count) {
+                return permit;
+            }
+            returned.await;
+        }
     }
 
     fn acquire(
@@ -72,17 +88,21 @@ impl Permits {
         Ok(acquired)
     }
 
-    fn give_back(&self, sharer: Option<IpAddr>, count: usize) {
-        let Some(sharer) = sharer else {
-            return;
-        };
-        let mut held = self.lock();
-        if let Some(left) = held.get_mut(&sharer) {
-            *left -= count;
-            if *left == 0 {
-                held.remove(&sharer);
+    fn give_back(&self, sharer: Option<IpAddr>, permits: Option<OwnedSemaphorePermit>) {
+        let count = permits
+            .as_ref()
+            .map_or(0, OwnedSemaphorePermit::num_permits);
+        drop(permits);
+        if let Some(sharer) = sharer {
+            let mut held = self.lock();
+            if let Some(left) = held.get_mut(&sharer) {
+                *left -= count;
+                if *left == 0 {
+                    held.remove(&sharer);
+                }
             }
         }
+        self.returned.notify_waiters();
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
@@ -109,8 +129,8 @@ impl Permit {
             let more = self.permits.acquire(self.sharer, count - held)?;
             self.held.merge(more);
         } else {
-            drop(self.held.split(held - count));
-            self.permits.give_back(self.sharer, held - count);
+            let returned = self.held.split(held - count);
+            self.permits.give_back(self.sharer, returned);
         }
         Ok(())
     }
@@ -118,7 +138,8 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.permits.give_back(self.sharer, self.held.num_permits());
+        let returned = self.held.split(self.held.num_permits());
+        self.permits.give_back(self.sharer, returned);
     }
 }
 
@@ -141,6 +162,20 @@ mod tests {
         assert_eq!(permits.free(), 70);
         drop(permit);
         assert_eq!(permits.free(), 100);
+    }
+
+    #[tokio::test]
+    async fn client_waits_for_its_share_and_not_for_others() {
+        let permits = Permits::new(2);
+        let (one, other) = (client("192.0.2.1"), client("192.0.2.2"));
+        let first = permits.wait(one, 1).await;
+        let waiting = permits.clone();
+        let second = tokio::spawn(async move { waiting.wait(one, 1).await });
+        tokio::task::yield_now().await;
+        assert!(!second.is_finished(), "it has its share");
+        permits.wait(other, 1).await;
+        drop(first);
+        second.await.expect("it gets what was returned");
     }
 
     #[test]

@@ -2,16 +2,17 @@
 //!
 //! This module sets no timeout for a whole request: a body may stream as long as it makes progress.
 
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener};
 use std::pin::Pin;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::http::HeaderValue;
 use axum_server::accept::Accept;
 use axum_server::{Handle, Server};
-use hyper_util::rt::TokioTimer;
+use ipnet::IpNet;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::signal::unix::{SignalKind, signal};
@@ -35,8 +36,8 @@ const CONNECTION_BUFFER: usize = 16 * 1024;
 const FILES_KEPT_FREE: u64 = 4;
 
 /// Runs the `main` of `service`: the task, if one is given; otherwise it sets up the log, the router and
-/// the socket, and serves. The token given to `router` is cancelled by SIGINT or SIGTERM. An error is one
-/// line on stderr. `door` is `None` for a service that knows no tokens.
+/// the socket, and serves. The token given to `router` is cancelled by SIGINT, SIGTERM or SIGHUP. An error is
+/// one line on stderr. `door` is `None` for a service that knows no tokens.
 pub async fn run(
     service: &'static str,
     config: &ServiceConfig,
@@ -74,11 +75,15 @@ async fn start(
     metrics::install();
     let max_connections = within_open_files(config.max_connections as usize, raise_open_files());
     let stop = stop_on_signal()?;
-    let router = router(stop.clone())?;
+    // Before the router, whose service may make files.
     let listener = config::bind(listen).map_err(anyhow::Error::msg)?;
+    let router = router(stop.clone())?;
     tracing::info!(address = %listener.local_addr()?, "serving requests");
     let limits = Limits {
-        timeouts: Timeouts::default(),
+        timeouts: Timeouts {
+            idle: config.idle_timeout,
+            ..Timeouts::default()
+        },
         max_connections,
         trusted_proxies: config.trusted_proxy.clone().into(),
     };
@@ -127,9 +132,11 @@ fn within_open_files(wanted: usize, files: Option<u64>) -> usize {
 /// How long a connection may stall before it is cut.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeouts {
-    /// From the first wait for a request's head until the head is complete; an idle keep-alive
-    /// connection is closed after this time too.
+    /// For the head of a request, from its first byte; of a connection's first request, from the connection's
+    /// begin.
     pub head: Duration,
+    /// For the first byte of the next request.
+    pub idle: Duration,
     /// For a whole request body; for an upload, how far its client may fall behind
     /// [`MIN_THROUGHPUT`](crate::pace::MIN_THROUGHPUT).
     pub body: Duration,
@@ -141,6 +148,7 @@ impl Default for Timeouts {
     fn default() -> Self {
         Self {
             head: Duration::from_secs(30),
+            idle: config::IDLE_TIMEOUT,
             body: Duration::from_secs(30),
             read: Duration::from_secs(30),
         }
@@ -155,7 +163,7 @@ pub struct Limits {
     /// Connections at once. A further one takes the place of an idle one, or gets a 503.
     pub max_connections: usize,
     /// Proxies whose word for a client's address is taken.
-    pub trusted_proxies: Arc<[IpAddr]>,
+    pub trusted_proxies: Arc<[IpNet]>,
 }
 
 impl From<Timeouts> for Limits {
@@ -169,11 +177,6 @@ impl From<Timeouts> for Limits {
     }
 }
 
-/// Marks a response, by an extension, whose body has no end: it ends when the client closes its half of the
-/// connection. Any other response is finished for such a client.
-#[derive(Clone, Copy, Debug)]
-pub struct Endless;
-
 /// Serves until `stop` is cancelled, then gives requests in flight `grace` to finish. The future is boxed
 /// so that the HTTP server is compiled once, and not in each binary and test.
 ///
@@ -186,9 +189,7 @@ pub fn serve(
     stop: CancellationToken,
     grace: Duration,
 ) -> Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>> {
-    let acceptor = Follow {
-        trusted_proxies: limits.trusted_proxies.clone(),
-    };
+    let acceptor = follow(&limits);
     Box::pin(serve_with(acceptor, listener, router, limits, stop, grace))
 }
 
@@ -206,11 +207,17 @@ pub fn serve_tls(
 ) -> Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>> {
     let acceptor = TlsAcceptor {
         certificate,
-        below: Follow {
-            trusted_proxies: limits.trusted_proxies.clone(),
-        },
+        below: follow(&limits),
     };
     Box::pin(serve_with(acceptor, listener, router, limits, stop, grace))
+}
+
+fn follow(limits: &Limits) -> Follow {
+    let keep_alive = format!("timeout={}", limits.timeouts.idle.as_secs());
+    Follow {
+        trusted_proxies: limits.trusted_proxies.clone(),
+        keep_alive: HeaderValue::try_from(keep_alive).expect("a number is plain ASCII"),
+    }
 }
 
 async fn serve_with<A>(
@@ -229,7 +236,7 @@ where
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let connections = Connections::new(limits.max_connections, limits.trusted_proxies);
-    let listener = Listener::new(listener, connections, limits.timeouts.read);
+    let listener = Listener::new(listener, connections, limits.timeouts);
     let handle = Handle::new();
     tokio::spawn(stop_gracefully(handle.clone(), stop, grace));
     let mut server = Server::<Peer>::from_listener(listener)
@@ -239,8 +246,6 @@ where
     server
         .http_builder()
         .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.timeouts.head)
         .max_buf_size(CONNECTION_BUFFER)
         .half_close(true);
     server.serve(router.into_make_service()).await
@@ -261,13 +266,16 @@ async fn stop_gracefully(handle: Handle<Peer>, stop: CancellationToken, grace: D
     handle.shutdown();
 }
 
-/// Cancels the returned token on the first SIGINT or SIGTERM; a second one ends the process at once.
+/// Cancels the returned token on the first SIGINT, SIGTERM or SIGHUP; a second one ends the process at once,
+/// but not a SIGHUP, which a terminal or a supervisor sends besides. One that was started with `nohup` goes on.
 ///
 /// # Errors
 /// When the signal handlers cannot be installed.
 fn stop_on_signal() -> std::io::Result<CancellationToken> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    let is_hangup_ignored = is_hangup_ignored();
+    let mut hangup = signal(SignalKind::hangup())?;
     let stop = CancellationToken::new();
     let stopping = stop.clone();
     tokio::spawn(async move {
@@ -275,6 +283,7 @@ fn stop_on_signal() -> std::io::Result<CancellationToken> {
             tokio::select! {
                 _ = interrupt.recv() => {}
                 _ = terminate.recv() => {}
+                _ = hangup.recv(), if !is_hangup_ignored && !stopping.is_cancelled() => {}
             }
             if stopping.is_cancelled() {
                 std::process::exit(130);
@@ -283,4 +292,12 @@ fn stop_on_signal() -> std::io::Result<CancellationToken> {
         }
     });
     Ok(stop)
+}
+
+/// Whether the process was started with SIGHUP ignored.
+fn is_hangup_ignored() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    ignored.is_some_and(|mask| mask & 1 == 1)
 }

@@ -1,11 +1,12 @@
-//! The socket of a connection: it cuts a client that reads too slowly, ends so that an incomplete response
-//! cannot look complete, and closes so that an early answer reaches a client that is still sending.
+//! The socket of a connection: it waits for each request's head, cuts a client that reads too slowly, ends so
+//! that an incomplete response cannot look complete, and closes so that an early answer reaches a client that
+//! is still sending.
 
 use std::io::{self, ErrorKind, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use metrics::counter;
 use rustix::net::sockopt::set_socket_linger;
@@ -17,6 +18,7 @@ use tokio::time::{Sleep, sleep, sleep_until};
 use crate::connection::Connection;
 use crate::metrics::CONNECTIONS_CUT;
 use crate::pace::Pace;
+use crate::serve::Timeouts;
 
 /// How long, and how many bytes, a closing connection goes on to read and drop, when the client has not sent
 /// its whole request: closing at once would make the kernel reset the connection, and the client would lose
@@ -31,6 +33,8 @@ const DROPPED_PIECE: usize = 16 * 1024;
 #[derive(Debug)]
 pub(crate) struct Socket<C> {
     pub(crate) connection: Arc<Connection>,
+    timeouts: Timeouts,
+    head: Head,
     pace: Pace,
     /// Ends a wait for the client; made at the first one.
     too_slow: Option<Pin<Box<Sleep>>>,
@@ -41,6 +45,15 @@ pub(crate) struct Socket<C> {
     _counted: C,
 }
 
+/// The wait for a request's head.
+#[derive(Debug)]
+struct Head {
+    /// When the connection became idle, which tells this wait from the one before.
+    idle_since: Option<Instant>,
+    has_begun: bool,
+    end: Pin<Box<Sleep>>,
+}
+
 #[derive(Debug)]
 struct Lingering {
     until: Pin<Box<Sleep>>,
@@ -48,15 +61,47 @@ struct Lingering {
 }
 
 impl<C> Socket<C> {
-    /// `slack` is for reading responses.
-    pub(crate) fn new(connection: Arc<Connection>, slack: Duration, counted: C) -> Self {
+    pub(crate) fn new(connection: Arc<Connection>, timeouts: Timeouts, counted: C) -> Self {
+        let head = Head {
+            idle_since: connection.idle_since(),
+            has_begun: true,
+            end: Box::pin(sleep(timeouts.head)),
+        };
         Self {
             connection,
-            pace: Pace::new(slack),
+            timeouts,
+            head,
+            pace: Pace::new(timeouts.read),
             too_slow: None,
             lingering: None,
             resets: false,
             _counted: counted,
+        }
+    }
+
+    /// Ready when the client has not sent a request's head in time.
+    fn poll_no_head(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let idle_since = self.connection.idle_since();
+        if idle_since.is_none() {
+            return Poll::Pending;
+        }
+        if self.head.idle_since != idle_since {
+            self.head.idle_since = idle_since;
+            self.head.has_begun = false;
+            let end = tokio::time::Instant::now() + self.timeouts.idle;
+            self.head.end.as_mut().reset(end);
+        }
+        self.head.end.as_mut().poll(context)
+    }
+
+    /// Notes that something has come: between requests it is the begin of a head.
+    fn note_read(&mut self) {
+        let idle_since = self.connection.idle_since();
+        if idle_since.is_some() && !(self.head.has_begun && self.head.idle_since == idle_since) {
+            self.head.idle_since = idle_since;
+            self.head.has_begun = true;
+            let end = tokio::time::Instant::now() + self.timeouts.head;
+            self.head.end.as_mut().reset(end);
         }
     }
 
@@ -137,17 +182,23 @@ impl<C> Socket<C> {
 }
 
 impl<C: Unpin> AsyncRead for Socket<C> {
-    /// A connection that makes room for another one looks as if the client had closed it.
+    /// A connection that makes room for another one, or whose client sends no request, looks as if the client
+    /// had closed it.
     fn poll_read(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let read = poll_read(&self.connection.stream, context, buffer);
-        if read.is_pending() && !self.pace.is_waiting() && self.connection.must_end(context) {
+        if read.is_ready() {
+            self.note_read();
+            return read;
+        }
+        let must_end = !self.pace.is_waiting() && self.connection.must_end(context);
+        if must_end || self.poll_no_head(context).is_ready() {
             return Poll::Ready(Ok(()));
         }
-        read
+        Poll::Pending
     }
 }
 

@@ -1,5 +1,6 @@
 //! Logs: text or JSON lines on standard output, filtered by `RUST_LOG`. [`crate::output`] writes them.
 
+use std::env;
 use std::io::{self, IsTerminal};
 
 use clap::ValueEnum;
@@ -12,6 +13,11 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::output::{self, LastLines, Lines};
 use crate::traces::{Exporter, TRACES};
+
+/// The modules that `RUST_LOG` can name, on each service, as all may share one environment.
+const MODULES: [&str; 4] = ["common", "facade", "logging", "messages"];
+
+const LEVELS: &str = "off, error, warn, info, debug, trace";
 
 /// The format of log lines.
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -37,13 +43,8 @@ pub struct Telemetry {
 /// A line for the person who started the service, when `RUST_LOG` or the collector's address cannot be
 /// used.
 pub fn init(service: &'static str, format: LogFormat) -> Result<Telemetry, String> {
-    let filter = match std::env::var("RUST_LOG") {
-        Ok(text) if !text.is_empty() => text
-            .parse()
-            .map_err(|error| format!("RUST_LOG is malformed: {error}; write for example info"))?,
-        Ok(_) | Err(_) => Targets::new().with_default(LevelFilter::INFO),
-    };
-    let filter = filter.with_target(TRACES, LevelFilter::OFF);
+    let wanted = env::var_os("RUST_LOG").unwrap_or_default();
+    let filter = filter(&wanted.to_string_lossy())?.with_target(TRACES, LevelFilter::OFF);
     let traces = Exporter::start(service)?;
     let log = output::start().map_err(|error| format!("the log cannot be written: {error}"))?;
     let registry = tracing_subscriber::registry();
@@ -63,6 +64,40 @@ pub fn init(service: &'static str, format: LogFormat) -> Result<Telemetry, Strin
         _log: log,
         _traces: traces,
     })
+}
+
+/// Parses `RUST_LOG`: the level of all lines and of modules, separated by commas. Nothing in it is ignored.
+///
+/// # Errors
+/// A line for the operator with the wrong word and those that exist.
+fn filter(text: &str) -> Result<Targets, String> {
+    if text.is_empty() {
+        return Ok(Targets::new().with_default(LevelFilter::INFO));
+    }
+    let mut filter = Targets::new();
+    let mut named = Vec::new();
+    for word in text.split(',').map(str::trim) {
+        let (module, level) = match word.split_once('=') {
+            Some((module, level)) => (Some(module), level),
+            None => (None, word),
+        };
+        let is_known = module.is_none_or(|module| MODULES.contains(&module));
+        let is_used = is_known && !level.is_empty() && !named.contains(&module);
+        let parsed = level.parse().ok().filter(|_| is_used);
+        let parsed: LevelFilter = parsed.ok_or_else(|| {
+            format!(
+                "RUST_LOG has {word:?}: write a level ({LEVELS}), and MODULE=LEVEL for some of {}, each \
+                 once; for example warn,logging=info",
+                MODULES.join(", ")
+            )
+        })?;
+        filter = match module {
+            Some(module) => filter.with_target(module, parsed),
+            None => filter.with_default(parsed),
+        };
+        named.push(module);
+    }
+    Ok(filter)
 }
 
 fn lines<S>(format: LogFormat) -> Box<dyn Layer<S> + Send + Sync>

@@ -7,9 +7,11 @@ use axum_server::accept::Accept;
 use axum_server::tls_rustls::future::RustlsAcceptorFuture;
 use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::ParsedCertificate;
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::server::TlsStream;
@@ -25,25 +27,57 @@ pub type Certificate = Followed<ServerConfig>;
 /// A line for the operator, when a file cannot be read or is wrong, or they do not fit.
 pub fn follow_certificate(certificate: PathBuf, key: PathBuf) -> Result<Certificate, String> {
     follow(vec![certificate, key], |contents| {
+        let chain = certificates(&contents[0])?;
+        check_chain(&chain)?;
         let key = PrivateKeyDer::from_pem_slice(contents[1].as_bytes())
             .map_err(|_| "the second holds no private key")?;
         let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()
             .and_then(|config| {
                 let config = config.with_no_client_auth();
-                config.with_single_cert(certificates(&contents[0]), key)
+                config.with_single_cert(chain, key)
             });
         config.map_err(|error| error.to_string())
     })
+}
+
+/// Checks that each certificate of a file was issued by the next one, as a client does that trusts the last.
+fn check_chain(chain: &[CertificateDer<'_>]) -> Result<(), String> {
+    let [leaf, issuers @ ..] = chain else {
+        return Ok(());
+    };
+    let algorithms = ring::default_provider().signature_verification_algorithms;
+    for (before, issuer) in issuers.iter().enumerate() {
+        let mut trusted = RootCertStore::empty();
+        let checked = trusted.add(issuer.clone()).and_then(|()| {
+            let leaf = ParsedCertificate::try_from(leaf)?;
+            let (between, now) = (&issuers[..before], UnixTime::now());
+            verify_server_cert_signed_by_trust_anchor(&leaf, &trusted, between, now, algorithms.all)
+        });
+        checked.map_err(|error| {
+            let number = before + 2;
+            format!("its certificate {number} does not vouch for those before it ({error})")
+        })?;
+    }
+    Ok(())
+}
+
+/// Follows a file with the certificates of authorities: a client that trusts them, and no others, with the
+/// connections to come.
+///
+/// # Errors
+/// A line for the operator, when it cannot be read or holds no certificate of an authority.
+pub fn follow_trusted(authorities: PathBuf) -> Result<Followed<ClientConfig>, String> {
+    follow(vec![authorities], |contents| trusting(&contents[0]))
 }
 
 /// A client that trusts the authorities in this PEM, and no others.
 ///
 /// # Errors
 /// A line for the operator, when it holds no certificate of an authority.
-pub fn trusting(authorities: &str) -> Result<ClientConfig, String> {
+fn trusting(authorities: &str) -> Result<ClientConfig, String> {
     let mut roots = RootCertStore::empty();
-    for certificate in certificates(authorities) {
+    for certificate in certificates(authorities)? {
         roots.add(certificate).map_err(|error| error.to_string())?;
     }
     if roots.is_empty() {
@@ -106,9 +140,9 @@ impl ServerCertVerifier for AnyCertificate {
     }
 }
 
-fn certificates(pem: &str) -> Vec<CertificateDer<'static>> {
-    let all = CertificateDer::pem_slice_iter(pem.as_bytes());
-    all.flatten().collect()
+fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, String> {
+    let all: Result<_, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
+    all.map_err(|error| error.to_string())
 }
 
 /// Accepts connections with TLS on top of those of `below`.

@@ -17,6 +17,7 @@ use metrics::histogram;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::yield_now;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use crate::client::LoggingApi;
 use crate::health::Health;
@@ -72,6 +73,7 @@ struct Queue {
 
 #[derive(Debug)]
 struct Queued {
+    uuid: Uuid,
     entry: EncodedEntry,
     reply: Reply,
     since: Instant,
@@ -109,12 +111,13 @@ impl Batcher {
 
     /// Queues one entry and returns a future of its outcome. If the future is dropped, the entry
     /// may or may not be stored.
-    pub fn put(&self, entry: &PutEntry, held: Held) -> Answer {
-        let entry = entry.encode();
+    pub fn put(&self, put: &PutEntry, held: Held) -> Answer {
+        let entry = put.encode();
         let (reply, outcome) = oneshot::channel();
         let mut queue = self.shared.lock();
         queue.bytes += entry.len();
         queue.entries.push_back(Queued {
+            uuid: put.uuid,
             entry,
             reply,
             since: Instant::now(),
@@ -225,9 +228,11 @@ async fn send_batches(client: Arc<dyn LoggingApi>, health: Arc<Health>, shared: 
     while let Some(batch) = shared.next_batch().await {
         let body = Batch::of(batch.iter().map(|queued| &queued.entry));
         let bytes = body.len();
-        let replies: Vec<Reply> = batch.into_iter().map(|queued| queued.reply).collect();
+        let sent = batch.into_iter().map(|queued| (queued.uuid, queued.reply));
+        let (uuids, replies): (Vec<Uuid>, Vec<Reply>) = sent.unzip();
         let began = Instant::now();
-        let answer = require_all(client.put(body).await, replies.len());
+        let answer = client.put(body).await;
+        let answer = answer.and_then(|results| require_all(results, &uuids));
         batch_entries.record(replies.len() as f64);
         batch_duration.record(began.elapsed());
         match answer {
@@ -252,19 +257,22 @@ async fn send_batches(client: Arc<dyn LoggingApi>, health: Arc<Health>, shared: 
     }
 }
 
-/// Rejects an answer with too few or too many results: they cannot be matched to entries.
-fn require_all(
-    answer: Result<Vec<PutResult>, UpstreamError>,
-    entries: usize,
-) -> Result<Vec<PutResult>, UpstreamError> {
-    let results = answer?;
-    if results.len() == entries {
-        return Ok(results);
+/// Rejects an answer that does not have the result of each entry at its position.
+fn require_all(results: Vec<PutResult>, sent: &[Uuid]) -> Result<Vec<PutResult>, UpstreamError> {
+    let (returned, entries) = (results.len(), sent.len());
+    if returned != entries {
+        return Err(UpstreamError::Garbled(format!(
+            "returned {returned} results for {entries} entries"
+        )));
     }
-    let returned = results.len();
-    Err(UpstreamError::Garbled(format!(
-        "returned {returned} results for {entries} entries"
-    )))
+    let mut pairs = results.iter().zip(sent);
+    match pairs.find(|(result, uuid)| result.uuid != **uuid) {
+        None => Ok(results),
+        Some((result, uuid)) => Err(UpstreamError::Garbled(format!(
+            "returned a result of {} for {uuid}",
+            result.uuid
+        ))),
+    }
 }
 
 /// Entries queued behind the batch that failed were never sent: other instances can take them.

@@ -4,14 +4,16 @@
 //! instance's mark: a proxy or another server at the address may answer anything, whether or not it
 //! forwarded the request.
 
+use std::fmt;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
-use std::{fmt, fs};
 
 use async_trait::async_trait;
 use axum::body::to_bytes;
+use axum::http::Uri;
 use bytes::{Bytes, BytesMut};
 use common::api::{
     Batch, InstanceStats, MARK, MAX_BATCH_BYTES, MAX_LINE, Mark, PutResult, READ_END, READ_SETTLED,
@@ -21,24 +23,27 @@ use common::door::follow_authorization;
 use common::entry::Entry;
 use common::files::Followed;
 use common::middleware::REQUEST_ID;
-use common::tls::trusting;
+use common::pace::Pace;
+use common::tls::follow_trusted;
 use common::traces::{TRACEPARENT, traceparent};
 use futures_util::{StreamExt, stream};
 use hyper::body::Incoming;
-use hyper_rustls::{FixedServerNameResolver, HttpsConnector, HttpsConnectorBuilder};
+use hyper_rustls::{FixedServerNameResolver, HttpsConnector};
 use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::{Connect, HttpConnector};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
+use memchr::memchr;
 use reqwest::header::HeaderValue;
 use reqwest::{Body, Client, RequestBuilder, Response, StatusCode, Url, header};
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
+use tower::Service;
 use tracing::Span;
 use uuid::Uuid;
 
 use crate::entry_stream::Chunks;
-use crate::served_map::ServedMap;
+use crate::served_map::{Purpose, ServedMap};
 use crate::upstream::UpstreamError;
 
 /// Idle connections are closed after this time, well before the services close them.
@@ -57,6 +62,15 @@ const MAX_STATS_BODY: usize = 1024 * 1024;
 /// The longest reply of the messages service, and the longest error body; longer ones are errors.
 const MAX_REPLY_BYTES: usize = 64 * 1024;
 
+/// What an instance must send of a stream, in bytes a second on average over this time, while the facade waits
+/// for it.
+const STREAM_THROUGHPUT: u32 = 64 * 1024;
+const STREAM_SLACK: Duration = Duration::from_secs(2);
+
+/// The same until its first line has arrived whole, over the try timeout: the line of any message that can be
+/// posted, which has 6 MiB at most, arrives soon after that or too late.
+const FIRST_LINE_THROUGHPUT: u32 = 8 * 1024 * 1024;
+
 /// The most bytes of a stream that hyper buffers for one GET.
 const STREAM_BUFFER: usize = 64 * 1024;
 
@@ -72,9 +86,9 @@ pub struct Clients {
     /// What logging instances ask for.
     authorization: Option<Followed<HeaderValue>>,
     /// Whom logging instances with HTTPS are believed.
-    trust: Option<ClientConfig>,
+    trust: Option<Followed<ClientConfig>>,
     /// For HTTPS, in place of the two.
-    secure: Option<legacy::Client<HttpsConnector<HttpConnector>, Body>>,
+    secure: Option<legacy::Client<TlsConnector, Body>>,
 }
 
 impl Clients {
@@ -87,14 +101,13 @@ impl Clients {
     pub fn new(
         connect_timeout: Duration,
         token_file: Option<PathBuf>,
-        authorities: Option<&Path>,
+        authorities: Option<PathBuf>,
     ) -> Result<Self, String> {
-        let trust = authorities.map(|file| {
-            let pem = fs::read_to_string(file).map_err(|error| error.to_string());
-            let trust = pem.and_then(|pem| trusting(&pem));
-            trust.map_err(|error| format!("{}: {error}", file.display()))
-        });
-        let authorization = token_file.map(follow_authorization).transpose()?;
+        let trust = authorities.map(follow_trusted).transpose();
+        let trust = trust.map_err(|error| format!("--logging-ca {error}"))?;
+        let authorization = token_file.map(follow_authorization).transpose();
+        let authorization =
+            authorization.map_err(|error| format!("--logging-token-file {error}"))?;
         let requests = Client::builder()
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
@@ -109,7 +122,7 @@ impl Clients {
             requests,
             streams,
             authorization,
-            trust: trust.transpose()?,
+            trust,
             secure: None,
         })
     }
@@ -126,16 +139,34 @@ impl Clients {
         let name = name.map_err(|error| format!("{host}: {error}"))?;
         let mut tcp = connector(connect_timeout);
         tcp.enforce_http(false);
-        let tls = HttpsConnectorBuilder::new()
-            .with_tls_config(trust)
-            .https_only()
-            .with_server_name_resolver(FixedServerNameResolver::new(name))
-            .enable_http1()
-            .wrap_connector(tcp);
         Ok(Self {
-            secure: Some(stream_client(tls)),
+            secure: Some(stream_client(TlsConnector { tcp, trust, name })),
             ..self.clone()
         })
+    }
+}
+
+/// Makes connections with TLS to instances whose certificate is for `name`, with the trust of the moment.
+#[derive(Clone)]
+struct TlsConnector {
+    tcp: HttpConnector,
+    trust: Followed<ClientConfig>,
+    name: ServerName<'static>,
+}
+
+impl Service<Uri> for TlsConnector {
+    type Response = <HttpsConnector<HttpConnector> as Service<Uri>>::Response;
+    type Error = <HttpsConnector<HttpConnector> as Service<Uri>>::Error;
+    type Future = <HttpsConnector<HttpConnector> as Service<Uri>>::Future;
+
+    fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let trust = self.trust.borrow().clone();
+        let name = Arc::new(FixedServerNameResolver::new(self.name.clone()));
+        HttpsConnector::new(self.tcp.clone(), trust, true, name).call(uri)
     }
 }
 
@@ -159,7 +190,8 @@ pub struct ReadAnswer {
     pub end: Option<Uuid>,
     /// What is settled: see [`READ_SETTLED`].
     pub settled: Option<Uuid>,
-    /// The lines as they arrive. Waiting for the next byte longer than the try timeout is an error.
+    /// The lines as they arrive. Waiting for the next byte longer than the try timeout is an error, and so are
+    /// fewer than [`STREAM_THROUGHPUT`].
     pub chunks: Chunks,
 }
 
@@ -188,11 +220,8 @@ pub trait LoggingApi: fmt::Debug + Send + Sync {
     /// Reads one entry; `None` when the map has none under this UUID.
     async fn get(&self, uuid: Uuid) -> Result<Option<Entry>, UpstreamError>;
 
-    /// The instance's statistics.
+    /// The instance's statistics and readiness.
     async fn stats(&self) -> Result<InstanceStats, UpstreamError>;
-
-    /// Asks whether the instance can read and store; the error has its reason.
-    async fn ready(&self) -> Result<(), UpstreamError>;
 }
 
 /// A logging instance behind HTTP.
@@ -228,7 +257,11 @@ impl LoggingClient {
     }
 
     /// Sends a request and accepts any status from a logging instance that serves the facade's map.
-    async fn send(&self, request: RequestBuilder) -> Result<Response, UpstreamError> {
+    async fn send(
+        &self,
+        request: RequestBuilder,
+        purpose: Purpose,
+    ) -> Result<Response, UpstreamError> {
         let request = self.introduced(request);
         let response = match &self.clients.secure {
             None => request.timeout(self.timeout).send().await?,
@@ -237,7 +270,7 @@ impl LoggingClient {
                 answered.unwrap_or(Err(UpstreamError::TimedOut))?
             }
         };
-        self.check(response)
+        self.check(response, purpose)
     }
 
     /// A whole answer by HTTPS.
@@ -285,9 +318,9 @@ impl LoggingClient {
         mark.map_err(|reason| UpstreamError::Unmarked(response.status(), reason))
     }
 
-    fn check(&self, response: Response) -> Result<Response, UpstreamError> {
+    fn check(&self, response: Response, purpose: Purpose) -> Result<Response, UpstreamError> {
         let mark = self.mark(&response)?;
-        let checked = self.served.check(&self.name, mark.map);
+        let checked = self.served.check(&self.name, mark.map, purpose);
         checked.map_err(UpstreamError::OtherMap)?;
         if let Some(clock) = mark.clock {
             self.served.clock.follow(clock);
@@ -305,13 +338,17 @@ impl LoggingClient {
 impl LoggingApi for LoggingClient {
     async fn put(&self, batch: Batch) -> Result<Vec<PutResult>, UpstreamError> {
         let limit = MAX_RESULTS_BODY.min((1 + batch.count()) * MAX_RESULT);
+        let purpose = match batch.count() {
+            0 => Purpose::State,
+            _ => Purpose::Caller,
+        };
         let request = self
             .clients
             .requests
             .post(self.base.clone())
             .header(header::CONTENT_TYPE, Batch::CONTENT_TYPE)
             .body(batch.into_body());
-        let response = require_success(self.send(request).await?).await?;
+        let response = require_success(self.send(request, purpose).await?).await?;
         let clock = self.mark(&response)?.clock;
         let body = read_body(response, limit).await?;
         let results: Vec<PutResult> = serde_json::from_slice(&body).map_err(garbled)?;
@@ -332,9 +369,10 @@ impl LoggingApi for LoggingClient {
         let request = identified(self.introduced(request), request_id);
         let asked = async {
             let response = Response::from(self.begin(request).await?.map(Body::wrap));
-            require_success(self.check(response)?).await
+            require_success(self.check(response, Purpose::Caller)?).await
         };
-        let asked = timeout(self.timeout, asked).await;
+        let first_line_due = Instant::now() + self.timeout;
+        let asked = timeout_at(first_line_due, asked).await;
         let response = asked.unwrap_or(Err(UpstreamError::TimedOut))?;
         let position = |name: &str| {
             let value = response.headers().get(name);
@@ -344,11 +382,9 @@ impl LoggingApi for LoggingClient {
                 .map_err(|_| UpstreamError::Garbled(reason()))
         };
         let (end, settled) = (position(READ_END)?, position(READ_SETTLED)?);
-        let chunk_timeout = self.timeout;
-        let chunks = stream::try_unfold(response, move |mut response| async move {
-            let chunk = timeout(chunk_timeout, response.chunk()).await;
-            let chunk = chunk.map_err(|_| UpstreamError::TimedOut)??;
-            Ok(chunk.map(|chunk| (chunk, response)))
+        let arriving = Arriving::new(response, first_line_due, self.timeout);
+        let chunks = stream::try_unfold(arriving, async |mut arriving| {
+            Ok(arriving.chunk().await?.map(|chunk| (chunk, arriving)))
         });
         Ok(ReadAnswer {
             end,
@@ -361,29 +397,59 @@ impl LoggingApi for LoggingClient {
         let mut url = self.base.clone();
         url.set_path(&uuid.to_string());
         let request = identified(self.clients.requests.get(url), None);
-        let response = self.send(request).await?;
+        let response = self.send(request, Purpose::Caller).await?;
         if response.status() == StatusCode::NOT_FOUND {
             return Ok(None);
         }
         let body = read_body(require_success(response).await?, MAX_LINE).await?;
-        serde_json::from_slice(&body).map(Some).map_err(garbled)
+        let entry: Entry = serde_json::from_slice(&body).map_err(garbled)?;
+        if entry.uuid != uuid {
+            let reason = format!("it was asked for {uuid} and gave {}", entry.uuid);
+            return Err(UpstreamError::Garbled(reason));
+        }
+        Ok(Some(entry))
     }
 
     async fn stats(&self) -> Result<InstanceStats, UpstreamError> {
         let mut url = self.base.clone();
         url.set_path("stats");
-        let response = require_success(self.send(self.clients.requests.get(url)).await?).await?;
+        let request = self.clients.requests.get(url);
+        let response = require_success(self.send(request, Purpose::State).await?).await?;
         let body = read_body(response, MAX_STATS_BODY).await?;
         serde_json::from_slice(&body).map_err(garbled)
     }
+}
 
-    async fn ready(&self) -> Result<(), UpstreamError> {
-        let mut url = self.base.clone();
-        // Without `verbose` an instance answers anyone, also a facade without its token.
-        url.set_path("readyz");
-        url.set_query(Some("verbose"));
-        require_success(self.send(self.clients.requests.get(url)).await?).await?;
-        Ok(())
+/// A stream of an instance that is being read.
+struct Arriving {
+    response: Response,
+    try_timeout: Duration,
+    has_line: bool,
+    pace: Pace,
+}
+
+impl Arriving {
+    fn new(response: Response, first_line_due: Instant, try_timeout: Duration) -> Self {
+        let left = first_line_due.saturating_duration_since(Instant::now());
+        Self {
+            response,
+            try_timeout,
+            has_line: false,
+            pace: Pace::at(FIRST_LINE_THROUGHPUT, left),
+        }
+    }
+
+    async fn chunk(&mut self) -> Result<Option<Bytes>, UpstreamError> {
+        let due = self.pace.wait().min(Instant::now() + self.try_timeout);
+        let chunk = timeout_at(due, self.response.chunk()).await;
+        let chunk = chunk.map_err(|_| UpstreamError::TimedOut)??;
+        let bytes = chunk.as_deref().unwrap_or_default();
+        self.pace.progress(bytes.len());
+        if !self.has_line && memchr(b'\n', bytes).is_some() {
+            self.has_line = true;
+            self.pace = Pace::at(STREAM_THROUGHPUT, STREAM_SLACK.max(self.try_timeout));
+        }
+        Ok(chunk)
     }
 }
 
@@ -402,6 +468,15 @@ impl MessagesClient {
             base,
             timeout,
         }
+    }
+
+    /// Asks whether the service can answer.
+    pub async fn ready(&self) -> Result<(), UpstreamError> {
+        let mut url = self.base.clone();
+        url.set_path("readyz");
+        let request = self.clients.requests.get(url).timeout(self.timeout);
+        require_success(request.send().await?).await?;
+        Ok(())
     }
 
     pub async fn reply(&self, request_id: Option<&str>) -> Result<String, UpstreamError> {
@@ -456,4 +531,68 @@ async fn read_body(mut response: Response, limit: usize) -> Result<Bytes, Upstre
 
 fn garbled(error: serde_json::Error) -> UpstreamError {
     UpstreamError::Garbled(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http;
+
+    use super::*;
+
+    const TRY_TIMEOUT: Duration = Duration::from_secs(1);
+
+    /// Reads a stream whose pieces come after pauses in milliseconds, for a caller that pauses before each.
+    async fn read(pieces: Vec<(u64, usize)>, caller: Duration) -> Result<(), Duration> {
+        let began = Instant::now();
+        let pieces = stream::iter(pieces).then(async |(pause, bytes)| {
+            tokio::time::sleep(Duration::from_millis(pause)).await;
+            let mut piece = vec![b'x'; bytes];
+            // Pieces of a byte are of one line.
+            if bytes > 1 {
+                piece[0] = b'\n';
+            }
+            Ok::<_, std::io::Error>(piece)
+        });
+        let body = Body::wrap_stream(pieces);
+        let response = Response::from(http::Response::new(body));
+        let mut arriving = Arriving::new(response, began + TRY_TIMEOUT, TRY_TIMEOUT);
+        loop {
+            match arriving.chunk().await {
+                Ok(None) => return Ok(()),
+                Ok(Some(_)) => tokio::time::sleep(caller).await,
+                Err(_) => return Err(began.elapsed()),
+            }
+        }
+    }
+
+    /// What counts is how long the facade waits for the instance, not how long its caller takes.
+    #[tokio::test(start_paused = true)]
+    async fn instance_is_too_slow_only_while_it_is_waited_for() {
+        let (quick, slow) = (Duration::ZERO, Duration::from_secs(60));
+        let line_then = |pieces: Vec<(u64, usize)>| [vec![(900, 80)], pieces].concat();
+        for caller in [quick, slow] {
+            for pieces in [
+                line_then(vec![]),
+                line_then(vec![(900, 80)]),
+                line_then(vec![(400, 32 * 1024); 100]),
+                line_then(vec![(0, 1); 100]),
+                vec![(100, 1 << 20); 100],
+            ] {
+                assert_eq!(read(pieces.clone(), caller).await, Ok(()), "{pieces:?}");
+            }
+        }
+        for (pieces, at_least, at_most) in [
+            (vec![(500, 1); 100], 1000, 1001),
+            (vec![(1, 1); 100_000], 1000, 1001),
+            (line_then(vec![(500, 1); 100]), 2900, 2901),
+            (line_then(vec![(500, 16 * 1024); 100]), 4000, 6000),
+            (line_then(vec![(1001, 80)]), 1900, 1901),
+        ] {
+            let after = read(pieces.clone(), quick)
+                .await
+                .expect_err("it is too slow");
+            let expected = Duration::from_millis(at_least)..=Duration::from_millis(at_most);
+            assert!(expected.contains(&after), "{after:?}: {:?}", &pieces[..2]);
+        }
+    }
 }

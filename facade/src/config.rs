@@ -19,17 +19,19 @@ use crate::message::MESSAGE_SIZE_LIMIT;
 #[command(name = "facade", version)]
 pub struct Config {
     /// Address to listen on
-    #[arg(long, global = true, default_value = "127.0.0.1:8086", value_parser = config::address)]
+    #[arg(long, global = true, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8086", value_parser = config::address)]
     pub listen: SocketAddr,
 
-    /// URLs of logging instances, separated by commas; a name counts as one per resolved address
+    /// URLs of logging instances, separated by commas; a host name counts as one per resolved address. Each
+    /// may be named: NAME=http://HOST:PORT
     #[arg(
         long,
+        value_name = "[NAME=]URL",
         value_delimiter = ',',
         value_parser = logging_url,
         default_value = "http://127.0.0.1:8082,http://127.0.0.1:8083,http://127.0.0.1:8084"
     )]
-    pub logging: Vec<Url>,
+    pub logging: Vec<LoggingUrl>,
 
     /// Certificates, in PEM, of the authorities that vouch for logging instances with https:// URLs
     #[arg(long, value_name = "FILE")]
@@ -41,35 +43,36 @@ pub struct Config {
     pub logging_token_file: Option<PathBuf>,
 
     /// URL of the messages service
-    #[arg(long, value_parser = service_url, default_value = "http://127.0.0.1:8081")]
+    #[arg(long, value_name = "URL", value_parser = service_url, default_value = "http://127.0.0.1:8081")]
     pub messages: Url,
 
-    /// Timeout of a request to one logging instance, after which another instance is asked
-    #[arg(long, default_value = "1s", value_parser = config::timeout)]
+    /// Timeout of a request to one logging instance, after which another instance is asked. Longer than
+    /// the instances' --store-timeout, and shorter than --deadline
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = config::timeout)]
     pub try_timeout: Duration,
 
     /// Timeout of a POST over all its tries; longer than a failover of the map takes
-    #[arg(long, default_value = "10s", value_parser = config::timeout)]
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = config::timeout)]
     pub deadline: Duration,
 
     /// Longest silence of a GET while it looks for an instance that can continue it
-    #[arg(long, default_value = "15s", value_parser = config::timeout)]
+    #[arg(long, value_name = "TIME", default_value = "15s", value_parser = config::timeout)]
     pub read_deadline: Duration,
 
     /// Timeout of a request to the messages service
-    #[arg(long, default_value = "1s", value_parser = config::timeout)]
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = config::timeout)]
     pub messages_timeout: Duration,
 
     /// Largest message, at most 1MiB
-    #[arg(long, default_value = "64KiB", value_parser = message_size)]
+    #[arg(long, value_name = "SIZE", default_value = "64KiB", value_parser = message_size)]
     pub max_message: ByteSize,
 
     /// GETs of the log served at once; excess ones get a 503
-    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     pub max_reads: u16,
 
     /// GETs that follow the log at once, besides those; excess ones get a 503
-    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u16).range(1..))]
     pub max_followers: u16,
 
     /// Host name under which browsers and clients reach this facade, besides those of loopback; may be
@@ -92,7 +95,32 @@ pub struct Config {
     pub task: Option<Task>,
 }
 
-fn logging_url(text: &str) -> Result<Url, String> {
+/// A URL of `--logging`, with the name of its instances if it has one.
+#[derive(Clone, Debug)]
+pub struct LoggingUrl {
+    pub name: Option<String>,
+    pub url: Url,
+}
+
+fn logging_url(text: &str) -> Result<LoggingUrl, String> {
+    let named = text
+        .split_once('=')
+        .filter(|(name, _)| !name.contains("://"));
+    let (name, url) = named.map_or((None, text), |(name, url)| (Some(name.to_owned()), url));
+    let is_of_name = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    if name
+        .as_ref()
+        .is_some_and(|name| name.is_empty() || !name.bytes().all(is_of_name))
+    {
+        return Err(
+            "a name has letters, digits, '-', '_' and '.'; write NAME=http://HOST:PORT".to_owned(),
+        );
+    }
+    let url = instance_url(url)?;
+    Ok(LoggingUrl { name, url })
+}
+
+fn instance_url(text: &str) -> Result<Url, String> {
     match text.strip_prefix("https://") {
         None => service_url(text),
         Some(rest) => {

@@ -10,30 +10,22 @@ use std::sync::Arc;
 
 use askama::Template;
 use axum::Router;
-use axum::body::to_bytes;
-use axum::extract::{Query, Request, State};
+use axum::extract::State;
 use axum::http::{HeaderName, StatusCode, Uri, header};
-use axum::response::{IntoResponse, Redirect, Response};
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use common::bounds::{Bounds, Order};
 use common::client::Client;
 use common::problem::Problem;
-use serde::Deserialize;
 use serde_json::Value;
-use uuid::Uuid;
 
 use self::messages::{Found, Message, Piece, find, newest};
 use self::values::{
     ADVICE, Column, FACADE, INSTANCES, MEMBERS, advice, column, shown, shown_total, state,
 };
 use crate::get::ListQuery;
-use crate::message::body_limit;
-use crate::post;
 use crate::state::App;
-use crate::stats::collect;
-
-/// The answer to a POST of one message, or its error, is not much larger than this and the message.
-const MAX_ANSWER_OVERHEAD: usize = 64 * 1024;
+use crate::stats::last;
 
 const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
      img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; \
@@ -42,12 +34,11 @@ const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; st
 #[derive(Template)]
 #[template(path = "console.html")]
 struct Page {
-    /// As `/stats` answers; `Null` when it cannot be had.
+    /// As `/stats` answers.
     stats: Value,
     tables: [Table; 2],
     problems: Vec<String>,
     newest: Result<Vec<Message>, String>,
-    notice: Option<Notice>,
     search: Search,
 }
 
@@ -65,13 +56,6 @@ impl Page {
     }
 }
 
-/// The outcome of the form.
-enum Notice {
-    Stored(Uuid),
-    /// Why; it may be stored all the same.
-    NotAcknowledged(String),
-}
-
 /// The form of a search, as it was filled in, and what was found.
 struct Search {
     text: String,
@@ -81,16 +65,10 @@ struct Search {
     rest: Vec<(&'static str, String)>,
 }
 
-#[derive(Debug, Default, Deserialize)]
-pub(crate) struct PageQuery {
-    /// The message that the form stored. Any other text shows no notice.
-    posted: Option<String>,
-}
-
 /// The page and its files, which are no part of the API.
 pub(crate) fn routes() -> Router<Arc<App>> {
     Router::new()
-        .route("/console", get(show).post(post))
+        .route("/console", get(show))
         .route("/console/console.css", get(style))
         .route("/console/console.js", get(script))
 }
@@ -102,40 +80,12 @@ async fn show(State(app): State<Arc<App>>, client: Client, uri: Uri) -> Response
 
 /// The page, also for a browser that asked for `/`. Its query may be that of a search.
 pub(crate) async fn answer(app: &App, client: Client, uri: &Uri) -> Response {
-    let query = Query::<PageQuery>::try_from_uri(uri).ok();
-    let posted = query.and_then(|Query(query)| query.posted);
-    let posted = posted.and_then(|uuid| Uuid::try_parse(&uuid).ok());
     let query = ListQuery::parse(uri);
     let status = match query {
         Ok(_) => StatusCode::OK,
         Err(_) => StatusCode::BAD_REQUEST,
     };
-    page(app, client, status, posted.map(Notice::Stored), query).await
-}
-
-/// `POST /console`: the page's form without JavaScript. Posts as `POST /` does, then leads back to the page.
-async fn post(State(app): State<Arc<App>>, request: Request) -> Response {
-    #[derive(Deserialize)]
-    struct Stored {
-        uuid: Uuid,
-    }
-    let client = Client::of(request.extensions());
-    let limit = body_limit(app.max_message) + MAX_ANSWER_OVERHEAD;
-    let answer = match post::create(State(app.clone()), request).await {
-        Ok(answer) => answer,
-        Err(problem) => {
-            let notice = Notice::NotAcknowledged(problem.detail().to_owned());
-            let status = problem.into_response().status();
-            return page(&app, client, status, Some(notice), Ok(ListQuery::default())).await;
-        }
-    };
-    let body = to_bytes(answer.into_body(), limit).await.ok();
-    let stored = body.and_then(|body| serde_json::from_slice(&body).ok());
-    let target = match stored {
-        Some(Stored { uuid }) => format!("/console?posted={uuid}"),
-        None => "/console".to_owned(),
-    };
-    Redirect::to(&target).into_response()
+    page(app, client, status, query).await
 }
 
 async fn style() -> Response {
@@ -159,27 +109,14 @@ async fn page(
     app: &App,
     client: Client,
     status: StatusCode,
-    notice: Option<Notice>,
     query: Result<ListQuery, Problem>,
 ) -> Response {
-    let (stats, newest, search) = tokio::join!(
-        collect(app),
-        newest(app, client),
-        search(app, client, query)
-    );
-    let (stats, problems) = match stats {
-        Ok(stats) => {
-            let stats = serde_json::to_value(stats).expect("statistics are plain values");
-            let problems = rows(&stats, "/problems");
-            let problems = problems.iter().filter_map(Value::as_str);
-            let problems = problems.map(str::to_owned).collect();
-            (stats, problems)
-        }
-        Err(problem) => (
-            Value::Null,
-            vec![format!("this page has no numbers: {}", problem.detail())],
-        ),
-    };
+    let (stats, newest, search) =
+        tokio::join!(last(app), newest(app, client), search(app, client, query));
+    let stats = serde_json::to_value(stats).expect("statistics are plain values");
+    let problems = rows(&stats, "/problems");
+    let problems = problems.iter().filter_map(Value::as_str);
+    let problems = problems.map(str::to_owned).collect();
     let tables = [
         Table {
             id: "members",
@@ -201,7 +138,6 @@ async fn page(
         tables,
         problems,
         newest: newest.map_err(|problem| problem.detail().to_owned()),
-        notice,
         search,
     };
     let html = page.render().expect("writing to a string does not fail");

@@ -23,7 +23,7 @@ use crate::error::without_addresses;
 use crate::judge::{Doubt, Key, NotStored, Trouble, Verdict, judge};
 use crate::metrics::{HEDGE, REPEATS};
 use crate::pool::{Instance, Pool};
-use crate::upstream::MaybeStored;
+use crate::upstream::{MaybeStored, say_once};
 
 /// Pause after every instance has failed once; it doubles up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
@@ -338,7 +338,7 @@ impl<'pool> Delivery<'pool> {
             target: TRACES,
             "put on an instance",
             "otel.kind" = "client",
-            "server.address" = instance.name,
+            "server.address" = instance.address,
         );
         self.entry.traceparent = traceparent(&span);
         let answer = instance.batcher.put(&self.entry, self.held.clone());
@@ -388,13 +388,14 @@ impl<'pool> Delivery<'pool> {
         }
     }
 
-    /// The tries that failed or have no answer, each with its instance.
+    /// The tries that failed or have no answer, with their instances.
     fn failures(&self) -> String {
         let failed = self.reasons.iter();
-        let failed = failed.map(|(instance, reason)| format!("logging {instance} {reason}"));
-        let pending = self.pending.iter().map(|pending| &pending.instance.name);
-        let pending = pending.map(|instance| format!("logging {instance} did not answer"));
-        failed.chain(pending).collect::<Vec<_>>().join("; ")
+        let failed = failed.map(|(instance, reason)| (instance.as_str(), reason.clone()));
+        let pending = self.pending.iter();
+        let pending =
+            pending.map(|pending| (pending.instance.name.as_str(), "did not answer".to_owned()));
+        say_once(failed.chain(pending), self.pool.instances().len()).join("; ")
     }
 
     /// Logs a message that the first instance did not store. Lines of uploads are at level debug,
@@ -407,10 +408,10 @@ impl<'pool> Delivery<'pool> {
         let why = self.failures();
         match self.overload {
             WhenOverloaded::GiveUp => {
-                tracing::info!(after_ms, why, "a POST was continued on logging {instance}");
+                tracing::info!(after_ms, why, "a POST was continued on {instance}");
             }
             WhenOverloaded::Wait => {
-                tracing::debug!(after_ms, why, "a line was continued on logging {instance}");
+                tracing::debug!(after_ms, why, "a line was continued on {instance}");
             }
         }
     }

@@ -1,17 +1,19 @@
 //! Discovery of the logging instances. A host name counts as one instance per resolved address, so
 //! a service behind one name can be scaled without configuration.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::Duration;
 
-use reqwest::Url;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use crate::client::{Clients, LoggingApi, LoggingClient};
+use crate::config::LoggingUrl;
+use crate::names::Naming;
 use crate::pool::Pool;
 
 /// Pause between two look-ups of a host name.
@@ -24,26 +26,44 @@ const LONG_LOOK_UP: Duration = Duration::from_secs(6);
 /// the pool is dropped.
 ///
 /// # Errors
-/// A line for the operator, when a URL needs more flags or a look-up thread cannot be started.
+/// A line for the operator, when two URLs have one name, a URL needs more flags, or a look-up thread cannot be
+/// started.
 pub(crate) fn start(
     pool: &Arc<Pool>,
     clients: &Clients,
-    urls: &[Url],
+    urls: &[LoggingUrl],
     try_timeout: Duration,
 ) -> Result<(), String> {
-    for url in urls {
+    let mut given = HashSet::new();
+    for name in urls.iter().filter_map(|one| one.name.as_ref()) {
+        if !given.insert(name) {
+            return Err(format!(
+                "two URLs of --logging have the name {name}: name each otherwise"
+            ));
+        }
+    }
+    // Those with names come first: a number that is a given name is left out.
+    let (named, unnamed): (Vec<_>, Vec<_>) = urls.iter().partition(|one| one.name.is_some());
+    for LoggingUrl { name, url } in named.into_iter().chain(unnamed) {
         let host = url.host_str().unwrap_or_default().to_owned();
         let clients = match url.scheme() {
             "https" => clients.securely(&host, try_timeout / 2)?,
             _ => clients.clone(),
         };
+        let address = host.trim_matches(['[', ']']).parse::<IpAddr>();
+        let naming = match (name.clone(), &address) {
+            (None, _) => Naming::default(),
+            (Some(name), Ok(_)) => Naming::Exactly(name),
+            (Some(name), Err(_)) => Naming::Numbered(name),
+        };
         let origin = Origin {
+            naming,
             clients,
             host,
             port: url.port_or_known_default().unwrap_or_default(),
             try_timeout,
         };
-        match origin.host.trim_matches(['[', ']']).parse::<IpAddr>() {
+        match address {
             Ok(address) => origin.publish(pool, vec![(address, origin.port).into()]),
             Err(_) => {
                 let look_ups = look_up_repeatedly(origin.host.clone(), origin.port)
@@ -57,6 +77,7 @@ pub(crate) fn start(
 
 /// One configured address.
 struct Origin {
+    naming: Naming,
     clients: Clients,
     host: String,
     port: u16,
@@ -71,7 +92,7 @@ impl Origin {
             (address.to_string(), Arc::new(client) as Arc<dyn LoggingApi>)
         });
         let origin = format!("{}:{}", self.host, self.port);
-        pool.set_instances(&origin, found.collect());
+        pool.set_instances(&origin, &self.naming, found.collect());
     }
 }
 

@@ -2,8 +2,10 @@
 
 use std::fmt;
 
-use bytes::{Bytes, BytesMut};
-use common::api::{EntryLine, MAX_LINE, StreamEnd};
+use bytes::{Buf, Bytes, BytesMut};
+use common::api::{
+    EntryLine, LINE_BEGIN_BYTES, LINE_END, MAX_LINE, StreamEnd, parse_line_begin, whole_characters,
+};
 use common::bounds::{Bounds, Order};
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
@@ -16,14 +18,26 @@ use crate::upstream::UpstreamError;
 /// The bytes of an answer as they arrive. A lost connection or a timeout is an error.
 pub type Chunks = BoxStream<'static, Result<Bytes, UpstreamError>>;
 
+/// The longest line, in bytes, that is returned whole; a longer one comes in fragments, so that the memory of a
+/// read does not depend on its messages.
+pub(crate) const LONGEST_WHOLE: usize = 64 * 1024;
+
+/// The longest escape in a JSON string, and so more than the longest cut character.
+const LONGEST_ESCAPE: usize = 6;
+
 pub(crate) struct EntryStream {
     chunks: Chunks,
+    longest_whole: usize,
     /// The bounds of the entries still to come.
     bounds: Bounds,
     left: Option<u64>,
     count: u64,
     /// The beginning of a line that has not arrived whole.
     cut_line: BytesMut,
+    /// The line that is being returned in fragments.
+    fragmented: Option<Fragmented>,
+    /// The entry that another stream has returned a part of, and how many bytes of its message as JSON.
+    resumed: Option<(Uuid, usize)>,
     /// Bytes that arrived and were not returned yet.
     chunk: Bytes,
     end: Option<StreamEnd>,
@@ -40,8 +54,36 @@ impl fmt::Debug for EntryStream {
 pub(crate) enum Part {
     /// At least one whole line of an entry, each with its newline, and their number.
     Entries(Bytes, u64),
+    /// A part of the line of one entry.
+    Fragment(Fragment),
     /// The end, with the cursor to continue from when the limit ended the stream.
     End(Option<Uuid>),
+}
+
+/// A part of a large message, in order and without a gap.
+#[derive(Debug)]
+pub(crate) struct Fragment {
+    pub(crate) uuid: Uuid,
+    /// Whole characters and escapes of the message's JSON string.
+    pub(crate) json: Bytes,
+    pub(crate) is_first: bool,
+    pub(crate) is_last: bool,
+}
+
+impl Fragment {
+    pub(crate) fn text(&self) -> String {
+        let string = [b"\"", &self.json[..], b"\""].concat();
+        serde_json::from_slice(&string).expect("its characters were checked")
+    }
+}
+
+#[derive(Debug)]
+struct Fragmented {
+    uuid: Uuid,
+    /// How many bytes of the message's JSON were returned, or skipped because the stream before returned them.
+    returned: usize,
+    /// How many are still to be skipped.
+    skip: usize,
 }
 
 impl EntryStream {
@@ -49,6 +91,9 @@ impl EntryStream {
     pub(crate) fn new(chunks: Chunks, bounds: Bounds, limit: Option<u64>) -> Self {
         Self {
             chunks,
+            longest_whole: MAX_LINE,
+            fragmented: None,
+            resumed: None,
             bounds,
             left: limit,
             count: 0,
@@ -56,6 +101,25 @@ impl EntryStream {
             chunk: Bytes::new(),
             end: None,
         }
+    }
+
+    /// Returns lines longer than [`LONGEST_WHOLE`] in fragments, and of the first entry only what follows
+    /// `resumed`: see [`Self::cut`].
+    pub(crate) fn in_fragments(self, resumed: Option<(Uuid, usize)>) -> Self {
+        Self {
+            longest_whole: LONGEST_WHOLE,
+            resumed,
+            ..self
+        }
+    }
+
+    /// The entry of which fragments were returned, but not the last one, and how many bytes of its message as
+    /// JSON. Another stream continues there, as every instance makes the same line of an entry.
+    pub(crate) fn cut(&self) -> Option<(Uuid, usize)> {
+        let begun = self.fragmented.as_ref();
+        begun.map_or(self.resumed, |line| {
+            Some((line.uuid, line.returned + line.skip))
+        })
     }
 
     /// The bounds and the limit of the entries that were not returned yet.
@@ -78,15 +142,22 @@ impl EntryStream {
                     )),
                 };
             }
-            if let Some(lines) = self.take_lines() {
+            if self.fragmented.is_some() || self.resumed.is_some() {
+                if let Some(fragment) = self.take_fragment()? {
+                    return Ok(Part::Fragment(fragment));
+                }
+            } else if let Some(lines) = self.take_lines() {
                 let (lines, count) = self.check(lines)?;
                 if count > 0 {
                     return Ok(Part::Entries(lines, count));
                 }
                 continue;
-            }
-            if self.cut_line.len() > MAX_LINE {
-                return Err(garbled("a line is too long"));
+            } else if self.cut_line.len() > self.longest_whole {
+                if self.longest_whole == MAX_LINE {
+                    return Err(garbled("a line is too long"));
+                }
+                self.begin_fragments()?;
+                continue;
             }
             let next = self.chunks.next().await;
             self.chunk = next.unwrap_or_else(|| {
@@ -109,6 +180,88 @@ impl EntryStream {
         let rest_of_line = self.chunk.split_to(length);
         self.cut_line.extend_from_slice(&rest_of_line);
         end.map(|_| std::mem::take(&mut self.cut_line).freeze())
+    }
+
+    /// Begins to return the line at whose beginning the stream is in fragments.
+    fn begin_fragments(&mut self) -> Result<(), UpstreamError> {
+        let uuid = parse_line_begin(&self.cut_line);
+        let uuid = uuid.ok_or_else(|| garbled("a line is not an entry"))?;
+        if !self.bounds.contains(uuid) {
+            return Err(out_of_place(uuid));
+        }
+        let skip = match self.resumed.take() {
+            None => 0,
+            Some((resumed, returned)) if resumed == uuid => returned,
+            Some(_) => return Err(garbled("an entry is missing")),
+        };
+        self.cut_line.advance(LINE_BEGIN_BYTES);
+        self.fragmented = Some(Fragmented {
+            uuid,
+            returned: 0,
+            skip,
+        });
+        Ok(())
+    }
+
+    /// What has arrived of the line, if that is more than was returned before.
+    fn take_fragment(&mut self) -> Result<Option<Fragment>, UpstreamError> {
+        let newline = memchr(b'\n', &self.chunk);
+        let arrived = newline.map_or(self.chunk.len(), |at| at + 1);
+        self.cut_line
+            .extend_from_slice(&self.chunk.split_to(arrived));
+        if self.fragmented.is_none() {
+            if self.cut_line.len() < LINE_BEGIN_BYTES && newline.is_none() {
+                return Ok(None);
+            }
+            self.begin_fragments()?;
+        }
+        let Some(line) = &mut self.fragmented else {
+            return Ok(None);
+        };
+        let not_a_string = || garbled("a line is not an entry");
+        let text = self.cut_line.strip_suffix(b"\n");
+        let is_last = text.is_some();
+        let text = text.unwrap_or(&self.cut_line);
+        let whole = whole_characters(text).ok_or_else(not_a_string)?;
+        let left = &text[whole..];
+        let is_right = if is_last {
+            left == LINE_END
+        } else {
+            left.len() <= LONGEST_ESCAPE + LINE_END.len()
+        };
+        if !is_right {
+            return Err(not_a_string());
+        }
+        let mut json = self.cut_line.split_to(whole).freeze();
+        let skipped = line.skip.min(json.len());
+        json.advance(skipped);
+        line.skip -= skipped;
+        let is_first = line.returned == 0 && skipped == 0;
+        line.returned += skipped + json.len();
+        if line.returned > MAX_LINE {
+            return Err(garbled("a line is too long"));
+        }
+        let uuid = line.uuid;
+        if is_last {
+            if line.skip > 0 {
+                return Err(garbled("an entry is shorter than on another instance"));
+            }
+            self.fragmented = None;
+            self.cut_line = BytesMut::new();
+            self.count += 1;
+            self.bounds = self.bounds.resumed_from(uuid);
+            if let Some(left) = &mut self.left {
+                let rest = left.checked_sub(1);
+                *left = rest.ok_or_else(|| garbled("more entries than asked for"))?;
+            }
+        }
+        let fragment = Fragment {
+            uuid,
+            json,
+            is_first,
+            is_last,
+        };
+        Ok((is_last || !fragment.json.is_empty()).then_some(fragment))
     }
 
     /// Checks lines and returns the lines of entries with their number.
@@ -150,7 +303,11 @@ impl EntryStream {
             *left = rest.ok_or_else(|| garbled("more entries than asked for"))?;
         }
         if let Some(end) = &self.end
-            && (end.count != self.count || (end.next.is_some() && self.left != Some(0)))
+            && (end.count != self.count
+                || (end.next.is_some() && self.left != Some(0))
+                || end
+                    .next
+                    .is_some_and(|next| Some(next) != self.bounds.near()))
         {
             return Err(garbled("the last line has a wrong count or cursor"));
         }
@@ -204,6 +361,7 @@ mod tests {
                     read.extend_from_slice(&lines);
                     count += lines_count;
                 }
+                Ok(Part::Fragment(fragment)) => panic!("{fragment:?}"),
                 Ok(Part::End(_)) => return (read, Ok(count)),
                 Err(error) => return (read, Err(error.to_string())),
             }
@@ -225,6 +383,44 @@ mod tests {
             assert!(end.is_err(), "{length} bytes");
             assert!(lines.starts_with(&read));
             assert!(read.is_empty() || read.ends_with(b"\n"));
+        }
+    }
+
+    /// A stream that continues a cut one returns what follows, wherever both are cut.
+    #[tokio::test]
+    async fn fragments_are_the_message_across_streams() {
+        let uuid = Uuid::from_u128(1);
+        let msg = "größe \u{1}\"\\ 👍".repeat(LONGEST_WHOLE / 8);
+        let mut line = Vec::new();
+        write_entry(&mut line, uuid, &msg);
+        let whole = [&line[..], b"{\"count\":1}\n"].concat();
+        for size in [997, 1 << 16] {
+            let (mut json, mut cut, mut ends) = (Vec::new(), None, 0);
+            for length in [line.len() / 2, line.len() / 4, line.len() - 2, whole.len()] {
+                let pieces = whole[..length].chunks(size);
+                let pieces: Vec<_> = pieces
+                    .map(|piece| Ok(Bytes::copy_from_slice(piece)))
+                    .collect();
+                let chunks = stream::iter(pieces).boxed();
+                let mut stream =
+                    EntryStream::new(chunks, Bounds::default(), None).in_fragments(cut);
+                while let Ok(part) = stream.next().await {
+                    let Part::Fragment(fragment) = part else {
+                        break;
+                    };
+                    assert_eq!(fragment.is_first, json.is_empty());
+                    assert!(fragment.json.len() <= 2 * LONGEST_WHOLE);
+                    json.extend_from_slice(&fragment.json);
+                    ends += u64::from(fragment.is_last);
+                }
+                cut = stream.cut();
+            }
+            assert_eq!((ends, cut), (1, None));
+            let json = [b"\"", &json[..], b"\""].concat();
+            assert_eq!(
+                serde_json::from_slice::<String>(&json).expect("a string"),
+                msg
+            );
         }
     }
 
@@ -269,7 +465,6 @@ mod tests {
             ]
             .concat(),
             [&two[..], b"{\"count\":2}\n{\"count\":2}\n"].concat(),
-            [&two[..], b"{\"count\":2,\"more\":1}\n"].concat(),
             [&two[..], b"{}\n"].concat(),
             [
                 &two[..],
@@ -280,7 +475,14 @@ mod tests {
             let (_, end) = read_one(&wrong).await;
             assert!(end.is_err(), "{}", String::from_utf8_lossy(&wrong));
         }
-        let (_, end) = read(vec![two], Some(1)).await;
+        let (_, end) = read(vec![two.clone()], Some(1)).await;
         assert!(end.is_err());
+        for (next, is_right) in [(1, false), (2, true), (3, false)] {
+            let next = Uuid::from_u128(next);
+            let last = format!("{{\"count\":2,\"next\":\"{next}\"}}\n");
+            let stream = [&two[..], last.as_bytes()].concat();
+            let (_, end) = read(vec![stream], Some(2)).await;
+            assert_eq!(end.is_ok(), is_right, "{last}");
+        }
     }
 }

@@ -15,13 +15,13 @@ use crate::upstream::UpstreamError;
 pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// A reason as the public may read it: without the addresses of the services behind, which the log has. `…`
-/// stands for each `HOST:PORT` and each IP address.
+/// stands for each URL, `HOST:PORT` and IP address.
 pub(crate) fn without_addresses(reason: &str) -> String {
     let is_address = |word: &str| {
         let port = word.rsplit_once(':').map(|(_, port)| port);
         let is_number =
             |port: &str| !port.is_empty() && port.bytes().all(|digit| digit.is_ascii_digit());
-        port.is_some_and(is_number) || word.parse::<IpAddr>().is_ok()
+        word.contains("://") || port.is_some_and(is_number) || word.parse::<IpAddr>().is_ok()
     };
     let words = reason.split(' ').map(|word| {
         let begin = word.trim_start_matches(PUNCTUATION);
@@ -151,6 +151,10 @@ mod tests {
             (
                 "it serves 01a203b3-3bb1-7319-90b9-a08e864b5eeb: 2",
                 "it serves 01a203b3-3bb1-7319-90b9-a08e864b5eeb: 2",
+            ),
+            (
+                "answered 502: no route to http://10.0.0.5/reply, tried redis://a.internal:1/",
+                "answered 502: no route to …, tried …/",
             ),
             ("", ""),
         ] {

@@ -5,36 +5,48 @@
 //! the event's id, up to which everything was sent before, is one that a follower can resume from
 //! without missing anything.
 
-use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use common::api::ReadQuery;
+use common::api::{LINE_BEGIN_BYTES, LINE_END, ReadQuery, whole_characters};
 use common::body::holding;
 use common::bounds::{Bounds, Order};
 use common::client::Client;
-use common::permits::{Exhausted, Permits};
+use common::permits::{Exhausted, Permit, Permits};
 use common::problem::Problem;
-use common::serve::Endless;
-use futures_util::{StreamExt, stream};
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt, stream};
+use metrics::counter;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
-use crate::entry_stream::Part;
+use crate::entry_stream::{Fragment, Part};
 use crate::error::{too_many, unreadable};
 use crate::format::Format;
+use crate::metrics::FOLLOWERS_CUT;
 use crate::read::Cursor;
 use crate::state::App;
 use crate::upstream::UpstreamError;
-use crate::window::{Freshness, Newest, Next, SharedWindow, State, Window};
+use crate::window::{Arrival, Freshness, Newest, Next, SharedWindow, State, Window};
 
 /// Followers that read history at once; more wait. It bounds the reads of an instance.
 const MAX_CATCHING_UP: usize = 64;
+
+/// A follower that has not taken a piece of history for so long lets another one read.
+const HOLDS_A_TURN: Duration = Duration::from_secs(1);
+
+/// When an event source that was cut, or turned away, comes back.
+const RETRY: &str = "retry: 2000\n";
+const RETRY_LATER: &str = "retry: 5000\n\n";
+
+/// The pause between two tries, and between two comments, while no instance can be read.
+const OUTAGE_PAUSE: Duration = Duration::from_secs(1);
 
 /// The interval of lines that say nothing, which keep a connection from being taken for dead.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -42,17 +54,12 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// The bytes after which a piece of new messages is sent. A follower has one piece in memory.
 const PIECE: usize = 16 * 1024;
 
-/// Budget for large messages on their way to followers, in bytes; a follower waits for its turn. Small pieces
-/// are bounded by the number of followers.
-const MAX_LARGE_BYTES: usize = 64 * 1024 * 1024;
-
 /// What the followers of this facade share.
 #[derive(Debug)]
 pub(crate) struct Followers {
     max: usize,
     permits: Arc<Permits>,
-    catching_up: Arc<Semaphore>,
-    large: Arc<Semaphore>,
+    catching_up: Arc<Permits>,
     window: SharedWindow,
 }
 
@@ -61,8 +68,7 @@ impl Followers {
         Self {
             max,
             permits: Permits::new(max),
-            catching_up: Arc::new(Semaphore::new(MAX_CATCHING_UP)),
-            large: Arc::new(Semaphore::new(MAX_LARGE_BYTES)),
+            catching_up: Permits::new(MAX_CATCHING_UP),
             window: SharedWindow::default(),
         }
     }
@@ -83,17 +89,53 @@ pub(crate) struct Follow {
     pub(crate) request_id: Option<String>,
 }
 
-/// Begins the answer once the instances can be polled.
+/// Begins the answer once the instances can be polled, an event stream after [`OUTAGE_PAUSE`] in any case, as its
+/// client never comes back after another status than 200.
 ///
 /// # Errors
-/// When there are too many followers, or no instance answers within the read deadline.
+/// For lines, when there are too many followers, or no instance answers within the read deadline.
 pub(crate) async fn answer(
     app: Arc<App>,
     follow: Follow,
     client: Client,
 ) -> Result<Response, Problem> {
-    let permit = app.followers.permits.take(client, 1);
-    let permit = permit.map_err(|Exhausted| too_many("followers"))?;
+    let format = follow.format;
+    let headers = [
+        (header::CONTENT_TYPE.as_str(), format.content_type()),
+        // Proxies such as nginx would otherwise hold messages back.
+        ("x-accel-buffering", "no"),
+    ];
+    let permit = match app.followers.permits.take(client, 1) {
+        Ok(permit) => permit,
+        Err(Exhausted) if format == Format::EventStream => {
+            return Ok((headers, RETRY_LATER).into_response());
+        }
+        Err(Exhausted) => return Err(too_many("followers")),
+    };
+    let stop = app.stop.clone();
+    let following = if format == Format::EventStream {
+        let mut beginning = begin_after_outage(app, follow, client).boxed();
+        // What is stored after the head is new for a follower, so the head waits for its beginning.
+        match timeout(OUTAGE_PAUSE, &mut beginning).await {
+            Ok(Some(follower)) => Following::Follows(follower, RETRY),
+            Ok(None) => return Ok((headers, RETRY_LATER).into_response()),
+            Err(_) => Following::Begins(beginning, RETRY),
+        }
+    } else {
+        Following::Follows(begin(&app, &follow, client).await?, "")
+    };
+    let pieces = stream::try_unfold(following, |following| async move {
+        following.next_piece().await.inspect_err(|error| {
+            counter!(FOLLOWERS_CUT, "reason" => error.word()).increment(1);
+            tracing::info!(%error, "a follower is cut");
+        })
+    });
+    let body = Body::from_stream(pieces.take_until(stop.cancelled_owned()).boxed());
+    Ok(holding((headers, body).into_response(), permit))
+}
+
+/// Begins to follow once the instances can be polled.
+async fn begin(app: &Arc<App>, follow: &Follow, client: Client) -> Result<Follower, Problem> {
     let window = app.followers.window.join(&app.pool, app.read_deadline);
     let freshness = match follow.tail {
         Some(_) => Freshness::FromNowOn,
@@ -102,47 +144,95 @@ pub(crate) async fn answer(
     let polled = timeout(app.read_deadline, window.polled(freshness)).await;
     let polled = polled.unwrap_or_else(|_| Err(Arc::new(UpstreamError::TimedOut)));
     polled.map_err(|error| unreadable(&app.pool, &error))?;
-    let stop = app.stop.clone();
     let mut follower = Follower {
         phase: Phase::Between(window.subscribe()),
         window,
         format: follow.format,
         position: follow.after,
-        request_id: follow.request_id,
-        app,
+        request_id: follow.request_id.clone(),
+        client,
+        app: app.clone(),
     };
     if let Some(count) = follow.tail {
-        let turn = turn_to_read_history(&follower.app).await;
-        let _turn = turn.ok_or_else(|| too_many("followers that read history"))?;
-        let begun = follower.begin_with_newest(count).await;
-        begun.map_err(|error| unreadable(&follower.app.pool, &error))?;
+        let turn = turn_to_read_history(app, client).await;
+        let turn = turn.ok_or_else(|| too_many("followers that read history"))?;
+        let begun = follower.begin_with_newest(count, turn).await;
+        begun.map_err(|error| unreadable(&app.pool, &error))?;
     }
-    let pieces = stream::try_unfold(follower, |mut follower| async move {
-        let piece = follower.next_piece().await.inspect_err(|error| {
-            tracing::info!(%error, "a follower is cut");
-        })?;
-        Ok::<_, Cut>(Some((piece, follower)))
-    });
-    let body = Body::from_stream(pieces.take_until(stop.cancelled_owned()).boxed());
-    let headers = [
-        (header::CONTENT_TYPE.as_str(), follow.format.content_type()),
-        // Proxies such as nginx would otherwise hold messages back.
-        ("x-accel-buffering", "no"),
-    ];
-    let mut response = (headers, body).into_response();
-    response.extensions_mut().insert(Endless);
-    Ok(holding(response, permit))
+    Ok(follower)
+}
+
+/// As [`begin`], again and again until the read deadline.
+async fn begin_after_outage(app: Arc<App>, follow: Follow, client: Client) -> Option<Follower> {
+    let begun = async {
+        loop {
+            match begin(&app, &follow, client).await {
+                Ok(follower) => return follower,
+                Err(_) => sleep(OUTAGE_PAUSE).await,
+            }
+        }
+    };
+    timeout(app.read_deadline, begun).await.ok()
+}
+
+/// The body of an answer, with what is to be sent before its next piece.
+enum Following {
+    /// Waits for an instance; its end without one ends the body.
+    Begins(BoxFuture<'static, Option<Follower>>, &'static str),
+    Follows(Follower, &'static str),
+}
+
+impl Following {
+    async fn next_piece(self) -> Result<Option<(Bytes, Self)>, Cut> {
+        let (mut follower, head) = match self {
+            Self::Follows(follower, head) => (follower, head),
+            Self::Begins(mut beginning, head) => {
+                let pause = if head.is_empty() {
+                    OUTAGE_PAUSE
+                } else {
+                    Duration::ZERO
+                };
+                match timeout(pause, &mut beginning).await {
+                    Ok(Some(follower)) => (follower, head),
+                    Ok(None) => return Ok(None),
+                    Err(_) => {
+                        let comment = format!("{head}: waits for a logging instance\n\n");
+                        return Ok(Some((comment.into(), Self::Begins(beginning, ""))));
+                    }
+                }
+            }
+        };
+        let piece = follower.next_piece().await?;
+        let whole = match head.is_empty() {
+            true => piece,
+            false => [head.as_bytes(), &piece].concat().into(),
+        };
+        Ok(Some((whole, Self::Follows(follower, ""))))
+    }
 }
 
 /// Why a follower's body ends: the caller sees that it was cut, and resumes.
 #[derive(Debug, thiserror::Error)]
-enum Cut {
+pub(crate) enum Cut {
     #[error("it takes messages more slowly than they are stored")]
     TooSlow,
     #[error("too many followers read history at once")]
     NoTurn,
     #[error("no instance continues: {0}")]
     Upstream(Arc<UpstreamError>),
+}
+
+impl Cut {
+    /// The reasons as the metrics name them.
+    pub(crate) const WORDS: [&str; 3] = ["too_slow", "no_turn", "no_instance"];
+
+    fn word(&self) -> &'static str {
+        match self {
+            Self::TooSlow => Self::WORDS[0],
+            Self::NoTurn => Self::WORDS[1],
+            Self::Upstream(_) => Self::WORDS[2],
+        }
+    }
 }
 
 impl From<Arc<UpstreamError>> for Cut {
@@ -166,27 +256,47 @@ struct Follower {
     position: Uuid,
     phase: Phase,
     request_id: Option<String>,
+    client: Client,
 }
 
 enum Phase {
     /// Neither: decides what is next.
     Between(watch::Receiver<State>),
-    History {
+    /// Reads the newest entries below the settled position, to find where they begin.
+    Newest {
         cursor: Box<Cursor>,
+        /// How many are still to be found.
+        left: u64,
+        _turn: Permit,
+    },
+    History {
+        reading: Arc<Mutex<Option<Reading>>>,
         until: Uuid,
-        _turn: OwnedSemaphorePermit,
+        /// Pauses the reading while the follower does not take the last piece.
+        _pause: Option<AbortOnDropHandle<()>>,
     },
     New(NewMessages),
 }
 
+/// A read of history, and the turn for it while an instance reads.
+struct Reading {
+    cursor: Cursor,
+    turn: Option<Permit>,
+}
+
 impl Follower {
-    /// Finds where the newest `count` entries begin.
-    async fn begin_with_newest(&mut self, count: u64) -> Result<(), UpstreamError> {
+    /// Begins to find where the newest `count` entries begin.
+    async fn begin_with_newest(&mut self, count: u64, turn: Permit) -> Result<(), UpstreamError> {
         let changes = self.window.subscribe();
-        let newest = changes.borrow().newest(count, self.position);
+        let (newest, settled, next) = {
+            let state = changes.borrow();
+            let newest = state.newest(count, self.position);
+            (newest, state.settled(), state.first())
+        };
         let (count, settled) = match newest {
             Newest::Arrivals { from, end } => {
-                let next = changes.borrow().first();
+                // What is settled is not wanted.
+                self.position = self.position.max(settled);
                 self.phase = Phase::New(NewMessages {
                     wanted: Wanted::Since { end, from },
                     ..self.new_messages(changes, next)
@@ -200,16 +310,13 @@ impl Follower {
             before: Some(settled),
             order: Order::Desc,
         };
-        let mut cursor = self.cursor(bounds, Some(count));
-        let mut found = 0;
-        while let Part::Entries(_, entries) = cursor.next().await? {
-            found += entries;
-        }
-        if found == count {
-            let oldest = cursor.bounds().before.unwrap_or(settled);
-            let below = Uuid::from_u128(oldest.as_u128().saturating_sub(1));
-            self.position = self.position.max(below);
-        }
+        let mut cursor = Box::new(self.cursor(bounds, Some(count)));
+        cursor.begin().await?;
+        self.phase = Phase::Newest {
+            cursor,
+            left: count,
+            _turn: turn,
+        };
         Ok(())
     }
 
@@ -227,35 +334,92 @@ impl Follower {
                             let changes = changes.clone();
                             self.phase = Phase::New(self.new_messages(changes, next));
                         }
-                        Next::History(until) => self.begin_history(until).await?,
+                        Next::History(until) => self.begin_history(until),
                         Next::Wait => wait_for_change(changes).await,
                     }
                 }
-                Phase::History { cursor, until, .. } => match cursor.next().await? {
-                    Part::Entries(lines, _) => return Ok(self.format.render(lines, false)),
+                Phase::Newest { cursor, left, .. } => match cursor.next().await? {
+                    Part::Entries(_, found) => *left -= found,
+                    Part::Fragment(fragment) => *left -= u64::from(fragment.is_last),
                     Part::End(_) => {
-                        self.position = *until;
+                        if *left == 0
+                            && let Some(oldest) = cursor.bounds().before
+                        {
+                            let below = Uuid::from_u128(oldest.as_u128().saturating_sub(1));
+                            self.position = self.position.max(below);
+                        }
                         self.phase = Phase::Between(self.window.subscribe());
                     }
                 },
+                Phase::History { reading, until, .. } => {
+                    let (reading, until) = (reading.clone(), *until);
+                    if let Some(piece) = self.read_history(reading, until).await? {
+                        return Ok(piece);
+                    }
+                    self.position = until;
+                    self.phase = Phase::Between(self.window.subscribe());
+                }
                 Phase::New(messages) => return messages.next_piece().await,
             }
         }
     }
 
-    async fn begin_history(&mut self, until: Uuid) -> Result<(), Cut> {
-        let turn = turn_to_read_history(&self.app).await.ok_or(Cut::NoTurn)?;
+    fn begin_history(&mut self, until: Uuid) {
         let bounds = Bounds {
             after: Some(self.position),
             before: Some(until),
             order: Order::Asc,
         };
+        let cursor = self.cursor(bounds, None);
+        let reading = Reading { cursor, turn: None };
         self.phase = Phase::History {
-            cursor: Box::new(self.cursor(bounds, None)),
+            reading: Arc::new(Mutex::new(Some(reading))),
             until,
-            _turn: turn,
+            _pause: None,
         };
-        Ok(())
+    }
+
+    /// The next piece of history; `None` at its end.
+    async fn read_history(
+        &mut self,
+        shared: Arc<Mutex<Option<Reading>>>,
+        until: Uuid,
+    ) -> Result<Option<Bytes>, Cut> {
+        let lock = |shared: &Mutex<Option<Reading>>| {
+            let mut reading = shared.lock().unwrap_or_else(PoisonError::into_inner);
+            reading.take()
+        };
+        let mut reading = lock(&shared).expect("one piece is read at a time");
+        if reading.turn.is_none() {
+            let turn = turn_to_read_history(&self.app, self.client).await;
+            reading.turn = Some(turn.ok_or(Cut::NoTurn)?);
+        }
+        let piece = match reading.cursor.next().await? {
+            Part::Entries(lines, _) => self.format.render(lines, false),
+            Part::Fragment(fragment) => {
+                let mut piece = Vec::with_capacity(2 * fragment.json.len());
+                self.format
+                    .write_fragment(&mut piece, &fragment, fragment.uuid);
+                piece.into()
+            }
+            Part::End(_) => return Ok(None),
+        };
+        *shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(reading);
+        let held = shared.clone();
+        let pause = tokio::spawn(async move {
+            sleep(HOLDS_A_TURN).await;
+            let mut reading = held.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(Reading { cursor, turn }) = &mut *reading {
+                cursor.pause();
+                *turn = None;
+            }
+        });
+        self.phase = Phase::History {
+            reading: shared,
+            until,
+            _pause: Some(AbortOnDropHandle::new(pause)),
+        };
+        Ok(Some(piece))
     }
 
     fn cursor(&self, bounds: Bounds, limit: Option<u64>) -> Cursor {
@@ -278,7 +442,7 @@ impl Follower {
             format: self.format,
             position: self.position,
             next,
-            taken: Bytes::new(),
+            sent: 0,
             wanted: Wanted::All,
             // The first comment gives a position before there is a message.
             keep_alive: match self.format == Format::EventStream {
@@ -286,15 +450,14 @@ impl Follower {
                 false => Instant::now() + KEEP_ALIVE,
             },
             sending: Arc::new(Semaphore::new(1)),
-            large: self.app.followers.large.clone(),
         }
     }
 }
 
 /// `None` when there is none until the read deadline.
-async fn turn_to_read_history(app: &App) -> Option<OwnedSemaphorePermit> {
-    let turn = app.followers.catching_up.clone().acquire_owned();
-    timeout(app.read_deadline, turn).await.ok()?.ok()
+async fn turn_to_read_history(app: &App, client: Client) -> Option<Permit> {
+    let turn = app.followers.catching_up.wait(client, 1);
+    timeout(app.read_deadline, turn).await.ok()
 }
 
 /// The part of a body that comes from the window.
@@ -305,16 +468,14 @@ struct NewMessages {
     position: Uuid,
     /// The number of the next arrival.
     next: u64,
-    /// What was taken of the arrivals before it and is not sent yet. A large message is sent in pieces: with a
-    /// whole one on its way, hyper would not ask for more, and the follower could not be cut.
-    taken: Bytes,
+    /// How many bytes of its message as JSON were taken. A large message is sent in pieces, so that followers need
+    /// no memory for it: a follower for which the window cannot keep it is cut.
+    sent: usize,
     wanted: Wanted,
     /// When the next line that says nothing is due.
     keep_alive: Instant,
     /// Held by the piece that is being sent.
     sending: Arc<Semaphore>,
-    /// The budget that all followers share.
-    large: Arc<Semaphore>,
 }
 
 /// Which arrivals above the position a follower gets.
@@ -341,17 +502,8 @@ impl NewMessages {
         };
         let turn = turn.expect("the semaphore is never closed");
         loop {
-            if self.taken.is_empty() {
-                let (end, bytes) = self.next_arrivals()?;
-                let memory = self.reserve(bytes).await?;
-                let text = self.take_arrivals(end)?;
-                self.taken = Bytes::from_owner(Taken {
-                    text,
-                    _memory: memory,
-                });
-            }
-            if !self.taken.is_empty() {
-                let bytes = self.taken.split_to(self.taken.len().min(PIECE));
+            let bytes = self.take_arrivals()?;
+            if !bytes.is_empty() {
                 return Ok(Bytes::from_owner(Piece { bytes, _turn: turn }));
             }
             tokio::select! {
@@ -361,53 +513,32 @@ impl NewMessages {
         }
     }
 
-    /// The arrivals that make a piece: the number before which they end, and their size in bytes.
-    fn next_arrivals(&self) -> Result<(u64, usize), Cut> {
-        let state = self.changes.borrow();
-        require_kept(&state, self.next)?;
-        let (mut end, mut bytes) = (self.next, 0);
-        for arrival in state.arrivals_from(self.next) {
-            if bytes >= PIECE {
-                break;
-            }
-            bytes += arrival.line.len();
-            end += 1;
-        }
-        Ok((end, bytes))
-    }
-
-    /// Waits for memory for large arrivals.
-    async fn reserve(&mut self, bytes: usize) -> Result<Option<OwnedSemaphorePermit>, Cut> {
-        if bytes <= 2 * PIECE {
-            return Ok(None);
-        }
-        let permits = bytes.min(MAX_LARGE_BYTES) as u32;
-        let mut memory = pin!(self.large.clone().acquire_many_owned(permits));
-        loop {
-            tokio::select! {
-                biased;
-                memory = &mut memory => return Ok(memory.ok()),
-                () = wait_for_change(&mut self.changes) => {
-                    require_kept(&self.changes.borrow(), self.next)?;
-                }
-            }
-        }
-    }
-
-    /// The arrivals before number `end`, or what keeps the connection alive when it is due.
-    fn take_arrivals(&mut self, end: u64) -> Result<Vec<u8>, Cut> {
+    /// The next piece of the arrivals, or what keeps the connection alive when it is due.
+    fn take_arrivals(&mut self) -> Result<Vec<u8>, Cut> {
         let state = self.changes.borrow_and_update();
         require_kept(&state, self.next)?;
         let mut piece = Vec::new();
-        let count = (end - self.next) as usize;
-        for arrival in state.arrivals_from(self.next).take(count) {
+        for arrival in state.arrivals_from(self.next) {
+            if piece.len() >= PIECE {
+                break;
+            }
             let is_wanted = match self.wanted {
                 Wanted::All => true,
                 Wanted::Since { end, from } => self.next >= end || arrival.uuid >= from,
             };
             if is_wanted && arrival.uuid > self.position {
                 let position = arrival.settled.max(self.position);
-                self.format.write_new(&mut piece, &arrival.line, position);
+                if arrival.line.len() <= 2 * PIECE {
+                    self.format.write_new(&mut piece, &arrival.line, position);
+                } else {
+                    let fragment = fragment_of(arrival, self.sent);
+                    self.format.write_fragment(&mut piece, &fragment, position);
+                    self.sent += fragment.json.len();
+                    if !fragment.is_last {
+                        break;
+                    }
+                    self.sent = 0;
+                }
             }
             self.next += 1;
         }
@@ -431,21 +562,24 @@ fn require_kept(state: &State, next: u64) -> Result<(), Cut> {
     }
 }
 
-/// Arrivals as text, and the memory that is reserved for them if they are large.
-struct Taken {
-    text: Vec<u8>,
-    _memory: Option<OwnedSemaphorePermit>,
-}
-
-impl AsRef<[u8]> for Taken {
-    fn as_ref(&self) -> &[u8] {
-        &self.text
+/// The next piece of a large arrival, of whose message as JSON so many bytes were sent.
+fn fragment_of(arrival: &Arrival, sent: usize) -> Fragment {
+    let rest = &arrival.line[LINE_BEGIN_BYTES + sent..arrival.line.len() - LINE_END.len()];
+    let length = match rest.get(..PIECE) {
+        None => rest.len(),
+        Some(piece) => whole_characters(piece).expect("the line was checked"),
+    };
+    Fragment {
+        uuid: arrival.uuid,
+        json: Bytes::copy_from_slice(&rest[..length]),
+        is_first: sent == 0,
+        is_last: length == rest.len(),
     }
 }
 
 /// Bytes that keep a follower's turn until they are sent, so that only one piece of it is in memory.
 struct Piece {
-    bytes: Bytes,
+    bytes: Vec<u8>,
     _turn: OwnedSemaphorePermit,
 }
 

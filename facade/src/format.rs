@@ -2,17 +2,19 @@
 
 use axum::http::{HeaderMap, StatusCode, header};
 use bytes::Bytes;
-use common::api::EntryLine;
+use common::api::{EntryLine, LINE_END, begin_line};
 use common::entry::Entry;
 use common::escape::needs_escape;
 use common::json;
 use common::problem::Problem;
 use headers_accept::Accept;
-use mediatype::{MediaType, Name, ReadParams, names};
-use memchr::memchr_iter;
+use mediatype::{MediaType, Name, ReadParams};
+use memchr::{memchr_iter, memmem};
 use serde::Serialize;
 use utoipa::ToSchema;
 use uuid::Uuid;
+
+use crate::entry_stream::Fragment;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
@@ -70,12 +72,14 @@ pub(crate) fn accept_one_of(offer: &[Format]) -> String {
     format!("accept one of: {}", offered.join(", "))
 }
 
-/// Whether the `Accept` headers prefer `text/html` to every format of a GET of the log.
+/// Whether a browser navigates here, to show what it gets. Other clients may name `text/html` too, as
+/// `URLConnection` of Java does, and do not mean a page.
 pub(crate) fn prefers_html(headers: &HeaderMap) -> bool {
-    let html = MediaType::new(names::TEXT, names::HTML);
-    let mut available = Format::OF_THE_LOG.map(Format::media_type).to_vec();
-    available.push(html);
-    preferred(headers, &available) == Some(Format::OF_THE_LOG.len())
+    let has = |name: &str, value: &[u8]| {
+        let mut values = headers.get_all(name).iter();
+        values.any(|one| memmem::find(one.as_bytes(), value).is_some())
+    };
+    has("sec-fetch-mode", b"navigate") || has("accept", b"application/xhtml+xml")
 }
 
 /// The index of the type that the `Accept` headers prefer; without them the first.
@@ -127,7 +131,7 @@ impl Format {
                 }
                 Self::Json | Self::Ndjson => {
                     if begin > 0 || !is_first {
-                        out.extend_from_slice(b",\n");
+                        out.extend_from_slice(self.separator());
                     }
                     out.extend_from_slice(line);
                 }
@@ -135,6 +139,43 @@ impl Format {
             begin = newline + 1;
         }
         out.into()
+    }
+
+    /// Writes a part of a large entry. In an event stream everything up to `position` was sent when its last
+    /// part is.
+    pub(crate) fn write_fragment(self, out: &mut Vec<u8>, fragment: &Fragment, position: Uuid) {
+        let Fragment { uuid, json, .. } = fragment;
+        if fragment.is_first {
+            match self {
+                Self::Text => out.extend_from_slice(format!("{uuid} ").as_bytes()),
+                Self::EventStream => {
+                    begin_event(out, position);
+                    begin_line(out, *uuid);
+                }
+                Self::Json | Self::Ndjson => begin_line(out, *uuid),
+            }
+        }
+        match self {
+            Self::Text => write_escaped(out, &fragment.text()),
+            Self::EventStream | Self::Json | Self::Ndjson => out.extend_from_slice(json),
+        }
+        if fragment.is_last {
+            let end: [&[u8]; 2] = match self {
+                Self::Text => [b"", b"\n"],
+                Self::EventStream => [LINE_END, b"\n\n"],
+                Self::Json => [LINE_END, b""],
+                Self::Ndjson => [LINE_END, b"\n"],
+            };
+            out.extend_from_slice(&end.concat());
+        }
+    }
+
+    /// What is between two entries of an answer.
+    pub(crate) fn separator(self) -> &'static [u8] {
+        match self {
+            Self::Json => b",\n",
+            Self::Ndjson | Self::Text | Self::EventStream => b"",
+        }
     }
 
     pub(crate) fn render_tail(self, tail: &Tail) -> Bytes {
@@ -218,6 +259,12 @@ impl Tail {
 /// An event (<https://html.spec.whatwg.org/multipage/server-sent-events.html>). Without a position, the
 /// follower keeps the one that it has.
 fn write_event(out: &mut Vec<u8>, line: &[u8], position: Uuid) {
+    begin_event(out, position);
+    out.extend_from_slice(line);
+    out.extend_from_slice(b"\n\n");
+}
+
+fn begin_event(out: &mut Vec<u8>, position: Uuid) {
     out.extend_from_slice(b"event: message\n");
     if !position.is_nil() {
         let mut buffer = Uuid::encode_buffer();
@@ -227,8 +274,6 @@ fn write_event(out: &mut Vec<u8>, line: &[u8], position: Uuid) {
         out.push(b'\n');
     }
     out.extend_from_slice(b"data: ");
-    out.extend_from_slice(line);
-    out.extend_from_slice(b"\n\n");
 }
 
 /// `UUID msg`, escaped so that no message can imitate or alter another line.

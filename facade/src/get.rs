@@ -32,8 +32,11 @@ use crate::read::{self, Read};
 use crate::search::Text;
 use crate::state::App;
 
+/// The most entries that a follower may begin with: what it reads to find where they begin.
+pub(crate) const MAX_TAIL: u64 = 10_000;
+
 /// Unknown fields are ignored, because the first client of this system sends some.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Deserialize)]
 pub(crate) struct ListQuery {
     after: Option<Uuid>,
     before: Option<Uuid>,
@@ -128,6 +131,8 @@ fn following(follow: Follow, bounds: Bounds, query: &ListQuery) -> Result<Follow
     let refusal = if !follow.format.can_be_followed() {
         "this format has an end and cannot be followed: accept text/event-stream, application/x-ndjson or \
          text/plain"
+    } else if query.tail.is_some_and(|tail| tail > MAX_TAIL) {
+        "tail may be 10000 at most; to begin earlier write after=UUID or since=TIME instead"
     } else if query.limit.is_some() {
         "limit cannot be combined with following; tail=N begins with the newest N messages"
     } else if query.contains.is_some() {
@@ -175,7 +180,7 @@ pub(crate) async fn show(
             target: TRACES,
             "read from an instance",
             "otel.kind" = "client",
-            "server.address" = instance.name,
+            "server.address" = instance.address,
         );
         instance.client.get(uuid).instrument(span).await
     };

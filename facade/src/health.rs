@@ -4,13 +4,13 @@
 //! entries. Accepted connections and other answers prove nothing: a broken instance may give them.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use common::api::Batch;
 use metrics::counter;
 use tokio::sync::Notify;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use crate::client::LoggingApi;
 use crate::metrics::INSTANCE_FAILURES;
@@ -29,10 +29,11 @@ const MAX_DOUBLINGS: u32 = 4;
 #[derive(Debug)]
 pub struct Health {
     name: String,
+    address: String,
     client: Arc<dyn LoggingApi>,
     is_up: AtomicBool,
-    /// Since when it is up or down.
-    since: Mutex<Instant>,
+    /// When it went down last.
+    down_since: Mutex<Instant>,
     /// How often it went down since it last answered a batch with entries.
     relapses: AtomicU32,
     /// Why it is down, or was down last.
@@ -46,6 +47,7 @@ impl Health {
     /// Gives a new instance its first trial.
     pub(crate) fn start(
         name: String,
+        address: String,
         client: Arc<dyn LoggingApi>,
         readmitted: Arc<Notify>,
         served_map: Arc<ServedMap>,
@@ -53,9 +55,10 @@ impl Health {
         served_map.expect_instance();
         let health = Arc::new(Self {
             name,
+            address,
             client,
             is_up: AtomicBool::new(true),
-            since: Mutex::new(Instant::now()),
+            down_since: Mutex::new(Instant::now()),
             relapses: AtomicU32::new(0),
             reason: Mutex::default(),
             readmitted,
@@ -65,26 +68,22 @@ impl Health {
         health
     }
 
-    /// The instance's `HOST:PORT`.
     pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
-    /// How long the instance has been up or down.
-    pub(crate) fn age(&self) -> Duration {
-        let since = self.since.lock().unwrap_or_else(PoisonError::into_inner);
-        since.elapsed()
-    }
-
-    /// Notes that it went down or up, and returns how long it had been the other.
-    fn note_change(&self) -> Duration {
-        let mut since = self.since.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = std::mem::replace(&mut *since, Instant::now());
-        before.elapsed()
-    }
-
     pub fn is_up(&self) -> bool {
         self.is_up.load(Ordering::Acquire)
+    }
+
+    /// How long the instance has been down; zero while it is up.
+    pub(crate) fn down_for(&self) -> Duration {
+        let since = *self.down_since();
+        if self.is_up() {
+            Duration::ZERO
+        } else {
+            since.elapsed()
+        }
     }
 
     /// `None` when the instance is up.
@@ -93,9 +92,14 @@ impl Health {
         (!self.is_up()).then(|| reason.clone())
     }
 
+    fn down_since(&self) -> MutexGuard<'_, Instant> {
+        self.down_since
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Notes that the instance answered a batch with entries.
     pub(crate) fn note_success(&self) {
-        self.served_map.note_use();
         if self.relapses.load(Ordering::Relaxed) > 0 {
             self.relapses.store(0, Ordering::Relaxed);
         }
@@ -108,7 +112,7 @@ impl Health {
             Err(error) if error.is_refusal() => Ok(()),
             Err(error) => {
                 if !matches!(error, UpstreamError::OtherMap(_)) {
-                    self.served_map.forget(&self.name);
+                    self.served_map.forget(&self.address);
                 }
                 Err(error)
             }
@@ -118,14 +122,15 @@ impl Health {
     /// Marks the instance down, unless it is already, and sends trials until it answers one.
     pub fn note_failure(self: &Arc<Self>, error: &UpstreamError) {
         let mut reason = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
-        if !self.is_up.swap(false, Ordering::AcqRel) {
+        if !self.is_up() {
             return;
         }
+        *self.down_since() = Instant::now();
+        self.is_up.store(false, Ordering::Release);
         *reason = error.to_string();
         drop(reason);
-        self.note_change();
         counter!(INSTANCE_FAILURES, "upstream" => self.name.clone()).increment(1);
-        tracing::warn!("logging {} is down: it {error}", self.name);
+        tracing::warn!("{} is down: it {error}", self.name);
         let relapses = self.relapses.fetch_add(1, Ordering::Relaxed);
         let pause = TRIAL_PAUSE * 2_u32.pow(relapses.min(MAX_DOUBLINGS));
         tokio::spawn(try_until_up(Arc::downgrade(self), pause));
@@ -149,8 +154,8 @@ async fn try_until_up(health: Weak<Health>, pause: Duration) {
         match health.try_once().await {
             Ok(()) => {
                 health.is_up.store(true, Ordering::Release);
-                let away_s = health.note_change().as_secs_f64();
-                tracing::info!(away_s, "logging {} is up again", health.name);
+                let away_s = health.down_since().elapsed().as_secs_f64();
+                tracing::info!(away_s, "{} is up again", health.name);
                 health.readmitted.notify_waiters();
                 return;
             }

@@ -15,6 +15,15 @@ pub enum Key {
     Caller(Uuid),
 }
 
+impl Key {
+    pub(crate) fn caller(self) -> Option<Uuid> {
+        match self {
+            Self::Caller(uuid) => Some(uuid),
+            Self::Generated => None,
+        }
+    }
+}
+
 /// Why a message was not stored.
 #[derive(Debug)]
 pub enum NotStored {
@@ -192,19 +201,23 @@ pub(crate) fn judge(answer: Result<Outcome, BatchFailure>, doubt: Doubt) -> Judg
         // The map has no entry under a stale UUID and accepts none, from earlier tries either.
         (Outcome::Stale, Key::Generated) => (clocks_differ(), MaybeStored::No),
         (Outcome::Leaving | Outcome::Early, Key::Generated) => (clocks_differ(), before),
-        (Outcome::Refused { detail }, _) => (Verdict::Again(Trouble::Refused, detail), before),
+        (Outcome::Refused { detail }, _) => (answered(Trouble::Refused, &detail), before),
         (Outcome::PartitionDown { detail }, _) => {
-            (Verdict::Again(Trouble::PartitionDown, detail), before)
+            (answered(Trouble::PartitionDown, &detail), before)
         }
-        (Outcome::Unknown { detail }, _) => (
-            Verdict::Again(Trouble::NotTaken, detail),
-            MaybeStored::Unknown,
-        ),
+        (Outcome::Unknown { detail }, _) => {
+            (answered(Trouble::NotTaken, &detail), MaybeStored::Unknown)
+        }
     };
     Judged {
         verdict,
         maybe_stored,
     }
+}
+
+/// A reason in the instance's own words.
+fn answered(trouble: Trouble, detail: &str) -> Verdict {
+    Verdict::Again(trouble, format!("answered: {detail}"))
 }
 
 fn clocks_differ() -> Verdict {

@@ -21,8 +21,8 @@
 //! 1. [`get`] parses the bounds, with [`moment`] for times, and chooses a [`mod@format`].
 //! 2. [`read`] streams from one instance after the other; [`entry_stream`] checks each line.
 //!
-//! [`discovery`] finds the instances, [`served_map`] decides which map is served, [`readiness`], [`stats`] and
-//! [`console`], the page, report. [`common::door`] decides which requests reach them.
+//! [`discovery`] finds the instances, [`names`] names them, [`served_map`] decides which map is served.
+//! [`collection`] looks at all services once a second; [`stats`] and [`console`], the page, show that. [`common::door`] decides which requests reach them.
 
 #![allow(
     rustdoc::private_intra_doc_links,
@@ -32,6 +32,7 @@
 mod backoff;
 pub mod batcher;
 pub mod client;
+mod collection;
 mod config;
 mod console;
 mod counters;
@@ -51,11 +52,11 @@ mod judge;
 pub mod message;
 mod metrics;
 mod moment;
+pub mod names;
 mod openapi;
 pub mod pool;
 mod post;
 mod read;
-mod readiness;
 mod router;
 mod search;
 pub mod served_map;

@@ -2,7 +2,7 @@
 //!
 //! Unexpected parts of a body are refused, never dropped: a silently cut message is a lost message.
 
-use std::convert::Infallible;
+use std::collections::HashMap;
 use std::str::Utf8Error;
 
 use axum::http::{HeaderMap, header};
@@ -10,11 +10,10 @@ use bytes::Bytes;
 use common::api::MAX_BATCH_BYTES;
 use common::json::{MAX_EXPANSION, may_begin_escape};
 use common::problem::Problem;
-use futures_util::stream;
 use mediatype::{MediaType, ReadParams, names};
-use multer::Multipart;
 use percent_encoding::percent_decode_str;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use crate::batcher::TARGET_BATCH_BYTES;
 use crate::error::{too_large, unsupported};
@@ -42,7 +41,9 @@ const COMMANDS: &str = "with curl: --data-urlencode 'msg=TEXT', or --json '{\"ms
 /// How a body holds its message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BodyFormat {
-    /// `msg=…`, percent-encoded; without any `=` it is plain text, for `curl -d Hello`.
+    /// Clients name no type, or an empty one, for any text: a form or a JSON object when it is one.
+    Untyped,
+    /// As [`Self::Untyped`], because `curl -d` and others name this type unasked; but a body with a `=` must be one.
     Form,
     /// `{"msg":"…"}` or `"…"`.
     Json,
@@ -78,7 +79,8 @@ impl ContentType {
         }
         let mut content_types = headers.get_all(header::CONTENT_TYPE).iter();
         let content_type = match (content_types.next(), content_types.next()) {
-            (None, _) => return Ok(Self::body(BodyFormat::Text)),
+            (None, _) => return Ok(Self::body(BodyFormat::Untyped)),
+            (Some(empty), None) if empty.is_empty() => return Ok(Self::body(BodyFormat::Untyped)),
             (Some(form), None) if form == FORM => return Ok(Self::body(BodyFormat::Form)),
             (Some(content_type), None) => content_type.to_str().ok(),
             (Some(_), Some(_)) => None,
@@ -140,8 +142,8 @@ pub(crate) fn json_length(msg: &str) -> usize {
 /// 400 with what to do about it, or 413 when the message is larger than `max_message` bytes.
 pub fn message(format: BodyFormat, body: Bytes, max_message: usize) -> Result<String, Problem> {
     let msg = match format {
-        BodyFormat::Form if body.contains(&b'=') => form_message(&body)?,
-        BodyFormat::Form | BodyFormat::Text => utf8(&body)?.to_owned(),
+        BodyFormat::Untyped | BodyFormat::Form => untyped_message(utf8(&body)?, format)?,
+        BodyFormat::Text => utf8(&body)?.to_owned(),
         BodyFormat::Json => json_message(&body)?,
     };
     check_size(&msg, max_message)?;
@@ -158,53 +160,104 @@ pub(crate) fn check_size(msg: &str, max_message: usize) -> Result<(), Problem> {
     Ok(())
 }
 
-/// A form must be one field `msg`: a second field, or a `&` inside the message, would be lost.
-fn form_message(body: &[u8]) -> Result<String, Problem> {
-    let body = utf8(body)?;
-    let field = match body.split_once('=') {
-        Some(("msg", value)) if !value.contains('&') => value,
-        Some((name, value)) if !body.contains('&') && decode_form(name)? == "msg" => value,
-        _ => {
-            return Err(Problem::bad_request(format!(
-                "a form needs exactly one field, msg, with & and = encoded inside it; {COMMANDS}"
-            )));
-        }
-    };
-    decode_form(field)
+/// A text that begins like a form or an object with `msg` and is none would be stored as what its sender did not
+/// mean, or lose a field.
+fn untyped_message(text: &str, format: BodyFormat) -> Result<String, Problem> {
+    if let Some(msg) = json_object(text) {
+        return msg.map_err(not_json);
+    }
+    let form = text.split_once('=');
+    match form.filter(|(name, _)| decode_form(name).is_ok_and(|name| name == "msg")) {
+        Some((_, field)) if !field.contains('&') => decode_form(field),
+        None if form.is_none() || format == BodyFormat::Untyped => Ok(text.to_owned()),
+        _ => Err(Problem::bad_request(format!(
+            "a form needs exactly one field, msg, with & and = encoded inside it; {COMMANDS}"
+        ))),
+    }
 }
 
-/// A multipart body must be one text field `msg`: a second field or a file would be lost.
-pub(crate) async fn multipart_message(
+/// The message of a text that is, or begins like, an object with `msg`, also of one that lost its quotes in a shell.
+fn json_object(text: &str) -> Option<serde_json::Result<String>> {
+    let is_before = |one: char| one.is_whitespace() || "\u{feff}'".contains(one);
+    let is_around_name = |one: char| one.is_whitespace() || "\"'\\".contains(one);
+    let members = text.trim_start_matches(is_before).strip_prefix('{')?;
+    let rest = members
+        .trim_start_matches(is_around_name)
+        .strip_prefix("msg");
+    let rest = rest.map(|rest| rest.trim_start_matches(is_around_name));
+    let begins_with_msg = rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(':'));
+    let has_msg = || {
+        let members = serde_json::from_str::<HashMap<String, IgnoredAny>>(text);
+        members.is_ok_and(|members| members.contains_key("msg"))
+    };
+    (begins_with_msg || has_msg()).then(|| serde_json::from_str(text).map(|Object { msg }| msg))
+}
+
+/// A multipart body must be one text field `msg`, with nothing before, beside or after it that would be lost.
+pub(crate) fn multipart_message(
     body: Bytes,
-    boundary: String,
+    boundary: &str,
     max_message: usize,
 ) -> Result<String, Problem> {
-    let broken = |error| Problem::bad_request(format!("the form cannot be read: {error}"));
-    let more = || {
-        Problem::bad_request(
-            "a form needs exactly one field, msg, and no file; with curl: -F 'msg=TEXT'",
-        )
-    };
-    let whole = stream::iter([Ok::<_, Infallible>(body)]);
-    let mut form = Multipart::new(whole, boundary);
-    let field = form.next_field().await.map_err(broken)?.ok_or_else(more)?;
-    if field.name() != Some("msg") || field.file_name().is_some() {
-        return Err(more());
+    let delimiter = format!("\r\n--{boundary}");
+    let form = utf8(&body)?
+        .trim_ascii_start()
+        .strip_prefix(&delimiter[2..]);
+    let form = form.and_then(|form| form.strip_prefix("\r\n")?.split_once(&delimiter));
+    let (part, end) = form.ok_or_else(not_one_field)?;
+    if end.trim_ascii_end() != "--" {
+        return Err(not_one_field());
     }
-    if let Some(content_type) = field.headers().get(header::CONTENT_TYPE) {
-        let text = content_type.to_str().unwrap_or_default();
-        let media_type = MediaType::parse(text).map_err(|_| more())?;
-        if media_type.essence() != MediaType::new(names::TEXT, names::PLAIN) {
-            return Err(unsupported("the field msg must be text/plain"));
+    let (headers, msg) = part.split_once("\r\n\r\n").ok_or_else(not_one_field)?;
+    let mut is_msg = false;
+    for header in headers.split("\r\n") {
+        let (name, value) = header.split_once(':').ok_or_else(not_one_field)?;
+        let value = value.trim_ascii();
+        match name.to_ascii_lowercase().as_str() {
+            "content-disposition" if !is_msg && names_only_msg(value) => is_msg = true,
+            "content-type" => require_plain_text(value)?,
+            "content-transfer-encoding" => require_unencoded(value)?,
+            "content-length" => {}
+            _ => return Err(not_one_field()),
         }
-        require_utf8(&media_type)?;
     }
-    let msg = utf8(&field.bytes().await.map_err(broken)?)?.to_owned();
-    if form.next_field().await.map_err(broken)?.is_some() {
-        return Err(more());
+    if !is_msg {
+        return Err(not_one_field());
     }
-    check_size(&msg, max_message)?;
-    Ok(msg)
+    check_size(msg, max_message)?;
+    Ok(msg.to_owned())
+}
+
+fn not_one_field() -> Problem {
+    Problem::bad_request(
+        "a form needs exactly one field, msg, no file, and nothing before or after it; with curl: -F 'msg=TEXT'",
+    )
+}
+
+fn names_only_msg(disposition: &str) -> bool {
+    let mut parameters = disposition.split(';').map(str::trim_ascii);
+    let is_form = parameters
+        .next()
+        .is_some_and(|kind| kind.eq_ignore_ascii_case("form-data"));
+    let is_msg = matches!(parameters.next(), Some("name=\"msg\"" | "name=msg"));
+    is_form && is_msg && parameters.next().is_none()
+}
+
+fn require_plain_text(content_type: &str) -> Result<(), Problem> {
+    let media_type = MediaType::parse(content_type).map_err(|_| not_one_field())?;
+    if media_type.essence() != MediaType::new(names::TEXT, names::PLAIN) {
+        return Err(unsupported("the field msg must be text/plain"));
+    }
+    require_utf8(&media_type)
+}
+
+fn require_unencoded(encoding: &str) -> Result<(), Problem> {
+    match encoding.to_ascii_lowercase().as_str() {
+        "7bit" | "8bit" | "binary" => Ok(()),
+        _ => Err(unsupported(
+            "send the field msg as it is, without content-transfer-encoding; with curl: -F 'msg=TEXT'",
+        )),
+    }
 }
 
 fn decode_form(text: &str) -> Result<String, Problem> {
@@ -218,22 +271,25 @@ fn decode_form(text: &str) -> Result<String, Problem> {
     String::from_utf8(decoded).map_err(|error| not_utf8(error.utf8_error()))
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Object {
+    msg: String,
+}
+
 fn json_message(body: &[u8]) -> Result<String, Problem> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Object {
-        msg: String,
-    }
     let msg = if body.trim_ascii_start().starts_with(b"{") {
         serde_json::from_slice(body).map(|Object { msg }| msg)
     } else {
         serde_json::from_slice(body)
     };
-    msg.map_err(|error| {
-        Problem::bad_request(format!(
-            "send {{\"msg\":\"…\"}} or a JSON string, and nothing else: {error}; {COMMANDS}"
-        ))
-    })
+    msg.map_err(not_json)
+}
+
+fn not_json(error: serde_json::Error) -> Problem {
+    Problem::bad_request(format!(
+        "send {{\"msg\":\"…\"}} or a JSON string, and nothing else: {error}; {COMMANDS}"
+    ))
 }
 
 fn utf8(bytes: &[u8]) -> Result<&str, Problem> {

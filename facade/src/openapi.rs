@@ -105,12 +105,7 @@ pub(crate) fn stats() -> PathItem {
     );
     let stats =
         answer("The statistics.").content(JSON, Content::new(Some(Ref::from_schema_name("Stats"))));
-    let too_many = unavailable("There are too many such requests at once.", []);
-    get_only(
-        get.response("200", stats)
-            .problem(500, FAULT, [])
-            .response("503", too_many),
-    )
+    get_only(get.response("200", stats).problem(500, FAULT, []))
 }
 
 /// `/metrics`
@@ -144,7 +139,7 @@ pub(crate) fn readyz() -> PathItem {
         "Whether this facade can serve",
         "Ready while at least one logging instance can read and store.",
     );
-    let check = |name: &str| json!({"name": name, "ok": true, "detail": "answers"});
+    let check = |name: &str, detail: &str| json!({"name": name, "ok": true, "detail": detail});
     let ready = answer("It can serve.").content(
         JSON,
         content(
@@ -154,10 +149,11 @@ pub(crate) fn readyz() -> PathItem {
                 (
                     "verbose",
                     json!({"status": "ready", "checks": [
-                        check("logging 127.0.0.1:8082"),
-                        check("logging 127.0.0.1:8083"),
-                        check("logging 127.0.0.1:8084"),
-                        check("messages"),
+                        check("logging-1", "127.0.0.1:8082 is ready"),
+                        check("logging-2", "127.0.0.1:8083 is ready"),
+                        check("logging-3", "127.0.0.1:8084 is ready"),
+                        check("map", "answers"),
+                        check("messages", "answers"),
                     ]}),
                 ),
             ],
@@ -167,7 +163,7 @@ pub(crate) fn readyz() -> PathItem {
     get_only(
         get.parameter(query(
             "verbose",
-            "With any value: lists each instance and the messages service.",
+            "With any value: lists the checks of each instance and the messages service.",
             string(),
         ))
         .response("200", ready)

@@ -18,8 +18,9 @@ use crate::batcher::Batcher;
 use crate::client::LoggingApi;
 use crate::health::Health;
 use crate::identifiers::Identifiers;
+use crate::names::{Names, Naming};
 use crate::served_map::ServedMap;
-use crate::upstream::UpstreamError;
+use crate::upstream::{UpstreamError, say_once};
 
 /// Pause after a read failed on every instance; it doubles up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -34,8 +35,10 @@ const FREE_RETRIES_PER_SECOND: u32 = 10;
 
 #[derive(Debug)]
 pub struct Instance {
-    /// `HOST:PORT`, as callers see it in `x-logging-instance`.
+    /// As log, errors and statistics name it.
     pub name: String,
+    /// `HOST:PORT`, as callers see it in `x-logging-instance`.
+    pub address: String,
     pub client: Arc<dyn LoggingApi>,
     pub batcher: Batcher,
     pub health: Arc<Health>,
@@ -45,13 +48,21 @@ impl Instance {
     /// An instance that counts as healthy until a request fails.
     fn new(
         name: String,
+        address: String,
         client: Arc<dyn LoggingApi>,
         readmitted: Arc<Notify>,
         served_map: Arc<ServedMap>,
     ) -> Self {
-        let health = Health::start(name.clone(), client.clone(), readmitted, served_map);
+        let health = Health::start(
+            name.clone(),
+            address.clone(),
+            client.clone(),
+            readmitted,
+            served_map,
+        );
         Self {
             name,
+            address,
             batcher: Batcher::start(client.clone(), health.clone()),
             client,
             health,
@@ -62,6 +73,7 @@ impl Instance {
 #[derive(Debug)]
 pub struct Pool {
     members: RwLock<Vec<Member>>,
+    names: Mutex<Names>,
     random: Mutex<StdRng>,
     /// The retry budget of POSTs.
     pub retry_budget: TpsBudget,
@@ -83,6 +95,7 @@ impl Pool {
     pub fn new(random: StdRng, served_map: ServedMap) -> Self {
         Self {
             members: RwLock::default(),
+            names: Mutex::default(),
             random: Mutex::new(random),
             retry_budget: TpsBudget::new(BUDGET_SPAN, FREE_RETRIES_PER_SECOND, RETRY_SHARE),
             readmitted: Arc::default(),
@@ -103,22 +116,30 @@ impl Pool {
         clock.unwrap_or_else(SystemTime::now)
     }
 
-    /// Sets the instances, by name, behind `origin`. The pool is the union of all origins. An
+    /// Sets the instances, by `HOST:PORT`, behind `origin`. The pool is the union of all origins. An
     /// instance already in the pool keeps its state. An instance that is behind no origin any more
     /// gets no new requests and finishes its queue.
-    pub fn set_instances(&self, origin: &str, found: Vec<(String, Arc<dyn LoggingApi>)>) {
+    pub fn set_instances(
+        &self,
+        origin: &str,
+        naming: &Naming,
+        found: Vec<(String, Arc<dyn LoggingApi>)>,
+    ) {
         let mut members = self.members.write().unwrap_or_else(PoisonError::into_inner);
-        for (name, client) in &found {
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        for (address, client) in &found {
             let mut known = members.iter_mut();
-            if let Some(member) = known.find(|member| member.instance.name == *name) {
+            if let Some(member) = known.find(|member| member.instance.address == *address) {
                 member.origins.insert(origin.to_owned());
                 continue;
             }
-            tracing::info!(instance = name, "a logging instance is configured");
+            let name = names.take(naming, address);
+            tracing::info!(address, "a logging instance is configured: {name}");
             members.push(Member {
                 origins: BTreeSet::from([origin.to_owned()]),
                 instance: Arc::new(Instance::new(
-                    name.clone(),
+                    name,
+                    address.clone(),
                     client.clone(),
                     self.readmitted.clone(),
                     self.served_map.clone(),
@@ -126,15 +147,16 @@ impl Pool {
             });
         }
         members.retain_mut(|member| {
-            let name = &member.instance.name;
-            if found.iter().all(|(found, _)| found != name) {
+            let Instance { name, address, .. } = &*member.instance;
+            if found.iter().all(|(found, _)| found != address) {
                 member.origins.remove(origin);
             }
             if !member.origins.is_empty() {
                 return true;
             }
-            tracing::info!(instance = name, "a logging instance is no longer in DNS");
-            self.served_map.forget(name);
+            tracing::info!(address, "a logging instance is no longer in DNS: {name}");
+            names.leave(name);
+            self.served_map.forget(address);
             false
         });
         self.readmitted.notify_waiters();
@@ -178,6 +200,13 @@ impl Pool {
         self.instances().iter().any(|one| one.health.is_up())
     }
 
+    /// How long no instance has been up; zero while one is.
+    pub(crate) fn down_for(&self) -> Duration {
+        let instances = self.instances();
+        let times = instances.iter().map(|one| one.health.down_for());
+        times.min().unwrap_or(Duration::MAX)
+    }
+
     pub async fn any_up(&self) {
         loop {
             let readmitted = self.readmitted.notified();
@@ -188,20 +217,20 @@ impl Pool {
         }
     }
 
-    /// Why no instance serves, for the log.
+    /// Why no instance serves.
     pub fn down_reasons(&self) -> String {
         let instances = self.instances();
-        let reasons = instances.iter().filter_map(|instance| {
-            let reason = instance.health.down_reason()?;
-            Some(format!("logging {} {reason}", instance.name))
-        });
-        let reasons: Vec<String> = reasons.collect();
+        let reasons = instances.iter();
+        let reasons =
+            reasons.filter_map(|one| Some((one.name.as_str(), one.health.down_reason()?)));
+        let reasons: Vec<_> = reasons.collect();
         if instances.is_empty() {
             "no logging instance is in DNS".to_owned()
         } else if reasons.len() < instances.len() {
             "no logging instance could answer; see /readyz?verbose".to_owned()
         } else {
-            format!("no logging instance is up: {}", reasons.join("; "))
+            let reasons = say_once(reasons, instances.len()).join("; ");
+            format!("no logging instance is up: {reasons}")
         }
     }
 
@@ -221,12 +250,11 @@ impl Pool {
         while let Some(instance) = self.choose(&tried) {
             match question(instance.clone()).await {
                 Ok(answer) => {
-                    self.served_map.note_use();
                     if !failures.is_empty() {
                         let after_ms = began.elapsed().as_millis();
                         let why = failures.join("; ");
                         let name = &instance.name;
-                        tracing::info!(after_ms, why, "a GET was continued on logging {name}");
+                        tracing::info!(after_ms, why, "a GET was continued on {name}");
                     }
                     return Ok(answer);
                 }
@@ -234,7 +262,7 @@ impl Pool {
                     if is_failure_of_instance(&error) {
                         instance.health.note_failure(&error);
                     }
-                    failures.push(format!("logging {} {error}", instance.name));
+                    failures.push(format!("{} {error}", instance.name));
                     if retry_rank(&error) >= retry_rank(&failure) {
                         failure = error;
                     }
@@ -320,26 +348,30 @@ mod tests {
     use super::*;
     use crate::client::{Clients, LoggingClient};
 
-    fn names(pool: &Pool) -> Vec<String> {
+    fn addresses(pool: &Pool) -> Vec<String> {
         let instances = pool.instances();
-        instances.iter().map(|one| one.name.clone()).collect()
+        instances.iter().map(|one| one.address.clone()).collect()
     }
 
     #[tokio::test]
     async fn pool_is_the_union_of_what_each_name_has() {
         let pool = Pool::new(StdRng::seed_from_u64(1), ServedMap::default());
         let clients = Clients::new(Duration::from_secs(1), None, None).expect("a client");
-        let found = |name: &str| {
+        let found = |at: &str| {
             let address = "127.0.0.1:9".parse().expect("an address");
             let served = pool.served_map.clone();
             let client = LoggingClient::new(clients.clone(), address, Duration::ZERO, served);
-            (name.to_owned(), Arc::new(client) as Arc<dyn LoggingApi>)
+            (at.to_owned(), Arc::new(client) as Arc<dyn LoggingApi>)
         };
-        pool.set_instances("first", vec![found("shared"), found("own")]);
-        pool.set_instances("second", vec![found("shared")]);
-        pool.set_instances("first", vec![found("other")]);
-        assert_eq!(names(&pool), ["shared", "other"]);
-        pool.set_instances("second", vec![found("other")]);
-        assert_eq!(names(&pool), ["other"]);
+        pool.set_instances(
+            "first",
+            &Naming::default(),
+            vec![found("shared"), found("own")],
+        );
+        pool.set_instances("second", &Naming::default(), vec![found("shared")]);
+        pool.set_instances("first", &Naming::default(), vec![found("other")]);
+        assert_eq!(addresses(&pool), ["shared", "other"]);
+        pool.set_instances("second", &Naming::default(), vec![found("other")]);
+        assert_eq!(addresses(&pool), ["other"]);
     }
 }

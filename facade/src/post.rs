@@ -9,6 +9,7 @@ use common::body::{BodyError, holding, read_body};
 use common::client::Client;
 use common::entry;
 use common::json::JsonLine;
+use common::metrics::RouteName;
 use common::middleware::request_id;
 use common::permits::Exhausted;
 use common::problem::Problem;
@@ -22,6 +23,7 @@ use crate::judge::Key;
 use crate::message::{
     ContentType, MessageFormat, body_limit, json_length, message, multipart_message,
 };
+use crate::metrics::UPLOAD;
 use crate::state::App;
 use crate::upload;
 
@@ -38,7 +40,11 @@ pub(crate) async fn create(
     let (parts, body) = request.into_parts();
     let format = match ContentType::of(&parts.headers)? {
         ContentType::OneMessage(format) => format,
-        ContentType::Ndjson => return upload::create(app, parts, body).await,
+        ContentType::Ndjson => {
+            let mut response = upload::create(app, parts, body).await.into_response();
+            response.extensions_mut().insert(RouteName(UPLOAD));
+            return Ok(response);
+        }
     };
     let key = idempotency_key(&parts.headers)?;
     let limit = body_limit(app.max_message);
@@ -58,7 +64,7 @@ pub(crate) async fn create(
     let msg = match format {
         MessageFormat::Body(format) => message(format, body, app.max_message)?,
         MessageFormat::Multipart { boundary } => {
-            multipart_message(body, boundary, app.max_message).await?
+            multipart_message(body, &boundary, app.max_message)?
         }
     };
     // The answer contains the message and keeps the reservation until its caller has read it.
@@ -124,6 +130,6 @@ fn answer_stored(stored: &Stored) -> Response {
         msg: &stored.msg,
         duplicate: stored.is_duplicate,
     };
-    let instance = [(LOGGING_INSTANCE, stored.instance.name.as_str())];
+    let instance = [(LOGGING_INSTANCE, stored.instance.address.as_str())];
     (instance, JsonLine(answer)).into_response()
 }

@@ -24,7 +24,7 @@ use tracing::{Instrument, Span, debug_span};
 use uuid::Uuid;
 
 use crate::entry_stream::{EntryStream, Part};
-use crate::error::unreadable;
+use crate::error::{unreadable, without_addresses};
 use crate::format::{Format, Tail};
 use crate::metrics::{READS_ABORTED, READS_RESUMED};
 use crate::pool::{Instance, Pool, is_worth_waiting};
@@ -97,12 +97,21 @@ pub(crate) struct Cursor {
     request_id: Option<String>,
     timeout: Duration,
     source: Option<Source>,
+    /// Whether long lines come in fragments, and the entry of which some were returned.
+    lines: Lines,
     /// The first part, until it is taken.
     first: Option<Part>,
     /// What was settled when it began.
     settled: Option<Uuid>,
     /// The span of the request, which also covers its body.
     span: Span,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Lines {
+    Whole,
+    /// With what is cut: see [`EntryStream::cut`].
+    Fragments(Option<(Uuid, usize)>),
 }
 
 struct Source {
@@ -124,10 +133,30 @@ impl Cursor {
             request_id,
             timeout,
             source: None,
+            lines: Lines::Fragments(None),
             first: None,
             settled: None,
             span: Span::current(),
         }
+    }
+
+    /// Reads long lines whole: for a reader of which there is one.
+    pub(crate) fn with_whole_lines(self) -> Self {
+        Self {
+            lines: Lines::Whole,
+            ..self
+        }
+    }
+
+    /// Ends the read on its instance; the next part is read from any.
+    pub(crate) fn pause(&mut self) {
+        self.source = None;
+    }
+
+    /// Returns the entry again of which fragments were returned, but not the last one.
+    pub(crate) fn rewind_entry(&mut self) {
+        self.source = None;
+        self.lines = Lines::Fragments(None);
     }
 
     /// The bounds of what is still to be read.
@@ -153,6 +182,7 @@ impl Cursor {
         may_wait: impl Fn(&UpstreamError) -> bool,
     ) -> Result<Part, UpstreamError> {
         let (query, request_id) = (self.rest, self.request_id.clone());
+        let lines = self.lines;
         let begin = move |instance: Arc<Instance>| {
             let request_id = request_id.clone();
             async move {
@@ -160,7 +190,7 @@ impl Cursor {
                     target: TRACES,
                     "read from an instance",
                     "otel.kind" = "client",
-                    "server.address" = instance.name,
+                    "server.address" = instance.address,
                 );
                 let answer = instance.client.read(query, request_id.as_deref());
                 let answer = answer.instrument(span).await?;
@@ -169,6 +199,9 @@ impl Cursor {
                     _ => query.bounds,
                 };
                 let mut stream = EntryStream::new(answer.chunks, bounds, query.limit);
+                if let Lines::Fragments(cut) = lines {
+                    stream = stream.in_fragments(cut);
+                }
                 let first = stream.next().await?;
                 Ok((Source { instance, stream }, answer.settled, first))
             }
@@ -180,9 +213,16 @@ impl Cursor {
             // Where it continues on another instance, more may be settled than what was read before.
             self.rest.poll = Some(Poll::Recent);
         }
-        (self.rest.bounds, self.rest.limit) = source.stream.rest();
+        self.note_progress(&source.stream);
         self.source = Some(source);
         Ok(first)
+    }
+
+    fn note_progress(&mut self, stream: &EntryStream) {
+        (self.rest.bounds, self.rest.limit) = stream.rest();
+        if let Lines::Fragments(cut) = &mut self.lines {
+            *cut = stream.cut();
+        }
     }
 
     /// The next part, from another instance when the current one fails.
@@ -190,30 +230,31 @@ impl Cursor {
         if let Some(first) = self.first.take() {
             return Ok(first);
         }
-        let Some(Source { instance, stream }) = &mut self.source else {
+        let Some(mut source) = self.source.take() else {
             return self.open(|_| true).await;
         };
         let began = Instant::now();
-        let error = match stream.next().await {
+        let error = match source.stream.next().await {
             Ok(part) => {
-                (self.rest.bounds, self.rest.limit) = stream.rest();
+                self.note_progress(&source.stream);
+                self.source = Some(source);
                 return Ok(part);
             }
             Err(error) => error,
         };
+        let Source { instance, .. } = source;
         // A lost connection may be due to a slow caller, so only a hang counts as a failure of the
         // instance.
         if matches!(error, UpstreamError::TimedOut) {
             instance.health.note_failure(&error);
         }
-        let why = format!("logging {} {error}", instance.name);
-        self.source = None;
+        let why = format!("{} {error}", instance.name);
         let part = self.open(|_| true).await?;
         counter!(READS_RESUMED).increment(1);
         if let Some(Source { instance, .. }) = &self.source {
             let after_ms = began.elapsed().as_millis();
             let name = &instance.name;
-            tracing::info!(after_ms, why, "a GET was continued on logging {name}");
+            tracing::info!(after_ms, why, "a GET was continued on {name}");
         }
         Ok(part)
     }
@@ -244,6 +285,16 @@ impl MergedBody {
                 self.count += count;
                 rendered
             }
+            Part::Fragment(fragment) => {
+                let mut out = Vec::with_capacity(fragment.json.len() + 128);
+                if fragment.is_first && self.count > 0 {
+                    out.extend_from_slice(self.format.separator());
+                }
+                self.format
+                    .write_fragment(&mut out, &fragment, fragment.uuid);
+                self.count += u64::from(fragment.is_last);
+                out.into()
+            }
             Part::End(next) => {
                 self.is_finished = true;
                 let reply = (&mut self.reply).await;
@@ -253,7 +304,10 @@ impl MergedBody {
                 });
                 let (messages_service, messages_service_error) = match reply {
                     Ok(reply) => (Some(reply), None),
-                    Err(error) => (None, Some(format!("the messages service {error}"))),
+                    Err(error) => {
+                        let reason = without_addresses(&error.to_string());
+                        (None, Some(format!("the messages service {reason}")))
+                    }
                 };
                 self.format.render_tail(&Tail {
                     messages_service,

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, Request, State};
-use axum::http::{Method, StatusCode};
+use axum::http::StatusCode;
 use axum::response::Response;
 use axum::routing::get;
 use axum::{Extension, Router};
-use common::health::{ReadinessQuery, check_running, livez, readiness};
+use common::health::{Health, ReadinessQuery, check_running, livez, readiness};
 use common::middleware::{Count, RequestLog, with_middleware};
 use common::problem::Problem;
 use utoipa_axum::router::OpenApiRouter;
@@ -16,7 +16,6 @@ use uuid::Uuid;
 
 use crate::error::without_addresses;
 use crate::openapi::{self, at};
-use crate::readiness::check_all;
 use crate::state::App;
 use crate::{console, docs, get, metrics, post, stats};
 
@@ -55,38 +54,35 @@ pub fn router(app: Arc<App>) -> Router {
     with_middleware(routes, RequestLog::On, app.door.clone(), Some(app))
 }
 
-/// Ready while any logging instance can read and store. With `?verbose` it lists every instance and
+/// Ready while any logging instance can read and store. With `?verbose` it lists the checks of every instance and
 /// the messages service, which readiness does not need.
 async fn readyz(
     State(app): State<Arc<App>>,
     query: Result<Query<ReadinessQuery>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let Query(query) = query?;
-    let (ready, checks) = match query.is_verbose() {
-        true => check_all(&app.pool, &app.messages).await,
-        false => {
-            let ready = app.readiness.any_instance(&app.pool).await;
-            (ready.map_err(|why| without_addresses(&why)), Vec::new())
-        }
-    };
-    let ready = check_running(&app.stop).and(ready);
-    Ok(readiness(ready, &checks))
+    let collected = app.collected.get().await;
+    let Health { not_ready, checks } = &collected.health;
+    let ready = check_running(&app.stop).and(not_ready.clone().map_or(Ok(()), Err));
+    Ok(match query.is_verbose() {
+        true => readiness(ready, checks),
+        false => readiness(ready.map_err(|why| without_addresses(&why)), &[]),
+    })
 }
 
-/// Counts all requests but those of operators. A POST to the console is one of a message.
+/// Counts all requests but those of operators.
 impl Count for App {
     fn count_request(&self, request: &Request) -> bool {
         let path = request.uri().path();
-        let posts_message = path == "/console" && request.method() == Method::POST;
         let is_operators = matches!(path, "/stats" | "/metrics" | "/livez" | "/readyz")
             || path.starts_with("/console");
-        if is_operators && !posts_message {
+        if is_operators {
             return false;
         }
         // The path of a CONNECT is empty.
         let below_root = path.strip_prefix('/');
         let is_messages = |name: &str| name.is_empty() || Uuid::try_parse(name).is_ok();
-        if posts_message || below_root.is_some_and(is_messages) {
+        if below_root.is_some_and(is_messages) {
             self.counters.count_request(request.method());
         }
         true

@@ -7,7 +7,7 @@ use memchr::{memchr, memchr_iter};
 use serde::Deserialize;
 use uuid::Uuid;
 
-use crate::entry_stream::Part;
+use crate::entry_stream::{Fragment, Part};
 use crate::read::Cursor;
 use crate::upstream::UpstreamError;
 
@@ -66,6 +66,16 @@ pub(crate) struct Search {
     last_match: Option<Uuid>,
     /// Whether an entry follows the last wanted match.
     is_cut: bool,
+    long: LongLine,
+}
+
+/// A line that comes in fragments.
+#[derive(Debug)]
+enum LongLine {
+    /// It is looked for the text; with the end of what was looked at, in which a match may begin.
+    Searched(Vec<u8>),
+    /// It matches, and is passed on from its beginning.
+    Matches,
 }
 
 impl Search {
@@ -77,6 +87,7 @@ impl Search {
             scanned: 0,
             last_match: None,
             is_cut: false,
+            long: LongLine::Searched(Vec::new()),
         }
     }
 
@@ -86,6 +97,12 @@ impl Search {
         while !self.is_cut {
             let lines = match read.next().await? {
                 Part::Entries(lines, _) => lines,
+                Part::Fragment(fragment) => {
+                    if let Some(fragment) = self.take_fragment(fragment, read) {
+                        return Ok(Part::Fragment(fragment));
+                    }
+                    continue;
+                }
                 end @ Part::End(_) => return Ok(end),
             };
             let (matches, count) = self.matches(&lines);
@@ -94,6 +111,37 @@ impl Search {
             }
         }
         Ok(Part::End(self.last_match))
+    }
+
+    /// The fragment, if its line matches. A line that turns out to match after its first fragment is read again.
+    fn take_fragment(&mut self, fragment: Fragment, read: &mut Cursor) -> Option<Fragment> {
+        if self.left == Some(0) {
+            self.is_cut = true;
+            return None;
+        }
+        if let LongLine::Searched(looked_at) = &mut self.long {
+            looked_at.extend_from_slice(fragment.text().as_bytes());
+            if self.text.0.find(looked_at).is_some() {
+                self.long = LongLine::Matches;
+                if !fragment.is_first {
+                    read.rewind_entry();
+                    return None;
+                }
+            } else {
+                let kept = looked_at.len().min(self.text.0.needle().len() - 1);
+                looked_at.drain(..looked_at.len() - kept);
+            }
+        }
+        let matches = matches!(self.long, LongLine::Matches);
+        if fragment.is_last {
+            self.long = LongLine::Searched(Vec::new());
+            self.scanned += 1;
+            if matches {
+                self.last_match = Some(fragment.uuid);
+                self.left = self.left.map(|left| left - 1);
+            }
+        }
+        matches.then_some(fragment)
     }
 
     /// The lines of `lines` that match, and their number.

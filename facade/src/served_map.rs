@@ -21,11 +21,20 @@ const MAX_DIFFERENCE: Duration = Duration::from_secs(1);
 pub struct ServedMap {
     /// The map's clock, as instances tell it.
     pub clock: MapClock,
-    /// Set when the facade has used the first answer.
+    /// Set with the first answer that the facade uses.
     served: OnceLock<Uuid>,
     beginning: Mutex<Beginning>,
     /// Wakes requests that wait in [`Self::all_asked`].
     asked: Notify,
+}
+
+/// What the facade asks an instance for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// To use the answer for a caller.
+    Caller,
+    /// To learn the instance's state.
+    State,
 }
 
 /// The state until the facade has served something.
@@ -103,14 +112,21 @@ impl ServedMap {
         }
     }
 
-    /// Checks the map id in an answer of the instance.
+    /// Checks the map id in an answer of the instance. The first answer for a caller fixes the served map.
     ///
     /// # Errors
     /// Why the answer must not be used, as a text to follow the instance's name.
-    pub(crate) fn check(&self, instance: &str, map: Option<Uuid>) -> Result<(), String> {
+    pub(crate) fn check(
+        &self,
+        instance: &str,
+        map: Option<Uuid>,
+        purpose: Purpose,
+    ) -> Result<(), String> {
         let Some(map) = map else {
             return Ok(());
         };
+        // From here to the end in one step: two answers at the same moment may have different maps.
+        let mut beginning = self.beginning();
         if let Some(served) = self.served.get() {
             if *served == map {
                 return Ok(());
@@ -120,31 +136,22 @@ impl ServedMap {
                  on the facade's map, or restart the facade if the instance's map is the right one"
             ));
         }
-        let mut beginning = self.beginning();
         beginning.last_maps.insert(instance.to_owned(), map);
-        if beginning.maps().len() == 1 {
-            return Ok(());
+        if beginning.maps().len() > 1 {
+            return Err(format!(
+                "serves the map {map}, but other instances serve another map: this facade serves \
+                 none until they all serve the same map"
+            ));
         }
-        Err(format!(
-            "serves the map {map}, but other instances serve another map: this facade serves none \
-             until they all serve the same map"
-        ))
+        if purpose == Purpose::Caller {
+            self.served.get_or_init(|| map);
+        }
+        Ok(())
     }
 
     /// Forgets the map of an instance that failed or left the pool.
     pub(crate) fn forget(&self, instance: &str) {
         self.beginning().last_maps.remove(instance);
-    }
-
-    /// Notes that an answer was used, which fixes the served map.
-    pub(crate) fn note_use(&self) {
-        if self.served.get().is_some() {
-            return;
-        }
-        let maps = self.beginning().maps();
-        if let (1, Some(map)) = (maps.len(), maps.first()) {
-            self.served.get_or_init(|| *map);
-        }
     }
 
     fn beginning(&self) -> MutexGuard<'_, Beginning> {
@@ -167,34 +174,50 @@ mod tests {
     const FIRST: Uuid = Uuid::from_u128(1);
     const SECOND: Uuid = Uuid::from_u128(2);
 
+    fn check(served: &ServedMap, instance: &str, map: Uuid, purpose: Purpose) -> bool {
+        served.check(instance, Some(map), purpose).is_ok()
+    }
+
     #[test]
     fn map_that_was_served_stays() {
         let served = ServedMap::default();
-        assert!(served.check("a", Some(FIRST)).is_ok());
-        served.note_use();
-        assert!(served.check("b", Some(SECOND)).is_err());
-        assert!(served.check("a", Some(FIRST)).is_ok());
+        assert!(check(&served, "a", FIRST, Purpose::Caller));
+        assert!(!check(&served, "b", SECOND, Purpose::State));
+        served.forget("a");
+        assert!(!check(&served, "b", SECOND, Purpose::Caller));
+        assert!(check(&served, "a", FIRST, Purpose::Caller));
+    }
+
+    /// Issue 29: the answer of `a` was checked, that of `b` came, and then `a` failed.
+    #[test]
+    fn answers_of_two_maps_are_never_both_used() {
+        for purpose in [Purpose::Caller, Purpose::State] {
+            let served = ServedMap::default();
+            let used = check(&served, "a", FIRST, Purpose::Caller);
+            assert!(!check(&served, "b", SECOND, purpose));
+            served.forget("a");
+            let used_too = check(&served, "b", SECOND, Purpose::Caller);
+            assert!(used && !used_too);
+        }
     }
 
     #[test]
     fn neither_of_two_maps_is_served_until_one_is_left() {
         let served = ServedMap::default();
-        assert!(served.check("a", Some(FIRST)).is_ok());
-        assert!(served.check("b", Some(SECOND)).is_err());
-        served.note_use();
+        assert!(check(&served, "a", FIRST, Purpose::State));
+        assert!(!check(&served, "b", SECOND, Purpose::Caller));
         assert_eq!(served.named(), None);
-        assert!(served.check("a", Some(FIRST)).is_err());
+        assert!(!check(&served, "a", FIRST, Purpose::Caller));
         served.forget("b");
-        assert!(served.check("a", Some(FIRST)).is_ok());
+        assert!(check(&served, "a", FIRST, Purpose::Caller));
     }
 
     #[test]
     fn instance_that_does_not_know_its_map_yet_decides_nothing() {
         let served = ServedMap::default();
-        assert!(served.check("a", None).is_ok());
-        served.note_use();
+        assert!(served.check("a", None, Purpose::Caller).is_ok());
         assert_eq!(served.named(), None);
-        assert!(served.check("b", Some(SECOND)).is_ok());
+        assert!(check(&served, "b", SECOND, Purpose::State));
         assert_eq!(served.named(), Some(SECOND));
     }
 }

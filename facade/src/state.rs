@@ -4,19 +4,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::door::Door;
+use common::latest::Latest;
 use common::permits::Permits;
 use common::serve::Timeouts;
 use rand::rngs::StdRng;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::{Clients, MessagesClient};
+use crate::collection::{Collection, keep_collecting};
 use crate::config::Config;
 use crate::counters::Counters;
 use crate::discovery;
 use crate::follow::Followers;
 use crate::pool::Pool;
-use crate::readiness::Readiness;
 use crate::served_map::ServedMap;
 
 /// Budget for POSTs of one message, in bytes of their bodies; excess ones get a 503. Each message
@@ -28,9 +28,6 @@ const MAX_UPLOADS: usize = 16;
 
 /// Budget for GETs of one message, in bytes of their answers; excess ones get a 503.
 const MAX_LOOKUP_BYTES: usize = 64 * 1024 * 1024;
-
-/// Requests for statistics at once: each asks every instance. More get a 503.
-const MAX_STATISTICS: usize = 4;
 
 #[derive(Debug)]
 pub struct App {
@@ -49,8 +46,7 @@ pub struct App {
     pub(crate) followers: Followers,
     /// Budget for GETs of one message, in bytes.
     pub(crate) lookups: Arc<Permits>,
-    pub(crate) readiness: Readiness,
-    pub(crate) statistics: Semaphore,
+    pub(crate) collected: Arc<Latest<Collection>>,
     pub(crate) counters: Counters,
     pub(crate) door: Door,
     pub(crate) stop: CancellationToken,
@@ -85,13 +81,19 @@ impl App {
         let clients = Clients::new(
             config.try_timeout / 2,
             config.logging_token_file.clone(),
-            config.logging_ca.as_deref(),
+            config.logging_ca.clone(),
         )?;
         discovery::start(&pool, &clients, &config.logging, config.try_timeout)?;
-        Self::with_pool(config, timeouts, pool, stop)
+        let app = Self::with_pool(config, timeouts, pool, stop)?;
+        tokio::spawn(keep_collecting(
+            Arc::downgrade(&app.pool),
+            app.messages.clone(),
+            app.collected.clone(),
+        ));
+        Ok(app)
     }
 
-    /// As [`Self::new`], with a pool that the caller fills.
+    /// As [`Self::new`], with a pool that the caller fills, whose state is not collected.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -118,8 +120,7 @@ impl App {
             reads: Permits::new(config.max_reads.into()),
             followers: Followers::new(config.max_followers.into()),
             lookups: Permits::new(MAX_LOOKUP_BYTES),
-            readiness: Readiness::default(),
-            statistics: Semaphore::new(MAX_STATISTICS),
+            collected: Arc::default(),
             counters: Counters::default(),
             door: Door::new(&config.door, config.listen, &config.host)?.with_rate(config.rate),
             stop,

@@ -1,28 +1,19 @@
-//! `GET /stats`: the map's members and their total, the logging instances, and this facade. The console
-//! shows the same.
+//! `GET /stats`: the map's members and their total, the logging instances, and this facade, as of the last
+//! collection. The console shows the same.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use common::api::{InstanceStats, MapStats, MemberStats, OutcomeCounts, nearly_full, timestamp};
+use common::api::{MapStats, MemberStats, OutcomeCounts, nearly_full, timestamp};
 use common::json::JsonLine;
-use common::problem::Problem;
-use futures_util::future::join_all;
 use serde::Serialize;
-use tokio::time::timeout;
 use utoipa::ToSchema;
 
+use crate::collection::{Collection, Seen};
 use crate::counters::FacadeStats;
-use crate::error::too_many;
-use crate::pool::Instance;
 use crate::state::App;
-use crate::upstream::UpstreamError;
-
-/// How long an instance may take; it gives each member of its map half of that.
-const INSTANCE_TIMEOUT: Duration = Duration::from_millis(800);
 
 /// The statistics of the system.
 #[derive(Serialize, ToSchema)]
@@ -31,20 +22,25 @@ pub(crate) struct Stats {
     /// As the instance sees it that reached most members; null while no instance answers.
     map: Option<MapRows>,
     instances: Vec<InstanceRow>,
+    messages: MessagesRow,
     facade: FacadeStats,
+    /// Everything that is wrong, also what `/readyz?verbose` calls degraded.
     problems: Vec<String>,
 }
 
 /// The map: its members and their total.
-#[derive(Serialize, ToSchema)]
-struct MapRows {
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct MapRows {
     #[serde(flatten)]
     map: MapStats,
     total: Total,
+    /// Whether every member and every partition was seen.
+    #[serde(skip)]
+    pub(crate) is_whole: bool,
 }
 
-/// The sums over the members that answered.
-#[derive(Default, Serialize, ToSchema)]
+/// The sums over the members and instances that answered.
+#[derive(Clone, Debug, Default, Serialize, ToSchema)]
 struct Total {
     entries: u64,
     gets: u64,
@@ -52,16 +48,20 @@ struct Total {
     entry_memory_bytes: u64,
     backups: u64,
     backup_memory_bytes: u64,
-    /// Only when it is false: a member is down, or a partition has no primary.
+    /// Only when it is false: a member or an instance does not answer, or a partition has no primary.
     #[serde(skip_serializing_if = "Option::is_none")]
     complete: Option<bool>,
 }
 
 /// A row for a logging instance; one that does not answer has no numbers.
-#[derive(Serialize, ToSchema)]
-struct InstanceRow {
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct InstanceRow {
     instance: String,
-    up: bool,
+    pub(crate) name: String,
+    /// Whether it gets messages and answered the last collection.
+    pub(crate) up: bool,
+    /// Whether it can read and store, by its own checks.
+    pub(crate) ready: bool,
     /// Since when it is up or down, as this facade sees it.
     since: String,
     /// The start of its process, from which its numbers count.
@@ -69,137 +69,119 @@ struct InstanceRow {
     version: Option<String>,
     engine: Option<String>,
     received: Option<u64>,
-    /// Its part of the entries that all instances received.
+    /// Its part of the entries that all instances received in the last 10 s.
     share: Option<f64>,
     outcomes: Option<OutcomeCounts>,
     in_flight: Option<u64>,
+    /// Of the last 5 minutes.
     put_p50_ms: Option<f64>,
     put_p99_ms: Option<f64>,
 }
 
-pub(crate) async fn show(State(app): State<Arc<App>>) -> Result<Response, Problem> {
-    Ok(JsonLine(collect(&app).await?).into_response())
+/// The messages service.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct MessagesRow {
+    pub(crate) up: bool,
+    pub(crate) since: String,
 }
 
-/// Asks all instances at once; one that does not answer in time is a row without numbers.
-///
-/// # Errors
-/// 503 while too many requests for statistics are answered.
-pub(crate) async fn collect(app: &App) -> Result<Stats, Problem> {
-    let permit = app.statistics.try_acquire();
-    let _permit = permit.map_err(|_| too_many("requests for statistics"))?;
-    let instances = app.pool.instances();
-    let asked = instances.iter().map(async |instance| {
-        let answer = timeout(INSTANCE_TIMEOUT, instance.client.stats()).await;
-        answer.unwrap_or(Err(UpstreamError::TimedOut))
-    });
-    let answers = join_all(asked).await;
-    let mut problems: Vec<String> = instances
-        .iter()
-        .zip(&answers)
-        .filter_map(|(instance, answer)| {
-            let error = answer.as_ref().err()?;
-            Some(format!("logging {} {error}", instance.name))
-        })
-        .collect();
+pub(crate) async fn show(State(app): State<Arc<App>>) -> Response {
+    JsonLine(last(&app).await).into_response()
+}
+
+/// The last collection, and this facade's numbers of now.
+pub(crate) async fn last(app: &App) -> Stats {
+    let collected = app.collected.get().await;
+    let Collection {
+        map,
+        instances,
+        messages,
+        problems,
+        health: _,
+    } = Collection::clone(&collected);
     let now = app.pool.clock();
-    let answered: Vec<&InstanceStats> = answers.iter().flatten().collect();
-    problems.extend(map_problems(&instances, &answers));
-    let map = map_rows(&answered, &mut problems);
-    let received: u64 = answered.iter().map(|stats| stats.received).sum();
-    let rows = instances.iter().zip(&answers);
-    Ok(Stats {
+    Stats {
         at: timestamp(now),
         map,
-        instances: rows
-            .map(|(instance, answer)| {
-                InstanceRow::new(instance, now, answer.as_ref().ok(), received)
-            })
-            .collect(),
+        instances,
+        messages,
         facade: app.counters.stats(now, app.followers.count()),
         problems,
-    })
+    }
 }
 
-/// The problems that instances see in the map, each once, with the instances that see it.
-fn map_problems(
-    instances: &[Arc<Instance>],
-    answers: &[Result<InstanceStats, UpstreamError>],
-) -> impl Iterator<Item = String> {
-    let mut seen_by: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for (instance, answer) in instances.iter().zip(answers) {
-        for problem in answer.iter().flat_map(|stats| &stats.map.problems) {
-            seen_by.entry(problem).or_default().push(&instance.name);
+impl MapRows {
+    /// `None` when no instance answered.
+    pub(crate) fn of(seen: &[Seen<'_>]) -> Option<Self> {
+        let answered = || seen.iter().filter_map(|one| Some(&one.stats?.map));
+        let members_up = |map: &&MapStats| map.members.iter().filter(|member| member.up).count();
+        let mut map = answered().max_by_key(members_up)?.clone();
+        let is_whole = map.problem.take().is_none() && map.members.iter().all(|member| member.up);
+        let mut gets: BTreeMap<&str, u64> = BTreeMap::new();
+        for member in answered().flat_map(|map| &map.members) {
+            let sum = gets.entry(&member.member).or_default();
+            *sum = sum.saturating_add(member.gets.unwrap_or(0));
         }
+        let mut total = Total::default();
+        for member in map.members.iter_mut().filter(|member| member.up) {
+            member.gets = gets.get(member.member.as_str()).copied();
+            total.add(member);
+        }
+        let is_complete = is_whole && seen.iter().all(|one| one.stats.is_some());
+        total.complete = (!is_complete).then_some(false);
+        Some(Self {
+            map,
+            total,
+            is_whole,
+        })
     }
-    let lines = seen_by.into_iter();
-    lines.map(|(problem, names)| format!("logging {}: {problem}", names.join(", ")))
-}
 
-fn map_rows(answered: &[&InstanceStats], problems: &mut Vec<String>) -> Option<MapRows> {
-    let members_up = |stats: &&&InstanceStats| {
-        let members = stats.map.members.iter();
-        members.filter(|member| member.up).count()
-    };
-    let mut map = answered.iter().max_by_key(members_up)?.map.clone();
-    let mut gets: BTreeMap<&str, u64> = BTreeMap::new();
-    for member in answered.iter().flat_map(|stats| &stats.map.members) {
-        *gets.entry(&member.member).or_default() += member.gets.unwrap_or(0);
-    }
-    let mut total = Total::default();
-    let mut is_complete = map.problem.is_none();
-    problems.extend(map.problem.take());
-    map.problems.clear();
-    for member in &mut map.members {
-        if !member.up {
-            is_complete = false;
-            problems.push(format!("member {} does not answer", member.member));
-            continue;
-        }
-        let memory = member.used_memory_bytes.zip(member.max_memory_bytes);
-        if let Some(percent) = memory.and_then(|(used, most)| nearly_full(used, most)) {
-            problems.push(format!(
+    /// A sentence for each member that soon refuses entries.
+    pub(crate) fn nearly_full(&self) -> impl Iterator<Item = String> {
+        self.map.members.iter().filter_map(|member| {
+            let percent = nearly_full(member.used_memory_bytes?, member.max_memory_bytes?)?;
+            Some(format!(
                 "member {} uses {percent} % of its memory, and refuses entries when it is full: raise its \
                  maxmemory, or add members",
                 member.member
-            ));
-        }
-        member.gets = gets.get(member.member.as_str()).copied();
-        total.add(member);
+            ))
+        })
     }
-    total.complete = (!is_complete).then_some(false);
-    Some(MapRows { map, total })
 }
 
 impl Total {
     fn add(&mut self, member: &MemberStats) {
-        self.entries += member.entries.unwrap_or(0);
-        self.gets += member.gets.unwrap_or(0);
-        self.puts += member.puts.unwrap_or(0);
-        self.entry_memory_bytes += member.entry_memory_bytes.unwrap_or(0);
-        self.backups += member.backups.unwrap_or(0);
-        self.backup_memory_bytes += member.backup_memory_bytes.unwrap_or(0);
+        for (sum, number) in [
+            (&mut self.entries, member.entries),
+            (&mut self.gets, member.gets),
+            (&mut self.puts, member.puts),
+            (&mut self.entry_memory_bytes, member.entry_memory_bytes),
+            (&mut self.backups, member.backups),
+            (&mut self.backup_memory_bytes, member.backup_memory_bytes),
+        ] {
+            *sum = sum.saturating_add(number.unwrap_or(0));
+        }
     }
 }
 
 impl InstanceRow {
-    fn new(
-        instance: &Arc<Instance>,
-        now: SystemTime,
-        stats: Option<&InstanceStats>,
-        received: u64,
-    ) -> Self {
+    /// `lately` is what all instances received in the last 10 s.
+    pub(crate) fn new(seen: &Seen<'_>, since: String, lately: u64) -> Self {
+        let stats = seen.stats;
+        let share = |received: u64| (1000.0 * received as f64 / lately as f64).round() / 1000.0;
         Self {
-            instance: instance.name.clone(),
-            up: instance.health.is_up(),
-            since: timestamp(now - instance.health.age()),
+            instance: seen.instance.address.clone(),
+            name: seen.instance.name.clone(),
+            up: seen.down.is_none(),
+            ready: stats.is_some_and(|stats| stats.health.not_ready.is_none()),
+            since,
             counts_since: stats.map(|stats| stats.since.clone()),
             version: stats.map(|stats| stats.version.clone()),
             engine: stats.map(|stats| stats.map.engine.clone()),
             received: stats.map(|stats| stats.received),
             share: stats
-                .filter(|_| received > 0)
-                .map(|stats| (1000.0 * stats.received as f64 / received as f64).round() / 1000.0),
+                .filter(|_| lately > 0)
+                .map(|stats| share(stats.received_lately)),
             outcomes: stats.map(|stats| stats.outcomes),
             in_flight: stats.map(|stats| stats.in_flight),
             put_p50_ms: stats.and_then(|stats| stats.put_p50_ms),

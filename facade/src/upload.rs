@@ -5,15 +5,17 @@
 use std::future;
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::http::header;
 use axum::http::request::Parts;
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::{Bytes, BytesMut};
 use common::body::{BodyError, holding};
 use common::client::Client;
+use common::door::Access;
 use common::entry;
 use common::json::{self, JsonLine};
 use common::middleware::request_id;
@@ -23,7 +25,7 @@ use common::problem::{Problem, truncate_detail};
 use futures_util::{Stream, StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{timeout, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::codec::{AnyDelimiterCodec, AnyDelimiterCodecError, Decoder, FramedRead};
 use tokio_util::io::StreamReader;
 use tokio_util::sync::CancellationToken;
@@ -32,8 +34,8 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::batcher::Held;
-use crate::delivery::{Message, WhenOverloaded, deliver};
-use crate::error::{not_stored_detail, stopping, too_many};
+use crate::delivery::{Message, Stored, WhenOverloaded, deliver};
+use crate::error::{RETRY_AFTER, not_stored_detail, stopping, too_many, without_addresses};
 use crate::format::{Format, negotiate};
 use crate::judge::{Key, NotStored};
 use crate::message::{body_limit, check_size};
@@ -49,7 +51,7 @@ const WINDOW_LINES: usize = 4096;
 /// Errors that a summary lists; the rest are only counted.
 const MAX_ERRORS: usize = 100;
 
-/// How long the rest of an upload is read and discarded when the process stops.
+/// How long the rest of an upload is read and discarded when it is broken off.
 const DISCARD_FOR: Duration = Duration::from_secs(2);
 
 /// The most results in one chunk of a streamed reply.
@@ -71,8 +73,16 @@ pub(crate) async fn create(app: Arc<App>, parts: Parts, body: Body) -> Result<Re
     let permit = permit.map_err(|Exhausted| too_many("uploads").with("stored", "no"))?;
     let permit: Held = Arc::new(permit);
     let reply = negotiate(headers, &REPLY_FORMATS)?;
-    let request_id = request_id(headers).map(str::to_owned);
-    let results = store_lines(app, body, request_id, permit.clone());
+    let upload = Upload {
+        request_id: request_id(headers).map(str::to_owned),
+        permit: permit.clone(),
+        began: Instant::now(),
+        has_stored: AtomicBool::new(false),
+        app,
+    };
+    let access = parts.extensions.get::<Access>().cloned();
+    let broken_off = broken_off(upload.app.stop.clone(), access);
+    let results = store_lines(Arc::new(upload), body, broken_off);
     let answer = match reply == Format::Ndjson {
         true => stream_results(results),
         false => summarize(results).await?,
@@ -92,6 +102,17 @@ pub(crate) struct LineResult {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     error: Option<String>,
+    /// Of a line that failed.
+    #[serde(skip)]
+    fault: Option<Fault>,
+}
+
+/// Why a line failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    /// It fails again however often it is sent.
+    Line,
+    Server,
 }
 
 /// The reply to an upload.
@@ -101,10 +122,51 @@ pub(crate) struct Summary {
     failed: u64,
     /// The first hundred.
     errors: Vec<LineResult>,
+    /// How many lines failed by their own fault.
+    #[serde(skip)]
+    lines_faults: u64,
 }
 
-/// When the body breaks off, the problem contains the summary of the lines before the break, from
-/// which the caller can continue.
+impl Summary {
+    fn count(&mut self, result: &LineResult) {
+        match result.fault {
+            None => self.stored += 1,
+            Some(fault) => {
+                self.failed += 1;
+                self.lines_faults += u64::from(fault == Fault::Line);
+            }
+        }
+    }
+
+    /// Adds the members to a problem.
+    fn within(self, problem: Problem) -> Problem {
+        problem
+            .with("stored", self.stored)
+            .with("failed", self.failed)
+            .with("errors", self.errors)
+    }
+
+    /// The answer to an upload that was read to its end.
+    fn answer(self) -> Result<Response, Problem> {
+        let problem = match (self.stored, self.failed, self.lines_faults) {
+            (_, 0, _) => return Ok(JsonLine(self).into_response()),
+            (0, failed, faults) if faults == failed => Problem::bad_request(
+                "no line was stored, and none can be as it is: see `errors`; with curl, send a \
+                 file by --data-binary @FILE, as -d removes its line ends",
+            ),
+            (0, _, 0) => Problem::unavailable(
+                "no line was acknowledged: see `errors`; upload them again, one with \
+                 \"stored\":\"unknown\" under its uuid: lines that have uuids can always be repeated",
+                RETRY_AFTER,
+            ),
+            _ => return Ok((StatusCode::MULTI_STATUS, JsonLine(self)).into_response()),
+        };
+        Err(self.within(problem))
+    }
+}
+
+/// When the body breaks off, the problem has the counts of the lines before the break, from which the
+/// caller can continue.
 async fn summarize(
     results: impl Stream<Item = Result<LineResult, Broken>>,
 ) -> Result<Response, Problem> {
@@ -114,43 +176,49 @@ async fn summarize(
         let result = match result {
             Ok(result) => result,
             Err(Broken { problem, lines }) => {
-                return Err(problem
-                    .with("stored_lines", summary.stored)
-                    .with("failed_lines", summary.failed)
-                    .with("lines", lines)
-                    .with("summary", summary));
+                return Err(summary.within(problem).with("lines", lines));
             }
         };
-        if result.error.is_none() {
-            summary.stored += 1;
-            continue;
-        }
-        summary.failed += 1;
-        if summary.errors.len() < MAX_ERRORS {
+        summary.count(&result);
+        if result.fault.is_some() && summary.errors.len() < MAX_ERRORS {
             summary.errors.push(result);
         }
     }
-    Ok(JsonLine(summary).into_response())
+    summary.answer()
 }
 
 fn stream_results(
     results: impl Stream<Item = Result<LineResult, Broken>> + Send + 'static,
 ) -> Response {
-    let chunks = results.ready_chunks(RESULTS_PER_CHUNK).flat_map(|results| {
-        let mut chunk = Vec::new();
-        let mut end = None;
-        for result in results {
-            match result {
-                Ok(result) => json::write_line(&mut chunk, &result),
-                Err(Broken { problem, lines }) => {
-                    let last = serde_json::json!({"lines": lines, "error": problem.detail()});
-                    json::write_line(&mut chunk, &last);
-                    end = Some(Err("the upload broke off"));
-                }
+    let mut summary = Summary::default();
+    let with_end = results.map(Some).chain(stream::iter([None]));
+    let chunks = with_end
+        .ready_chunks(RESULTS_PER_CHUNK)
+        .flat_map(move |ready| {
+            let mut chunk = Vec::new();
+            let mut end = None;
+            for result in ready {
+                let broken = match result {
+                    Some(Ok(result)) => {
+                        summary.count(&result);
+                        json::write_line(&mut chunk, &result);
+                        continue;
+                    }
+                    Some(Err(broken)) => Some(broken),
+                    None => None,
+                };
+                let last = LastLine {
+                    stored: summary.stored,
+                    failed: summary.failed,
+                    lines: broken.as_ref().map(|broken| broken.lines),
+                    error: broken.as_ref().map(|broken| broken.problem.detail()),
+                };
+                json::write_line(&mut chunk, &last);
+                end = broken.is_some().then_some(Err("the upload broke off"));
+                break;
             }
-        }
-        stream::iter([Ok(chunk)].into_iter().chain(end))
-    });
+            stream::iter([Ok(chunk)].into_iter().chain(end))
+        });
     // Yielding before an error lets the server write the earlier chunks to the caller.
     let chunks = chunks.then(async |chunk| {
         if chunk.is_err() {
@@ -162,31 +230,50 @@ fn stream_results(
     (content_type, Body::from_stream(chunks)).into_response()
 }
 
+/// The end of streamed results.
+#[derive(Serialize)]
+struct LastLine<'a> {
+    stored: u64,
+    failed: u64,
+    /// How many were read of an upload that broke off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lines: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<&'a str>,
+}
+
+/// What the lines of one upload share.
+struct Upload {
+    app: Arc<App>,
+    request_id: Option<String>,
+    permit: Held,
+    began: Instant,
+    has_stored: AtomicBool,
+}
+
 /// Stores the lines of a body and yields their results in order. When the body breaks off, the last
 /// item is an error; the lines before it have been processed.
 fn store_lines(
-    app: Arc<App>,
+    upload: Arc<Upload>,
     body: Body,
-    request_id: Option<String>,
-    upload_permit: Held,
+    broken_off: impl Future<Output = Problem> + Send + 'static,
 ) -> impl Stream<Item = Result<LineResult, Broken>> + Send + 'static {
     let window = Arc::new(Semaphore::new(WINDOW_BYTES));
+    let app = &upload.app;
     let limit = body_limit(app.max_message);
     // Results may be streamed after the handler has returned.
     let span = Span::current();
-    let lines = read_lines(body, limit, app.body_timeout, app.stop.clone());
+    let lines = read_lines(body, limit, app.body_timeout, broken_off);
     let whole = lines.filter(|line| {
         let blank = |text: &[u8]| text.trim_ascii().is_empty();
         future::ready(!matches!(&line.content, Content::Text(text) if blank(text)))
     });
     let admitted = whole.then(move |line| admit(line, window.clone()));
     let stored = admitted.map(move |(line, window_permit)| {
-        let app = app.clone();
-        let request_id = request_id.clone();
-        let upload_permit = upload_permit.clone();
+        let upload = upload.clone();
         async move {
             let _until_stored = window_permit;
-            store_line(&app, line, request_id, upload_permit).await
+            upload.store(line).await
         }
     });
     let mut results = Box::pin(stored.buffered(WINDOW_LINES));
@@ -202,70 +289,95 @@ async fn admit(line: Line, window: Arc<Semaphore>) -> (Line, Option<OwnedSemapho
     (line, permit.ok())
 }
 
-async fn store_line(
-    app: &App,
-    line: Line,
-    request_id: Option<String>,
-    upload_permit: Held,
-) -> Result<LineResult, Broken> {
-    let Line { number, content } = line;
-    let parsed = match content {
-        Content::Text(text) => parse_line(&text, app.max_message),
-        Content::TooLong => Err(format!(
-            "a message may have {} bytes at most",
-            app.max_message
-        )),
-        Content::Broken(problem) => {
-            let lines = number - 1;
-            return Err(Broken { problem, lines });
-        }
-    };
-    let (msg, key) = match parsed {
-        Ok(parsed) => parsed,
-        Err(reason) => return Ok(LineResult::failed(number, None, MaybeStored::No, reason)),
-    };
-    let message = Message {
-        msg,
-        key,
-        request_id,
-        held: upload_permit,
-        overload: WhenOverloaded::Wait,
-    };
-    let error = match deliver(&app.pool, message, app.deadline).await {
-        Ok(stored) => {
-            app.counters.count_posted(stored.msg.len());
-            return Ok(LineResult {
-                line: number,
-                uuid: Some(stored.uuid),
-                stored: "yes",
-                duplicate: stored.is_duplicate,
-                error: None,
+impl Upload {
+    async fn store(&self, line: Line) -> Result<LineResult, Broken> {
+        let app = &self.app;
+        let Line { number, content } = line;
+        let parsed = match content {
+            Content::Text(text) => parse_line(&text, app.max_message),
+            Content::TooLong => Err(format!(
+                "a message may have {} bytes at most",
+                app.max_message
+            )),
+            Content::Broken(problem) => {
+                let lines = number - 1;
+                return Err(Broken { problem, lines });
+            }
+        };
+        let (msg, key) = match parsed {
+            Ok(parsed) => parsed,
+            Err(reason) => {
+                let no = MaybeStored::No;
+                return Ok(LineResult::failed(number, None, no, reason, Fault::Line));
+            }
+        };
+        let error = match self.deliver(msg, key).await {
+            Ok(stored) => {
+                self.has_stored.store(true, Ordering::Relaxed);
+                app.counters.count_posted(stored.msg.len());
+                return Ok(LineResult {
+                    line: number,
+                    uuid: Some(stored.uuid),
+                    stored: "yes",
+                    duplicate: stored.is_duplicate,
+                    error: None,
+                    fault: None,
+                });
+            }
+            Err(error) => error,
+        };
+        let (uuid, stored, fault) = match &error {
+            NotStored::GaveUp {
+                uuid, maybe_stored, ..
+            } => (*uuid, *maybe_stored, Fault::Server),
+            NotStored::Conflict | NotStored::Stale | NotStored::Early => {
+                (key.caller(), MaybeStored::No, Fault::Line)
+            }
+        };
+        let detail = not_stored_detail(&app.pool, &error);
+        Ok(LineResult::failed(number, uuid, stored, detail, fault))
+    }
+
+    /// Stores the message of a line. While nothing is stored and no instance has been up for the deadline, it is
+    /// not tried: otherwise each window of lines would wait for the deadline.
+    async fn deliver(&self, msg: String, key: Key) -> Result<Stored, NotStored> {
+        let App { pool, deadline, .. } = &*self.app;
+        if !self.has_stored.load(Ordering::Relaxed)
+            && self.began.elapsed() >= *deadline
+            && pool.down_for() >= *deadline
+        {
+            return Err(NotStored::GaveUp {
+                uuid: key.caller(),
+                maybe_stored: MaybeStored::No,
+                detail: without_addresses(&pool.down_reasons()),
             });
         }
-        Err(error) => error,
-    };
-    let key = match key {
-        Key::Caller(uuid) => Some(uuid),
-        Key::Generated => None,
-    };
-    let (uuid, stored) = match &error {
-        NotStored::GaveUp {
-            uuid, maybe_stored, ..
-        } => (*uuid, *maybe_stored),
-        NotStored::Conflict | NotStored::Stale | NotStored::Early => (key, MaybeStored::No),
-    };
-    let detail = not_stored_detail(&app.pool, &error);
-    Ok(LineResult::failed(number, uuid, stored, detail))
+        let message = Message {
+            msg,
+            key,
+            request_id: self.request_id.clone(),
+            held: self.permit.clone(),
+            overload: WhenOverloaded::Wait,
+        };
+        deliver(pool, message, *deadline).await
+    }
 }
 
 impl LineResult {
-    fn failed(line: u64, uuid: Option<Uuid>, maybe_stored: MaybeStored, error: String) -> Self {
+    fn failed(
+        line: u64,
+        uuid: Option<Uuid>,
+        maybe_stored: MaybeStored,
+        error: String,
+        fault: Fault,
+    ) -> Self {
         Self {
             line,
             uuid,
             stored: maybe_stored.word(),
             duplicate: false,
             error: Some(truncate_detail(error)),
+            fault: Some(fault),
         }
     }
 }
@@ -315,38 +427,53 @@ pub(crate) enum Content {
     Broken(Problem),
 }
 
+/// Waits until the process stops, or the upload's token no longer allows it.
+async fn broken_off(stop: CancellationToken, access: Option<Access>) -> Problem {
+    let lost = async {
+        match access {
+            None => future::pending().await,
+            Some(access) => access.lost().await,
+        }
+    };
+    tokio::select! {
+        () = stop.cancelled() => stopping(),
+        problem = lost => problem,
+    }
+}
+
 /// The lines of a body, of which it buffers at most one of `limit` bytes. A body that breaks off,
-/// falls behind by `slack`, or is cut because the process stops ends with [`Content::Broken`].
+/// falls behind by `slack`, or is broken off ends with [`Content::Broken`].
 pub(crate) fn read_lines(
     body: Body,
     limit: usize,
     slack: Duration,
-    stop: CancellationToken,
+    broken_off: impl Future<Output = Problem> + Send + 'static,
 ) -> impl Stream<Item = Line> + Send + 'static {
-    let begin = Some((body.into_data_stream(), Pace::new(slack)));
-    let pieces = stream::unfold(begin, move |state| {
-        let stop = stop.clone();
-        async move {
-            let (mut body, mut pace) = state?;
-            let piece = tokio::select! {
-                biased;
-                () = stop.cancelled() => {
-                    // A caller that is still sending would otherwise get a connection reset
-                    // instead of the answer.
-                    tokio::spawn(timeout(DISCARD_FOR, async move {
-                        while let Some(Ok(_)) = body.next().await {}
-                    }));
-                    return Some((Err(STOPPING.into()), None));
-                }
-                piece = timeout_at(pace.wait(), body.next()) => piece,
-            };
-            let piece = match piece {
-                Ok(piece) => piece?.map_err(io::Error::other),
-                Err(too_slow) => Err(too_slow.into()),
-            };
-            pace.progress(piece.as_ref().map_or(0, Bytes::len));
-            Some((piece, Some((body, pace))))
-        }
+    let begin = (
+        body.into_data_stream(),
+        Pace::new(slack),
+        Box::pin(broken_off),
+    );
+    let pieces = stream::unfold(Some(begin), async |state| {
+        let (mut body, mut pace, mut broken_off) = state?;
+        let piece = tokio::select! {
+            biased;
+            problem = &mut broken_off => {
+                // A caller that is still sending would otherwise get a connection reset
+                // instead of the answer.
+                tokio::spawn(timeout(DISCARD_FOR, async move {
+                    while let Some(Ok(_)) = body.next().await {}
+                }));
+                return Some((Err(io::Error::other(BrokenOff(problem))), None));
+            }
+            piece = timeout_at(pace.wait(), body.next()) => piece,
+        };
+        let piece = match piece {
+            Ok(piece) => piece?.map_err(io::Error::other),
+            Err(too_slow) => Err(too_slow.into()),
+        };
+        pace.progress(piece.as_ref().map_or(0, Bytes::len));
+        Some((piece, Some((body, pace, broken_off))))
     });
     let newline = vec![b'\n'];
     let codec = AnyDelimiterCodec::new_with_max_length(newline, Vec::new(), limit);
@@ -354,18 +481,20 @@ pub(crate) fn read_lines(
     let numbered = lines.zip(stream::iter(1..));
     numbered.map(|(content, number)| {
         let content = content.unwrap_or_else(|error| {
-            Content::Broken(match error.kind() {
-                STOPPING => stopping(),
-                ErrorKind::TimedOut => BodyError::TooSlow.into(),
-                _ => BodyError::Broken.into(),
+            Content::Broken(match error.downcast() {
+                Ok(BrokenOff(problem)) => problem,
+                Err(error) if error.kind() == ErrorKind::TimedOut => BodyError::TooSlow.into(),
+                Err(_) => BodyError::Broken.into(),
             })
         });
         Line { number, content }
     })
 }
 
-/// The kind of the error that ends an upload when the process stops. No body fails with it.
-const STOPPING: ErrorKind = ErrorKind::Interrupted;
+/// The error that ends an upload before its body does.
+#[derive(Debug, thiserror::Error)]
+#[error("the upload is broken off")]
+struct BrokenOff(Problem);
 
 /// Splits off one line after the other. One that is too long is an item too, as [`FramedRead`] ends
 /// after an error.

@@ -103,6 +103,50 @@ fn describe_unreachable(cause: &Cause) -> &'static str {
     "cannot be reached"
 }
 
+/// What is wrong with the instances, each reason once: "all 3 logging instances refuse connections". A reason
+/// follows the name of its instance; `total` is the number of instances.
+pub(crate) fn say_once<'a>(
+    reasons: impl IntoIterator<Item = (&'a str, String)>,
+    total: usize,
+) -> Vec<String> {
+    let mut groups: Vec<(String, Vec<&str>)> = Vec::new();
+    for (name, reason) in reasons {
+        match groups.iter_mut().find(|(known, _)| *known == reason) {
+            Some((_, names)) => names.push(name),
+            None => groups.push((reason, vec![name])),
+        }
+    }
+    let groups = groups.into_iter();
+    groups
+        .map(
+            |(reason, names)| match (names.len(), reason.split_once(' ')) {
+                (2.., Some((verb, rest))) => {
+                    format!("{} {} {rest}", named(&names, total), plural(verb))
+                }
+                _ => format!("{} {reason}", named(&names, total)),
+            },
+        )
+        .collect()
+}
+
+/// These instances of so many, for a sentence.
+pub(crate) fn named(names: &[&str], total: usize) -> String {
+    match names {
+        _ if total > 2 && names.len() == total => format!("all {total} logging instances"),
+        [first @ .., last] if !first.is_empty() => format!("{} and {last}", first.join(", ")),
+        _ => names.concat(),
+    }
+}
+
+/// The plural of the verb that begins a reason, if it is in the present.
+fn plural(verb: &str) -> &str {
+    match verb {
+        "is" => "are",
+        "has" => "have",
+        other => other.strip_suffix('s').unwrap_or(other),
+    }
+}
+
 impl From<reqwest::Error> for UpstreamError {
     fn from(error: reqwest::Error) -> Self {
         if error.is_connect() {
@@ -121,5 +165,45 @@ impl From<legacy::Error> for UpstreamError {
             true => Self::Unreachable(error.into()),
             false => Self::Lost(error.into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_reasons_are_said_once() {
+        let said = |reasons: &[(&'static str, &str)], total| {
+            let reasons = reasons
+                .iter()
+                .map(|(name, reason)| (*name, (*reason).to_owned()));
+            say_once(reasons, total).join("; ")
+        };
+        let refuses = "refuses connections";
+        let all = [("a", refuses), ("b", refuses), ("c", refuses)];
+        assert_eq!(said(&all, 3), "all 3 logging instances refuse connections");
+        assert_eq!(said(&all[..2], 3), "a and b refuse connections");
+        assert_eq!(said(&all[..2], 2), "a and b refuse connections");
+        assert_eq!(said(&all[..1], 1), "a refuses connections");
+        let mixed = [
+            ("a", "is not ready: x"),
+            ("b", refuses),
+            ("c", "is not ready: x"),
+        ];
+        assert_eq!(
+            said(&mixed, 3),
+            "a and c are not ready: x; b refuses connections"
+        );
+        assert_eq!(
+            said(
+                &[
+                    ("a", "did not answer in time"),
+                    ("b", "did not answer in time")
+                ],
+                4
+            ),
+            "a and b did not answer in time"
+        );
     }
 }

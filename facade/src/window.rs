@@ -26,7 +26,7 @@ use crate::pool::Pool;
 use crate::read::Cursor;
 use crate::upstream::UpstreamError;
 
-pub(crate) use self::arrivals::{Newest, Next, State};
+pub(crate) use self::arrivals::{Arrival, Newest, Next, State};
 
 /// Pause between two recent polls: half of it is the delay of a message on average.
 const RECENT_PAUSE: Duration = Duration::from_millis(50);
@@ -121,7 +121,7 @@ impl Window {
             limit: None,
             poll: Some(poll),
         };
-        let mut cursor = Cursor::new(pool, read_deadline, query, None);
+        let mut cursor = Cursor::new(pool, read_deadline, query, None).with_whole_lines();
         if number == 1 {
             cursor.begin().await?;
         }

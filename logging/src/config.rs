@@ -1,24 +1,27 @@
 //! The flags of a logging instance.
 
-use std::fs;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use common::config::{self, ServiceConfig};
 use common::door::DoorConfig;
+use common::files::{Followed, follow};
 use common::health;
 
 use crate::map::{Access, Location, Options};
 use crate::transfer::Transfer;
+
+/// A message is under way for longer than a shorter settle window when the system is busy.
+const SHORTEST_SETTLE: Duration = Duration::from_secs(1);
 
 /// Stores entries in a distributed map that all logging instances share
 #[derive(Clone, Debug, Parser)]
 #[command(name = "logging", version)]
 pub struct Config {
     /// Address to serve on, for the facade only: keep it unreachable from outside
-    #[arg(long, global = true, default_value = "127.0.0.1:8082", value_parser = config::address)]
+    #[arg(long, global = true, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8082", value_parser = config::address)]
     pub listen: SocketAddr,
 
     /// The shared map, the same for all instances: lmdb:FOLDER, a folder of this machine;
@@ -27,28 +30,30 @@ pub struct Config {
     #[arg(
         long,
         global = true,
+        value_name = "LOCATION",
         default_value = "lmdb:data/map",
         hide_env_values = true
     )]
     pub map: Location,
 
     /// File whose first line is the password of the user in --map redis://USER@HOST:PORT, so that it
-    /// is not in the list of processes or the environment
-    #[arg(long, global = true)]
+    /// is not in the list of processes or the environment. Changes take effect within a second
+    #[arg(long, global = true, value_name = "FILE")]
     pub map_password_file: Option<PathBuf>,
 
     /// Replicas that must hold an entry before it is acknowledged; an lmdb map has none
     /// [default: 1 on a Redis Cluster, otherwise 0]
-    #[arg(long, global = true)]
+    #[arg(long, global = true, value_name = "N")]
     pub backups: Option<u16>,
 
-    /// Timeout for storing a batch; entries not stored by then are answered as refused or unknown
-    #[arg(long, global = true, default_value = "800ms", value_parser = config::timeout)]
+    /// Timeout for storing a batch; entries not stored by then are answered as refused or unknown.
+    /// Shorter than the facade's --try-timeout
+    #[arg(long, global = true, value_name = "TIME", default_value = "800ms", value_parser = config::timeout)]
     pub store_timeout: Duration,
 
-    /// How old the time in a new entry's UUID may be; older parts of the log never change. The map
-    /// keeps the value that it was created with [default: 10s]
-    #[arg(long, global = true, value_parser = config::duration)]
+    /// How old the time in a new entry's UUID may be, at least 1s; older parts of the log never change.
+    /// A map keeps the value that it was created with: leave the flag out then [default: 10s]
+    #[arg(long, global = true, value_name = "TIME", value_parser = settle)]
     pub settle: Option<Duration>,
 
     #[command(flatten)]
@@ -81,8 +86,8 @@ impl Config {
         if !has_replicas && self.backups.is_some_and(|count| count > 0) {
             return Err("an lmdb map keeps no replicas; write --backups 0".to_owned());
         }
-        let file = self.map_password_file.as_deref();
-        let password = file.map(read_password).transpose()?;
+        let password = self.map_password_file.clone();
+        let password = password.map(follow_password).transpose()?;
         let options = Options {
             store_timeout: self.store_timeout,
             settle: self.settle,
@@ -93,14 +98,25 @@ impl Config {
     }
 }
 
-fn read_password(file: &Path) -> Result<String, String> {
-    let text = fs::read_to_string(file);
-    let text = text.map_err(|error| {
-        let file = file.display();
-        format!("cannot read --map-password-file {file}: {error}")
-    })?;
-    match text.lines().next() {
-        Some(password) if !password.is_empty() => Ok(password.to_owned()),
-        _ => Err("--map-password-file has no password in its first line".to_owned()),
+/// Parses a settle window.
+///
+/// # Errors
+/// A sentence that says what to write instead.
+fn settle(text: &str) -> Result<Duration, String> {
+    match config::duration(text)? {
+        settle if settle >= SHORTEST_SETTLE => Ok(settle),
+        _ => Err(
+            "write a time of at least 1s, for example 10s: with less, messages are too old to be \
+             stored when they arrive"
+                .to_owned(),
+        ),
     }
+}
+
+fn follow_password(file: PathBuf) -> Result<Followed<String>, String> {
+    let password = follow(vec![file], |contents| match contents[0].lines().next() {
+        Some(password) if !password.is_empty() => Ok(password.to_owned()),
+        _ => Err("it has no password in its first line".to_owned()),
+    });
+    password.map_err(|error| format!("cannot read --map-password-file {error}"))
 }

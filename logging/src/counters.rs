@@ -1,15 +1,18 @@
 //! What this process counts: entries it was given, what became of them, how long that took.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
-use common::api::{InstanceStats, MapStats, OutcomeCounts, timestamp};
+use common::api::{InstanceStats, OutcomeCounts, timestamp};
 use common::entry::Outcome;
 use hdrhistogram::Histogram;
 use metrics::histogram;
+use tokio::time::Instant;
 
 use crate::metrics::{PUT_DURATION, PUT_ENTRIES};
+use crate::readiness::Report;
 
 /// A longer time counts as this one, in microseconds: a minute.
 const LONGEST_PUT: u64 = 60_000_000;
@@ -26,8 +29,10 @@ pub(crate) struct Counters {
 struct Puts {
     received: u64,
     outcomes: OutcomeCounts,
-    /// How long batches took, in microseconds.
-    times: Histogram<u64>,
+    /// Entries received in the last 10 s.
+    lately: Window<u64>,
+    /// How long the batches of the last 5 minutes took, in microseconds.
+    times: Window<Histogram<u64>>,
 }
 
 impl Default for Counters {
@@ -38,7 +43,8 @@ impl Default for Counters {
             puts: Mutex::new(Puts {
                 received: 0,
                 outcomes: OutcomeCounts::default(),
-                times: Histogram::new_with_max(LONGEST_PUT, 2).expect("two digits are allowed"),
+                lately: Window::new(Duration::from_secs(10)),
+                times: Window::new(Duration::from_secs(300)),
             }),
         }
     }
@@ -60,7 +66,9 @@ impl Counters {
         histogram!(PUT_DURATION).record(took);
         let mut puts = self.puts.lock().unwrap_or_else(PoisonError::into_inner);
         puts.received += outcomes.len() as u64;
-        puts.times.saturating_record(took.as_micros() as u64);
+        *puts.lately.current(|| 0) += outcomes.len() as u64;
+        let times = puts.times.current(no_times);
+        times.saturating_record(took.as_micros() as u64);
         for outcome in outcomes {
             let counts = &mut puts.outcomes;
             *match outcome {
@@ -80,24 +88,70 @@ impl Counters {
         (puts.outcomes, self.in_flight.load(Ordering::Relaxed))
     }
 
-    /// The counts, with the map's clock and statistics.
-    pub(crate) fn stats(&self, clock: SystemTime, map: MapStats) -> InstanceStats {
+    /// The counts, with the map's clock and the last check.
+    pub(crate) fn stats(&self, clock: SystemTime, report: &Report) -> InstanceStats {
         let puts = self.puts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut times = no_times();
+        for slot in puts.times.recent() {
+            times.add(slot).expect("they have one maximum");
+        }
         let percentile = |quantile| {
-            let micros = puts.times.value_at_quantile(quantile);
-            (!puts.times.is_empty()).then_some(micros as f64 / 1000.0)
+            let micros = times.value_at_quantile(quantile);
+            (!times.is_empty()).then_some(micros as f64 / 1000.0)
         };
         InstanceStats {
             at: timestamp(clock),
             since: timestamp(clock - self.since.elapsed()),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            map,
+            health: report.health.clone(),
+            map: report.map.clone(),
             received: puts.received,
+            received_lately: puts.lately.recent().sum(),
             outcomes: puts.outcomes,
             in_flight: self.in_flight.load(Ordering::Relaxed),
             put_p50_ms: percentile(0.5),
             put_p99_ms: percentile(0.99),
         }
+    }
+}
+
+fn no_times() -> Histogram<u64> {
+    Histogram::new_with_max(LONGEST_PUT, 2).expect("two digits are allowed")
+}
+
+/// What was counted lately, in slots of a tenth of that time.
+#[derive(Debug)]
+struct Window<T> {
+    slot: Duration,
+    /// Each with its beginning.
+    slots: VecDeque<(Instant, T)>,
+}
+
+const SLOTS: u32 = 10;
+
+impl<T> Window<T> {
+    fn new(span: Duration) -> Self {
+        Self {
+            slot: span / SLOTS,
+            slots: VecDeque::new(),
+        }
+    }
+
+    /// The slot of now; drops what is no longer recent.
+    fn current(&mut self, empty: impl FnOnce() -> T) -> &mut T {
+        let (now, slot) = (Instant::now(), self.slot);
+        self.slots.retain(|(began, _)| now - *began < slot * SLOTS);
+        let is_current = |(began, _): &(Instant, T)| now - *began < slot;
+        if !self.slots.back().is_some_and(is_current) {
+            self.slots.push_back((now, empty()));
+        }
+        let (_, current) = self.slots.back_mut().expect("there is one");
+        current
+    }
+
+    fn recent(&self) -> impl Iterator<Item = &T> {
+        let is_recent = |(began, _): &&(Instant, T)| began.elapsed() < self.slot * SLOTS;
+        self.slots.iter().filter(is_recent).map(|(_, slot)| slot)
     }
 }
 
@@ -113,31 +167,55 @@ impl Drop for InFlight<'_> {
 
 #[cfg(test)]
 mod tests {
+    use common::api::MapStats;
+    use common::health::Health;
+
     use super::*;
 
-    #[test]
-    fn times_of_puts_are_told_in_milliseconds() {
-        let counters = Counters::default();
-        let map = || MapStats {
-            engine: String::new(),
-            layout: 1,
-            members: Vec::new(),
-            problem: None,
-            problems: Vec::new(),
+    fn stats(counters: &Counters) -> InstanceStats {
+        let report = Report {
+            health: Health::default(),
+            map: MapStats {
+                engine: String::new(),
+                layout: 1,
+                members: Vec::new(),
+                problem: None,
+            },
         };
-        let now = SystemTime::now();
-        assert_eq!(counters.stats(now, map()).put_p50_ms, None);
+        counters.stats(SystemTime::now(), &report)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn percentiles_are_of_five_minutes_and_shares_of_ten_seconds() {
+        let counters = Counters::default();
+        assert_eq!(stats(&counters).put_p50_ms, None);
+        let is_about = |told: Option<f64>, millis: f64| {
+            told.is_some_and(|told| (told / millis - 1.0).abs() < 0.01)
+        };
         for (millis, times) in [(5, 98), (800, 1), (100_000, 1)] {
             for _ in 0..times {
                 counters.count_put(&[Outcome::Stored], Duration::from_millis(millis));
             }
         }
-        let stats = counters.stats(now, map());
-        assert_eq!(stats.outcomes.stored, 100);
-        let is_about = |told: Option<f64>, millis: f64| {
-            told.is_some_and(|told| (told / millis - 1.0).abs() < 0.01)
-        };
-        assert!(is_about(stats.put_p50_ms, 5.0), "{stats:?}");
-        assert!(is_about(stats.put_p99_ms, 800.0), "{stats:?}");
+        let told = stats(&counters);
+        assert_eq!((told.outcomes.stored, told.received_lately), (100, 100));
+        assert!(is_about(told.put_p50_ms, 5.0), "{told:?}");
+        assert!(is_about(told.put_p99_ms, 800.0), "{told:?}");
+
+        tokio::time::advance(Duration::from_secs(200)).await;
+        for _ in 0..300 {
+            counters.count_put(&[Outcome::Stored], Duration::from_millis(20));
+        }
+        let told = stats(&counters);
+        assert_eq!((told.received, told.received_lately), (400, 300));
+        assert!(is_about(told.put_p50_ms, 20.0), "{told:?}");
+
+        tokio::time::advance(Duration::from_secs(101)).await;
+        let told = stats(&counters);
+        assert_eq!((told.received, told.received_lately), (400, 0));
+        assert!(is_about(told.put_p99_ms, 20.0), "{told:?}");
+
+        tokio::time::advance(Duration::from_secs(200)).await;
+        assert_eq!(stats(&counters).put_p99_ms, None);
     }
 }

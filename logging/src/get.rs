@@ -8,7 +8,9 @@ use axum::extract::{Path, Query, State};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use common::api::{Poll, READ_END, READ_SETTLED, ReadQuery, StreamEnd};
+use common::api::{
+    LINE_END, Poll, READ_END, READ_SETTLED, ReadQuery, StreamEnd, begin_line, write_part,
+};
 use common::body::holding;
 use common::bounds::Order;
 use common::client::Client;
@@ -25,7 +27,7 @@ use tracing::{Instrument, Span, debug_span};
 use uuid::Uuid;
 
 use crate::error::{busy, no_entry, unreadable};
-use crate::map::{Cursor, MAX_AHEAD, MAX_SKEW, MapError, PieceLimit, READ_AHEAD};
+use crate::map::{Cursor, DistributedMap, MAX_AHEAD, MAX_SKEW, MapError, PieceLimit, READ_AHEAD};
 use crate::state::{App, MAX_READS};
 
 /// Budget for the pieces of all reads, in bytes: the more reads, the smaller their pieces.
@@ -95,6 +97,8 @@ pub(crate) async fn list(
     }
     let mut stream = EntryStream {
         cursor: app.map.read(bounds),
+        map: app.map.clone(),
+        large: None,
         left: limit.unwrap_or(u64::MAX),
         count: 0,
         // A read that another instance lost behind its last entry continues here with a limit of 0.
@@ -113,8 +117,8 @@ pub(crate) async fn list(
             let (pieces, mut received) = mpsc::channel(1);
             tokio::spawn(stream.read_ahead(pieces).instrument(span));
             let rest = stream::poll_fn(move |context| received.poll_recv(context));
-            let lines = stream::iter([first]).chain(rest).map(Bytes::from);
-            Body::from_stream(lines.map(Ok::<_, MapError>))
+            let pieces = stream::iter([Ok(first)]).chain(rest);
+            Body::from_stream(pieces.map(|lines| lines.map(Bytes::from)))
         }
     };
     let content_type = [(header::CONTENT_TYPE, "application/x-ndjson")];
@@ -136,6 +140,9 @@ fn map_span() -> Span {
 
 struct EntryStream {
     cursor: Box<dyn Cursor>,
+    map: Arc<dyn DistributedMap>,
+    /// The entry whose line was begun, as its message is longer than a piece.
+    large: Option<Large>,
     left: u64,
     count: u64,
     /// The last entry of this stream, or the one behind which it begins.
@@ -147,50 +154,88 @@ struct EntryStream {
     stop: CancellationToken,
 }
 
+/// An entry whose message is sent in parts, so that the memory of a read does not depend on its messages.
+struct Large {
+    uuid: Uuid,
+    /// How many bytes of the message were sent, and how many it has.
+    sent: usize,
+    bytes: usize,
+}
+
 impl EntryStream {
     /// Reads each piece while the previous one is sent, until the end or a disconnect.
-    async fn read_ahead(mut self, pieces: mpsc::Sender<Vec<u8>>) {
+    async fn read_ahead(mut self, pieces: mpsc::Sender<Result<Vec<u8>, MapError>>) {
         while !self.is_finished {
             let Ok(permit) = pieces.reserve().await else {
                 return;
             };
-            if self.stop.is_cancelled() {
-                permit.send(self.hand_over("this instance is stopping".to_owned()));
+            let is_in_a_line = self.large.is_some();
+            if self.stop.is_cancelled() && !is_in_a_line {
+                permit.send(Ok(self.hand_over("this instance is stopping".to_owned())));
                 return;
             }
-            permit.send(match self.next_lines().await {
-                Ok(lines) => lines,
-                Err(error) => {
-                    tracing::warn!(%error, "a read of the map failed: the facade continues it elsewhere");
-                    self.hand_over(error.to_string())
+            let next = self.next_lines().await.or_else(|error| {
+                tracing::warn!(%error, "a read of the map failed: the facade continues it elsewhere");
+                match is_in_a_line {
+                    true => Err(error),
+                    false => Ok(self.hand_over(error.to_string())),
                 }
             });
+            self.is_finished |= next.is_err();
+            permit.send(next);
         }
     }
 
     /// The next piece; the last one includes the end line, see [`StreamEnd`].
     async fn next_lines(&mut self) -> Result<Vec<u8>, MapError> {
-        let limit = PieceLimit {
-            entries: self.left,
-            bytes: self.piece_bytes(),
-        };
-        let mut piece = self.cursor.next(limit).await?;
-        let left = self.left - piece.count;
-        let last = piece.last.or(self.last);
+        let bytes = self.piece_bytes();
+        let mut lines;
+        let mut is_at_end = false;
+        if let Some(large) = &mut self.large {
+            lines = Vec::with_capacity(bytes);
+            let part = self.map.part(large.uuid, large.sent, bytes).await?;
+            large.sent += write_part(&mut lines, &part, bytes);
+            if large.sent < large.bytes {
+                return Ok(lines);
+            }
+            lines.extend_from_slice(LINE_END);
+            lines.push(b'\n');
+            self.large = None;
+        } else {
+            let limit = PieceLimit {
+                entries: self.left,
+                bytes,
+                message: bytes,
+            };
+            let piece = self.cursor.next(limit).await?;
+            lines = piece.lines;
+            self.left -= piece.count;
+            self.count += piece.count;
+            self.last = piece.last.or(self.last);
+            if let (Some(uuid), Some(bytes)) = (piece.last, piece.large) {
+                begin_line(&mut lines, uuid);
+                self.large = Some(Large {
+                    uuid,
+                    sent: 0,
+                    bytes,
+                });
+                return Ok(lines);
+            }
+            is_at_end = piece.count == 0;
+        }
         let mut next = None;
-        if left == 0 {
+        if self.left == 0 {
             let one = PieceLimit {
                 entries: 1,
                 bytes: 0,
+                message: 0,
             };
-            next = self.cursor.next(one).await?.last.and(last);
+            next = self.cursor.next(one).await?.last.and(self.last);
         }
-        self.count += piece.count;
-        (self.left, self.last) = (left, last);
-        if left == 0 || piece.count == 0 {
-            self.end(&mut piece.lines, next, None);
+        if self.left == 0 || is_at_end {
+            self.end(&mut lines, next, None);
         }
-        Ok(piece.lines)
+        Ok(lines)
     }
 
     /// The line that ends an incomplete stream and sends the facade to another instance.

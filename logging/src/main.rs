@@ -2,10 +2,11 @@
 
 use std::process::ExitCode;
 
-use common::config;
 use common::door::Door;
 use common::serve::{self, Timeouts};
+use common::{config, output};
 use logging::{App, Config, Task, map, router};
+use tokio_util::sync::CancellationToken;
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -18,11 +19,11 @@ async fn main() -> ExitCode {
         Some(Task::Service(task)) => Some(task),
         None => None,
     };
-    let service = |stop| {
+    let service = |stop: CancellationToken| {
         let door = Door::new(&config.door, config.listen, &[]);
         let door = door.unwrap_or_else(|line| config::fail(&line));
         let map = map::open(&location, options)?;
-        tracing::info!(map = ?location, "opened the map");
+        tokio::spawn(output::end_when_lost(stop.clone()));
         Ok(router(App::new(
             map,
             door,

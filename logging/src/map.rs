@@ -12,8 +12,11 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use common::files::Followed;
+pub use common::health::Health;
+
 pub use self::contract::{
-    Access, Clocks, Cursor, DistributedMap, Health, MAX_AHEAD, MAX_SKEW, MapError, Options, Piece,
+    Access, Clocks, Cursor, DistributedMap, MAX_AHEAD, MAX_SKEW, MapError, Options, Piece,
     PieceLimit, READ_AHEAD,
 };
 pub use self::redis::RedisConfig;
@@ -28,11 +31,11 @@ pub enum Location {
 }
 
 impl Location {
-    /// The location with the password that was not given in its text.
+    /// The location with the password that was not given in its text; a changed one counts for new connections.
     ///
     /// # Errors
     /// When the two contradict each other, as a line for the operator.
-    pub fn with_password(self, password: Option<String>) -> Result<Self, String> {
+    pub fn with_password(self, password: Option<Followed<String>>) -> Result<Self, String> {
         match self {
             Self::Redis(config) => config.with_password(password).map(Self::Redis),
             Self::Lmdb(_) if password.is_some() => {
@@ -48,6 +51,10 @@ impl FromStr for Location {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.split_once(':') {
+            Some(("lmdb", folder)) if folder.starts_with('~') => Err(
+                "the shell expands ~ only at the beginning of a word: write lmdb:$HOME/FOLDER"
+                    .to_owned(),
+            ),
             Some(("lmdb", folder)) if !folder.is_empty() => Ok(Self::Lmdb(folder.into())),
             Some(("redis" | "rediss", _)) => Ok(Self::Redis(text.parse()?)),
             _ => {

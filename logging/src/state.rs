@@ -4,22 +4,20 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use common::door::Door;
+use common::latest::Latest;
 use common::permits::Permits;
 use common::serve::Timeouts;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::counters::Counters;
 use crate::map::DistributedMap;
+use crate::readiness::{Report, keep_checking};
 
 /// Budget for the bodies of batches in progress, in bytes; a batch beyond it gets a 429.
 const MAX_POSTED_BYTES: usize = 64 * 1024 * 1024;
 
 /// Concurrent reads; one more gets a 429. A facade sends at most one for each of its own reads.
 pub(crate) const MAX_READS: usize = 512;
-
-/// Requests for statistics at once: on Redis each connects to every member. More get a 429.
-const MAX_STATISTICS: usize = 8;
 
 /// The state that the handlers share.
 #[derive(Debug)]
@@ -28,7 +26,7 @@ pub struct App {
     /// One permit is one byte of a batch's body.
     pub(crate) posts: Arc<Permits>,
     pub(crate) reads: Arc<Permits>,
-    pub(crate) statistics: Semaphore,
+    pub(crate) report: Latest<Report>,
     pub(crate) counters: Counters,
     pub(crate) body_timeout: Duration,
     pub(crate) store_timeout: Duration,
@@ -37,7 +35,8 @@ pub struct App {
 }
 
 impl App {
-    /// `store_timeout` is the map's; `stop` is cancelled when the process is told to stop.
+    /// `store_timeout` is the map's; `stop` is cancelled when the process is told to stop. Must be called
+    /// within a runtime, where the checks run.
     pub fn new(
         map: Arc<dyn DistributedMap>,
         door: Door,
@@ -45,17 +44,19 @@ impl App {
         store_timeout: Duration,
         stop: CancellationToken,
     ) -> Arc<Self> {
-        Arc::new(Self {
+        let app = Arc::new(Self {
             map,
             posts: Permits::new(MAX_POSTED_BYTES),
             reads: Permits::new(MAX_READS),
-            statistics: Semaphore::new(MAX_STATISTICS),
+            report: Latest::default(),
             counters: Counters::default(),
             body_timeout: timeouts.body,
             store_timeout,
             door,
             stop,
-        })
+        });
+        tokio::spawn(keep_checking(Arc::downgrade(&app)));
+        app
     }
 
     /// The map's clock, or this machine's while that is not known.

@@ -26,7 +26,7 @@ pub const REPLY: &str = "Messages Service not Implemented";
 #[command(name = "messages", version)]
 pub struct Config {
     /// Address to listen on
-    #[arg(long, global = true, default_value = "127.0.0.1:8081", value_parser = config::address)]
+    #[arg(long, global = true, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8081", value_parser = config::address)]
     pub listen: SocketAddr,
 
     #[command(flatten)]

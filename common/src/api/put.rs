@@ -16,9 +16,8 @@ pub const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
 /// The usual bytes of an encoded entry besides its message.
 const FIELDS: usize = 128;
 
-/// An entry on its way to a logging instance.
+/// An entry on its way to a logging instance. Fields of a later version are ignored.
 #[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
 pub struct PutEntry {
     /// The UUID to store the message under.
     pub uuid: Uuid,
@@ -286,6 +285,17 @@ mod tests {
             let read: PutResult = serde_json::from_str(&wire).expect("a result");
             assert_eq!(read, result);
         }
+    }
+
+    #[test]
+    fn fields_of_a_later_version_are_ignored() {
+        let uuid = Uuid::now_v7();
+        let entry = format!(r#"[{{"uuid":"{uuid}","msg":"a","later":1}}]"#);
+        let posted = Batch::decode(entry.as_bytes()).expect("a batch");
+        assert_eq!(posted.entries[0].msg, "a");
+        let result = format!(r#"{{"uuid":"{uuid}","outcome":"stored","later":1}}"#);
+        let result: PutResult = serde_json::from_str(&result).expect("a result");
+        assert_eq!(result.outcome, Outcome::Stored);
     }
 
     #[test]

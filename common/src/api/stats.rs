@@ -5,6 +5,8 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::health::Health;
+
 /// The statistics of one instance.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct InstanceStats {
@@ -14,15 +16,19 @@ pub struct InstanceStats {
     pub since: String,
     /// The version of the binary.
     pub version: String,
+    /// Its own readiness.
+    pub health: Health,
     /// The map as this instance sees it.
     pub map: MapStats,
     /// Entries received in batches.
     pub received: u64,
+    /// Those of the last 10 s.
+    pub received_lately: u64,
     /// Their outcomes.
     pub outcomes: OutcomeCounts,
     /// Batches in flight.
     pub in_flight: u64,
-    /// The median time of a put, in milliseconds; `None` before the first one.
+    /// The median time of a put in the last 5 minutes, in milliseconds; `None` without one.
     pub put_p50_ms: Option<f64>,
     /// The 99th percentile of that time, in milliseconds.
     pub put_p99_ms: Option<f64>,
@@ -52,9 +58,6 @@ pub struct MapStats {
     /// Why a partition has no primary; the rows are then not the whole map.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
-    /// What an operator should know of the map besides.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub problems: Vec<String>,
 }
 
 /// A row for a member of the map: the LMDB folder, or a Redis server. The numbers of a member that does
@@ -65,8 +68,12 @@ pub struct MemberStats {
     pub member: String,
     /// Its role in the map.
     pub role: Role,
-    /// Whether it answered within the timeout of the statistics.
+    /// Whether it told its numbers within the timeout of the statistics.
     pub up: bool,
+    /// Why not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub problem: Option<String>,
     /// Partitions that a primary or folder owns, or whose backups a replica holds.
     pub partitions: Option<u64>,
     /// Entries that it owns.
@@ -112,12 +119,13 @@ pub fn nearly_full(used: u64, most: u64) -> Option<u64> {
 }
 
 impl MemberStats {
-    /// The row of a member that does not answer.
-    pub fn down(member: String, role: Role) -> Self {
+    /// The row of a member that does not tell its numbers.
+    pub fn down(member: String, role: Role, problem: String) -> Self {
         Self {
             member,
             role,
             up: false,
+            problem: Some(problem),
             partitions: None,
             entries: None,
             gets: None,

@@ -11,6 +11,7 @@ use uuid::fmt::Hyphenated;
 
 use super::MAX_BATCH_BYTES;
 use crate::bounds::Bounds;
+use crate::escape::has_to_be_escaped;
 use crate::json;
 
 /// The query of a read.
@@ -46,9 +47,8 @@ pub const READ_SETTLED: &str = "x-read-settled";
 /// read ends while entries are added.
 pub const READ_END: &str = "x-read-end";
 
-/// The last line of a stream.
+/// The last line of a stream. Fields of a later version are ignored.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
-#[serde(deny_unknown_fields)]
 pub struct StreamEnd {
     /// The number of entries before this line.
     pub count: u64,
@@ -72,14 +72,72 @@ pub const MAX_LINE: usize = MAX_BATCH_BYTES * json::MAX_EXPANSION;
 
 /// Appends an entry as a line of a stream, with its newline.
 pub fn write_entry(out: &mut Vec<u8>, uuid: Uuid, msg: &str) {
+    write_before_message(out, uuid);
+    json::write(out, msg);
+    out.extend_from_slice(LINE_TAIL);
+    out.push(b'\n');
+}
+
+fn write_before_message(out: &mut Vec<u8>, uuid: Uuid) {
     out.extend_from_slice(LINE_HEAD);
     let mut buffer = Uuid::encode_buffer();
     let uuid = uuid.hyphenated().encode_lower(&mut buffer);
     out.extend_from_slice(uuid.as_bytes());
     out.extend_from_slice(LINE_MIDDLE);
-    json::write(out, msg);
-    out.extend_from_slice(LINE_TAIL);
-    out.push(b'\n');
+}
+
+/// The bytes of a line before the first character of the message.
+pub const LINE_BEGIN_BYTES: usize = LINE_HEAD.len() + Hyphenated::LENGTH + LINE_MIDDLE.len() + 1;
+
+/// What follows the last character of the message, without the newline.
+pub const LINE_END: &[u8] = b"\"}";
+
+/// Appends the line of an entry up to the first character of its message: for a line that is made in parts.
+pub fn begin_line(out: &mut Vec<u8>, uuid: Uuid) {
+    write_before_message(out, uuid);
+    out.push(b'"');
+}
+
+/// Appends a part of a message to a line that was begun, to about `limit` bytes of `out`. Returns how many
+/// bytes of the part were written.
+pub fn write_part(out: &mut Vec<u8>, part: &str, limit: usize) -> usize {
+    const STEP: usize = 1024;
+    let mut written = 0;
+    while written < part.len() && (written == 0 || out.len() < limit) {
+        let end = part.floor_char_boundary(written + STEP);
+        let quote = out.len();
+        json::write(out, &part[written..end]);
+        out.pop();
+        out.remove(quote);
+        written = end;
+    }
+    written
+}
+
+/// The UUID of a line that is at least [`LINE_BEGIN_BYTES`] long, if it begins as the line of an entry.
+pub fn parse_line_begin(line: &[u8]) -> Option<Uuid> {
+    let rest = line.strip_prefix(LINE_HEAD)?;
+    let (uuid, rest) = rest.split_at_checked(Hyphenated::LENGTH)?;
+    let begins = is_uuid(uuid) && rest.strip_prefix(LINE_MIDDLE)?.starts_with(b"\"");
+    begins.then(|| Uuid::try_parse_ascii(uuid).expect("its form was checked"))
+}
+
+/// How much of `text`, which begins within the JSON string of a message and is cut or ends with [`LINE_END`], is
+/// whole characters and escapes before its last two bytes. `None` if it is not UTF-8, or has a character that has
+/// to be escaped.
+pub fn whole_characters(text: &[u8]) -> Option<usize> {
+    if has_to_be_escaped(text) {
+        return None;
+    }
+    let string = &text[..text.len().saturating_sub(LINE_END.len())];
+    let end = characters_end(string);
+    match std::str::from_utf8(&string[..end]) {
+        Ok(_) => Some(end),
+        Err(error) if error.error_len().is_none() && end == string.len() => {
+            Some(error.valid_up_to())
+        }
+        Err(_) => None,
+    }
 }
 
 /// A line of an entry, without its newline.
@@ -96,8 +154,9 @@ impl<'a> EntryLine<'a> {
     pub fn parse(line: &'a [u8]) -> Option<Self> {
         let rest = line.strip_prefix(LINE_HEAD)?;
         let (uuid, rest) = rest.split_at_checked(Hyphenated::LENGTH)?;
-        let msg = rest.strip_prefix(LINE_MIDDLE)?.strip_suffix(LINE_TAIL)?;
-        if !is_json_string(msg) || !is_uuid(uuid) {
+        let rest = rest.strip_prefix(LINE_MIDDLE)?;
+        let msg = rest.strip_suffix(LINE_TAIL)?;
+        if has_to_be_escaped(rest) || !is_json_string(msg) || !is_uuid(uuid) {
             return None;
         }
         Some(Self {
@@ -124,30 +183,26 @@ fn is_uuid(text: &[u8]) -> bool {
     })
 }
 
-/// Whether `text` is exactly one JSON string (RFC 8259, section 7). UTF-8 is not checked.
+/// Whether `text` is exactly one JSON string (RFC 8259, section 7). UTF-8 and control characters are not checked.
 fn is_json_string(text: &[u8]) -> bool {
-    let Some(mut rest) = text.strip_prefix(b"\"") else {
-        return false;
-    };
-    // Without an early exit the compiler vectorizes the loop.
-    if rest
-        .iter()
-        .fold(false, |found, byte| found | (*byte < b' '))
-    {
-        return false;
-    }
-    while let Some(at) = memchr2(b'"', b'\\', rest) {
-        if rest[at] == b'"' {
-            return at + 1 == rest.len();
-        }
-        let escaped = match rest.get(at + 1) {
-            Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => 1,
-            Some(b'u') if is_character(rest.get(at + 2..at + 6)) => 5,
-            _ => return false,
+    let rest = text.strip_prefix(b"\"");
+    rest.is_some_and(|rest| &rest[characters_end(rest)..] == b"\"")
+}
+
+/// Where the characters of a JSON string end: before its quote, or before an escape that is cut or wrong.
+fn characters_end(text: &[u8]) -> usize {
+    let mut end = 0;
+    while let Some(at) = memchr2(b'"', b'\\', &text[end..]) {
+        end += at;
+        let escape = &text[end..];
+        end += match escape.get(1) {
+            _ if escape[0] == b'"' => return end,
+            Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => 2,
+            Some(b'u') if is_character(escape.get(2..6)) => 6,
+            _ => return end,
         };
-        rest = &rest[at + 1 + escaped..];
     }
-    false
+    text.len()
 }
 
 /// Whether `digits` are four hexadecimal digits of a character, and not half of a surrogate pair.
@@ -197,6 +252,12 @@ mod tests {
     }
 
     #[test]
+    fn end_of_a_later_version_is_read() {
+        let end: StreamEnd = serde_json::from_str(r#"{"count":1,"later":2}"#).expect("an end");
+        assert_eq!(end.count, 1);
+    }
+
+    #[test]
     fn any_other_line_is_rejected() {
         let form = |uuid: &str, rest: &str| format!(r#"{{"uuid":"{uuid}","msg":{rest}"#);
         let uuid = UUID.to_string();
@@ -209,6 +270,9 @@ mod tests {
             form(&uuid, r#""a\u00g0"}"#),
             form(&uuid, r#""\ud83d"}"#),
             form(&uuid, "\"a\tb\"}"),
+            form(&uuid, "\"a\u{7f}\"}"),
+            form(&uuid, "\"\u{9b}31m\"}"),
+            form(&uuid, "\"a\u{202e}b\"}"),
             form(&uuid, r#"1}"#),
             form(&uuid, r#"}"#),
             form(&uuid.to_uppercase(), r#""a"}"#),

@@ -7,6 +7,7 @@ use axum::extract::Request;
 use axum::http::uri::Authority;
 use axum::http::{StatusCode, Version, header};
 
+use super::is_open;
 use crate::problem::Problem;
 
 /// The hosts that are served.
@@ -30,6 +31,7 @@ impl Hosts {
         Self::Loopback { and }
     }
 
+    /// Of a question about health, any host is served: kubelets and balancers send the address.
     pub(super) fn check(&self, request: &Request) -> Result<(), Problem> {
         let mut hosts = request.headers().get_all(header::HOST).iter();
         let host = match (hosts.next(), hosts.next()) {
@@ -42,7 +44,8 @@ impl Hosts {
         let host = host.ok_or_else(|| Problem::bad_request("the host header is malformed"))?;
         // The target of a request to a proxy names a host too, and then counts.
         let target = request.uri().authority();
-        if self.serve(host.host()) && target.is_none_or(|target| self.serve(target.host())) {
+        let is_served = |host: &Authority| self.serve(host.host());
+        if is_open(request) || (is_served(&host) && target.is_none_or(is_served)) {
             return Ok(());
         }
         Err(Problem::new(

@@ -2,7 +2,7 @@
 //! request comes from; other clients send neither header and are served.
 
 use axum::extract::Request;
-use axum::http::uri::Authority;
+use axum::http::uri::{Authority, Scheme};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
 
 use crate::problem::Problem;
@@ -11,8 +11,9 @@ const SEC_FETCH_SITE: &str = "sec-fetch-site";
 
 /// Without this, a page on any site could post messages through a browser that can reach the service, also
 /// with the token that the browser keeps for it.
-pub(super) fn check(request: &Request) -> Result<(), Problem> {
-    if request.method().is_safe() || !is_from_another_origin(request.headers()) {
+/// `scheme` is that of the service, if it is known.
+pub(super) fn check(request: &Request, scheme: Option<&Scheme>) -> Result<(), Problem> {
+    if request.method().is_safe() || !is_from_another_origin(request.headers(), scheme) {
         return Ok(());
     }
     let detail = "a page of another origin sent this request; nothing was done: post from the \
@@ -20,20 +21,96 @@ pub(super) fn check(request: &Request) -> Result<(), Problem> {
     Err(Problem::new(StatusCode::FORBIDDEN, detail))
 }
 
-fn is_from_another_origin(headers: &HeaderMap) -> bool {
-    let mut sites = headers.get_all(SEC_FETCH_SITE).iter();
-    if sites.any(|site| site == "cross-site" || site == "same-site") {
+/// A browser's own verdict counts before its `Origin`, as a proxy may have rewritten `Host`.
+fn is_from_another_origin(headers: &HeaderMap, scheme: Option<&Scheme>) -> bool {
+    let has_site = |sites: [&str; 2]| {
+        let mut values = headers.get_all(SEC_FETCH_SITE).iter();
+        values.any(|value| sites.iter().any(|site| value == site))
+    };
+    if has_site(["cross-site", "same-site"]) {
         return true;
     }
     let mut origins = headers.get_all(header::ORIGIN).iter();
-    origins.any(|origin| {
-        let origin: Option<Uri> = origin.to_str().ok().and_then(|text| text.parse().ok());
-        let origin = origin.and_then(|uri| uri.into_parts().authority);
-        // `null`, the origin of a sandboxed page, is no host of a service.
-        origin.is_none() || origin != headers.get(header::HOST).and_then(authority)
-    })
+    !has_site(["same-origin", "none"]) && origins.any(|origin| !is_own(origin, headers, scheme))
 }
 
-fn authority(host: &HeaderValue) -> Option<Authority> {
-    host.to_str().ok()?.parse().ok()
+/// Whether an origin is that of the request's host. A service without TLS may be behind a proxy with TLS and
+/// does not know the scheme; a `Host` without a port then has the default port of the origin's.
+fn is_own(origin: &HeaderValue, headers: &HeaderMap, own: Option<&Scheme>) -> bool {
+    let Some(origin) = parsed::<Uri>(origin) else {
+        return false;
+    };
+    // `null`, the origin of a sandboxed page, has no scheme.
+    let scheme = origin
+        .scheme()
+        .filter(|scheme| own.is_none_or(|own| own == *scheme));
+    let default_port = match scheme.map(Scheme::as_str) {
+        Some("http") => 80,
+        Some("https") => 443,
+        _ => return false,
+    };
+    let host = headers.get(header::HOST).and_then(parsed::<Authority>);
+    let is_same = |host: Authority, origin: &Authority| {
+        let port = |of: &Authority| of.port_u16().unwrap_or(default_port);
+        host.host().eq_ignore_ascii_case(origin.host()) && port(&host) == port(origin)
+    };
+    host.zip(origin.authority())
+        .is_some_and(|(host, origin)| is_same(host, origin))
+}
+
+fn parsed<T: std::str::FromStr>(value: &HeaderValue) -> Option<T> {
+    value.to_str().ok()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn origin_is_compared_with_scheme_and_default_port() {
+        for (host, origin, site, is_other) in [
+            ("log.example.org", "https://log.example.org", "", false),
+            ("log.example.org:443", "https://log.example.org", "", false),
+            ("log.example.org", "https://LOG.example.org:443", "", false),
+            ("log.example.org:80", "http://log.example.org", "", false),
+            ("localhost:8086", "http://localhost:8086", "", false),
+            ("log.example.org:443", "http://log.example.org", "", true),
+            ("log.example.org:80", "https://log.example.org", "", true),
+            ("log.example.org", "https://log.example.org:8443", "", true),
+            ("log.example.org", "ftp://log.example.org", "", true),
+            ("log.example.org", "https://example.org", "", true),
+            ("log.example.org", "null", "", true),
+            (
+                "inner:8086",
+                "https://log.example.org",
+                "same-origin",
+                false,
+            ),
+            ("inner:8086", "https://log.example.org", "none", false),
+            ("inner:8086", "https://log.example.org", "same-site", true),
+            (
+                "log.example.org",
+                "https://log.example.org",
+                "cross-site",
+                true,
+            ),
+            ("inner:8086", "https://log.example.org", "unknown", true),
+        ] {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::HOST, host.parse().expect("a value"));
+            headers.insert(header::ORIGIN, origin.parse().expect("a value"));
+            if !site.is_empty() {
+                headers.insert(SEC_FETCH_SITE, site.parse().expect("a value"));
+            }
+            let found = is_from_another_origin(&headers, None);
+            assert_eq!(found, is_other, "{host} {origin} {site}");
+        }
+        for (origin, is_other) in [("http://h", true), ("https://h", false)] {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::HOST, HeaderValue::from_static("h"));
+            headers.insert(header::ORIGIN, HeaderValue::from_static(origin));
+            let found = is_from_another_origin(&headers, Some(&Scheme::HTTPS));
+            assert_eq!(found, is_other, "{origin}");
+        }
+    }
 }

@@ -2,7 +2,6 @@
 
 use std::fmt;
 
-use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use headers::authorization::{Authorization, Basic, Bearer};
 use headers::{HeaderMapExt, HeaderName};
@@ -86,22 +85,24 @@ impl Tokens {
         Ok(value)
     }
 
-    pub(super) fn check(&self, request: &Request) -> Result<(), Problem> {
-        let presented = presented(request.headers());
-        let right = presented.as_deref().and_then(|token| self.right_of(token));
-        match right {
+    /// Whether this token allows a request of this method.
+    ///
+    /// # Errors
+    /// The answer to a request that it does not allow.
+    pub(super) fn check(&self, token: Option<&str>, method: &Method) -> Result<(), Problem> {
+        match token.and_then(|token| self.right_of(token)) {
             Some(Right::All) => Ok(()),
-            Some(Right::Read) if is_read(request.method()) => Ok(()),
+            Some(Right::Read) if is_read(method) => Ok(()),
             Some(Right::Read) => Err(Problem::new(
                 StatusCode::FORBIDDEN,
-                "this token may only read; nothing was done",
+                "this token may only read",
             )),
             None => {
-                let detail = match presented {
+                let detail = match token {
                     None => {
                         "send a token: authorization: Bearer TOKEN, or Basic with the token as password"
                     }
-                    Some(_) => "this token is not known, or no longer; nothing was done",
+                    Some(_) => "this token is not known, or no longer",
                 };
                 let problem = Problem::new(StatusCode::UNAUTHORIZED, detail);
                 Err(problem.with_headers(CHALLENGES))
@@ -130,7 +131,7 @@ fn is_read(method: &Method) -> bool {
 }
 
 /// The token of a request. Of several headers a proxy might have checked another one: they count as none.
-fn presented(headers: &HeaderMap) -> Option<String> {
+pub(super) fn presented(headers: &HeaderMap) -> Option<String> {
     if headers.get_all(header::AUTHORIZATION).iter().count() != 1 {
         return None;
     }

@@ -78,6 +78,19 @@ impl Process {
         }
     }
 
+    /// Waits for a response to `/readyz?verbose`: the service looks at itself once a second.
+    pub fn wait_for_readiness(&self, is_wanted: impl Fn(&str) -> bool) -> String {
+        let begin = Instant::now();
+        loop {
+            let readiness = self.readiness();
+            if is_wanted(&readiness) {
+                return readiness;
+            }
+            assert!(begin.elapsed() < PATIENCE, "{readiness}");
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+
     /// The whole response to `/readyz?verbose`.
     pub fn readiness(&self) -> String {
         self.ask("/readyz?verbose")

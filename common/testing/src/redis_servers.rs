@@ -159,9 +159,10 @@ impl RedisServer {
             node.try_ask(&["CLUSTER", "REPLICATE", &id]).is_ok()
         });
         for member in members {
-            member.wait_until("it knows the new member", |member| {
+            member.wait_until("it knows the new member as a replica", |member| {
                 let nodes: String = member.ask(&["CLUSTER", "NODES"]);
-                nodes.contains(&format!("{own} "))
+                let mut lines = nodes.lines().filter(|line| line.starts_with(&own));
+                lines.any(|line| line.contains(&format!("slave {id} ")))
             });
         }
         self.wait_until("it has its primary's data", |node| {
@@ -173,7 +174,13 @@ impl RedisServer {
     /// Removes this replica from its cluster as `redis-cli --cluster del-node` does.
     #[track_caller]
     pub fn leave(&self, member: &Self) {
-        let command = ["--cluster", "del-node", &member.address(), &self.node_id()];
+        let id = self.node_id();
+        // It would give a replica that still names this node to a server that may be no primary.
+        member.wait_until("no replica follows the node that leaves", |member| {
+            let nodes: String = member.ask(&["CLUSTER", "NODES"]);
+            !nodes.contains(&format!("slave {id} "))
+        });
+        let command = ["--cluster", "del-node", &member.address(), &id];
         let left = Command::new("redis-cli").args(command).output().unwrap();
         assert!(left.status.success(), "{left:?}");
     }

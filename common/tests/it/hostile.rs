@@ -2,6 +2,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
+use std::task::Poll;
 use std::time::Duration;
 
 use axum::Router;
@@ -122,6 +123,69 @@ async fn half_closed_client_gets_its_answer() {
     halves.send("second half".into()).await.unwrap();
     drop(halves);
     assert!(rest(connection).await.ends_with("second half\r\n0\r\n\r\n"));
+}
+
+/// A client that has left ends the work for its GET, although nothing is written that would tell. A POST is
+/// finished and answered, however long after its client has closed its half.
+#[tokio::test]
+async fn client_that_has_left_ends_the_work_for_its_get() {
+    let (ended, mut has_ended) = mpsc::unbounded_channel();
+    let (begun, mut has_begun) = mpsc::unbounded_channel();
+    let tell = move || {
+        let ended = Tell(ended.clone());
+        begun.send(()).unwrap();
+        ended
+    };
+    let tell_in_body = tell.clone();
+    let without_answer = async move || {
+        let _held_by_the_handler = tell();
+        std::future::pending::<()>().await;
+    };
+    let silent = async move || {
+        let tell = tell_in_body();
+        let begin = stream::iter([Ok::<_, std::io::Error>("begin")]);
+        let silence = stream::poll_fn(move |_| {
+            let _held_by_the_body = &tell;
+            Poll::Pending
+        });
+        Body::from_stream(begin.chain(silence))
+    };
+    let (finish, finished) = mpsc::channel::<()>(1);
+    let finished = std::sync::Arc::new(tokio::sync::Mutex::new(finished));
+    let long_work = async move || {
+        finished.lock().await.recv().await.unwrap();
+        "done"
+    };
+    let routes = Router::new()
+        .route("/", post(long_work))
+        .route("/unanswered", get(without_answer))
+        .route("/silent", get(silent));
+    let server = Server::start(routes, PATIENT, NEVER);
+    let posting = "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 1\r\n\r\n1";
+    let mut posting = server.send(posting).await;
+    posting.shutdown().await.unwrap();
+    for path in ["/unanswered", "/silent"] {
+        let request = format!("GET {path} HTTP/1.1\r\nhost: h\r\n\r\n");
+        let connections = [
+            server.send(&request).await,
+            server.send(&format!("{request}its next request")).await,
+            server.send(&request).await,
+        ];
+        for _ in &connections {
+            has_begun.recv().await.unwrap();
+        }
+        let [closed, ahead, mut half_closed] = connections;
+        drop(closed);
+        drop(ahead);
+        half_closed.shutdown().await.unwrap();
+        for _ in 0..3 {
+            has_ended.recv().await.unwrap();
+        }
+        let answer = rest(half_closed).await;
+        assert!(!answer.ends_with("0\r\n\r\n"), "{path}: {answer}");
+    }
+    finish.send(()).await.unwrap();
+    assert!(rest(posting).await.ends_with("done"));
 }
 
 /// An answer that comes before the request was sent reaches a client that reads only after it has sent all.

@@ -36,6 +36,7 @@ const NEVER: Duration = Duration::from_secs(3600);
 
 const PATIENT: Timeouts = Timeouts {
     head: NEVER,
+    idle: NEVER,
     body: NEVER,
     read: NEVER,
 };
@@ -103,12 +104,24 @@ async fn slow_head_and_idle_connection_are_cut() {
     let server = Server::start(Router::new().route("/", get("ok")), timeouts, NEVER);
     let unfinished = server.send("GET / HTTP/1.1\r\nhost:").await;
     rest(unfinished).await;
+    rest(server.send("").await).await;
+    let mut kept = server.send("GET / HTTP/1.1\r\nhost: h\r\n\r\n").await;
+    read_until(&mut kept, "ok").await;
+    kept.write_all(b"GET / HTTP/1.1\r\nhost:").await.unwrap();
+    rest(kept).await;
+
+    let timeouts = Timeouts {
+        idle: Duration::from_secs(2),
+        ..PATIENT
+    };
+    let server = Server::start(Router::new().route("/", get("ok")), timeouts, NEVER);
     let idle = server.send("GET / HTTP/1.1\r\nhost: h\r\n\r\n").await;
+    let answer = rest(idle).await;
+    assert!(answer.contains("keep-alive: timeout=2\r\n"), "{answer}");
     assert!(
-        rest(idle).await.ends_with("ok"),
+        answer.ends_with("ok"),
         "the connection must be answered, and then closed when idle"
     );
-    rest(server.send("").await).await;
 }
 
 /// Also a body that arrives steadily, but a byte at a time.

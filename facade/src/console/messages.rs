@@ -113,7 +113,7 @@ pub(super) async fn find(
         limit: Some(MAX_SCANNED),
         poll: None,
     };
-    let mut cursor = Cursor::new(&app.pool, app.read_deadline, query, None);
+    let mut cursor = Cursor::new(&app.pool, app.read_deadline, query, None).with_whole_lines();
     let mut search = Search::new(text, Some(MATCHES));
     let mut matches = Vec::new();
     let searching = async {
@@ -121,6 +121,7 @@ pub(super) async fn find(
         loop {
             match search.next(&mut cursor).await? {
                 Part::Entries(lines, _) => matches.extend(messages(&lines)),
+                Part::Fragment(_) => unreachable!("lines are whole"),
                 Part::End(next) => return Ok(next),
             }
         }

@@ -59,7 +59,7 @@ pub(super) const FACADE: [Column; 6] = [
 /// What to do about a problem, by the beginning of its text; the first that fits counts.
 pub(super) const ADVICE: [(&str, &str); 5] = [
     (
-        "logging ",
+        "logging-",
         "Start this instance again if its process ended; else its /readyz?verbose says what it lacks. \
          The other instances take its messages meanwhile.",
     ),
@@ -112,14 +112,9 @@ pub(super) fn shown(object: &Value, column: &Column) -> String {
     }
 }
 
-/// The state of a member or an instance. `down`: a member does not answer, an instance gets no messages.
-/// `no answer`: an instance did not answer the request for statistics.
+/// The state of a member or an instance. `down`: it does not answer, or an instance gets no messages.
 pub(super) fn state(row: &Value) -> &'static str {
-    match (&row["up"], row.get("version")) {
-        (Value::Bool(false), _) => "down",
-        (_, Some(Value::Null)) => "no answer",
-        _ => "up",
-    }
+    if row["up"] == false { "down" } else { "up" }
 }
 
 /// The text in the row of the totals, which has no value in some columns.

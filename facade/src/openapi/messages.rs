@@ -18,6 +18,7 @@ use super::parts::{
 };
 use super::{FIRST, JSON, NDJSON, SECOND, TEXT};
 use crate::format::{Format, accept_one_of};
+use crate::get::MAX_TAIL;
 use crate::post::{IDEMPOTENCY_KEY, LOGGING_INSTANCE};
 use crate::search::{MAX_SCANNED, MAX_TEXT};
 use crate::upload::REPLY_FORMATS;
@@ -40,16 +41,17 @@ fn create(max_message: usize) -> Operation {
          a message. Each line is stored or fails by itself.",
     );
     let detail = "the message was not stored, post it again: no logging instance is up: \
-                  logging … refuses connections";
+                  logging-1 refuses connections";
     let not_stored = with(example(503, detail), json!({"stored": "no"}));
     let too_large =
         format!("a message may have {max_message} bytes at most; split it or raise --max-message");
     post.parameter(idempotency_key())
         .request_body(Some(body(max_message)))
         .response("200", stored())
+        .response("207", stored_partly())
         .problem(
             400,
-            "The body, or a header, is wrong.",
+            "The body, or a header, is wrong. Of an upload: no line was stored, each by its own fault.",
             [
                 ("empty", "the message is empty"),
                 (
@@ -123,8 +125,8 @@ fn create(max_message: usize) -> Operation {
         .response(
             "503",
             unavailable(
-                "No logging instance stored the message in time, there are too many messages at \
-                 once, or this facade is stopping.",
+                "No logging instance stored the message, or any line of the upload, in time, there are too \
+                 many messages at once, or this facade is stopping.",
                 [("no_instance", not_stored)],
             ),
         )
@@ -156,7 +158,9 @@ fn body(max_message: usize) -> RequestBody {
     RequestBodyBuilder::new()
         .description(Some(format!(
             "A message of 1 to {max_message} bytes of UTF-8, or an upload of any length. Without a \
-             content type a body is plain text, and a form without any `=` too."
+             content type, or with that of a form, a body that is a form with the one field `msg`, or a JSON \
+             object with the one key `msg`, is that message; one that begins like these, or is of the form's \
+             type and has a `=`, is refused; any other is plain text."
         )))
         .required(Some(Required::True))
         .content(
@@ -191,22 +195,35 @@ fn body(max_message: usize) -> RequestBody {
         .build()
 }
 
+/// Why a line of the examples failed.
+const LINE_REASON: &str = "a line is a JSON string or {\"msg\":\"…\"} with an optional uuid: expected value at \
+                           line 1 column 1";
+
+fn stored_partly() -> ResponseBuilder {
+    let failed = json!({"line": 3, "uuid": null, "stored": "no", "error": LINE_REASON});
+    let upload = json!({"stored": 2, "failed": 1, "errors": [failed]});
+    let summary = content(Ref::from_schema_name("Summary"), [("upload", upload)]);
+    answer(
+        "Of an upload: some lines are stored and some are not, or none is and both lines and the server are \
+         at fault.",
+    )
+    .content(JSON, summary)
+}
+
 fn stored() -> ResponseBuilder {
-    let reason = "a line is a JSON string or {\"msg\":\"…\"} with an optional uuid: expected value at \
-                  line 1 column 1";
     let lines = format!(
         "{{\"line\":1,\"uuid\":\"{FIRST}\",\"stored\":\"yes\"}}\n\
          {{\"line\":2,\"uuid\":\"{SECOND}\",\"stored\":\"yes\"}}\n\
-         {{\"line\":3,\"uuid\":null,\"stored\":\"no\",\"error\":{}}}\n",
-        json!(reason)
+         {{\"line\":3,\"uuid\":null,\"stored\":\"no\",\"error\":{}}}\n\
+         {{\"stored\":2,\"failed\":1}}\n",
+        json!(LINE_REASON)
     );
-    let failed = json!({"line": 3, "uuid": null, "stored": "no", "error": reason});
     let instance = string().examples(["127.0.0.1:8082"]);
     let read = LinkBuilder::new()
         .operation_id("show")
         .parameter("uuid", "$response.body#/uuid")
         .description("The message that was stored.");
-    answer("The message is stored; of an upload, each line without an `error`.")
+    answer("The message is stored; of an upload, all lines.")
         .header(
             LOGGING_INSTANCE.as_str(),
             header_of("The logging instance that stored it, not with an upload.", instance),
@@ -220,7 +237,7 @@ fn stored() -> ResponseBuilder {
                 [
                     ("message", json!({"uuid": FIRST, "msg": "hello"})),
                     ("duplicate", json!({"uuid": FIRST, "msg": "hello", "duplicate": true})),
-                    ("upload", json!({"stored": 2, "failed": 1, "errors": [failed]})),
+                    ("upload", json!({"stored": 2, "failed": 0, "errors": []})),
                 ],
             ),
         )
@@ -229,8 +246,9 @@ fn stored() -> ResponseBuilder {
             content(
                 string().description(Some(
                     "Of an upload, with `Accept: application/x-ndjson`: a `LineResult` for each line, \
-                     in order, while the upload still runs. An upload that breaks off ends with a \
-                     line with the number of `lines` read and the `error`, and the body is cut.",
+                     in order, while the upload still runs, then a line that counts the `stored` and the \
+                     `failed`. When the upload breaks off, it also has the number of `lines` read and the \
+                     `error`, and the body is cut.",
                 )),
                 [("results", json!(lines))],
             ),
@@ -289,7 +307,8 @@ fn list() -> Operation {
             "When following: begin with so many of the newest messages.",
             ObjectBuilder::new()
                 .schema_type(Type::Integer)
-                .minimum(Some(0)),
+                .minimum(Some(0))
+                .maximum(Some(MAX_TAIL)),
         ))
         .parameter(parameter(
             "last-event-id",
@@ -415,7 +434,7 @@ fn merged() -> ResponseBuilder {
         .content(
             "text/html",
             content(
-                string().description(Some("The page at `/console`, for who prefers it.")),
+                string().description(Some("The page at `/console`, for a browser that navigates here.")),
                 [],
             ),
         )

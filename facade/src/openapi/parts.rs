@@ -13,8 +13,8 @@ use utoipa::openapi::path::{
     HttpMethod, OperationBuilder, Parameter, ParameterBuilder, ParameterIn, PathItem,
 };
 use utoipa::openapi::schema::{
-    AllOfBuilder, ArrayBuilder, Components, ComponentsBuilder, KnownFormat, ObjectBuilder, Schema,
-    SchemaFormat, Type,
+    AllOfBuilder, ArrayBuilder, Components, ComponentsBuilder, KnownFormat, ObjectBuilder,
+    OneOfBuilder, Schema, SchemaFormat, Type,
 };
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{Content, ContentBuilder, Ref, RefOr, Required, ResponseBuilder};
@@ -152,7 +152,7 @@ pub(super) fn unavailable<const N: usize>(
 /// The 503 of a GET.
 pub(super) fn unreadable() -> ResponseBuilder {
     let detail = "retry in a moment: no logging instance is up: \
-                  logging … refuses connections";
+                  logging-1 refuses connections";
     unavailable(
         "No logging instance can read the map now, or there are too many reads at once.",
         [("no_instance", example(503, detail))],
@@ -264,12 +264,18 @@ fn problem() -> ObjectBuilder {
             .schema_type(Type::Integer)
             .description(Some(description))
     };
-    let stored = string()
+    let word = string()
         .description(Some(
-            "Of a POST that is a 503. `unknown`: it may be stored; to store it once, post it again \
-             with the `uuid` as `Idempotency-Key`.",
+            "Of a POST of a message that is a 503. `unknown`: it may be stored; to store it once, post it \
+             again with the `uuid` as `Idempotency-Key`.",
         ))
         .enum_values(Some(["no", "unknown"]));
+    let stored = OneOfBuilder::new()
+        .item(word)
+        .item(number("Of an upload: how many lines are stored."));
+    let errors = ArrayBuilder::new()
+        .items(Ref::from_schema_name("LineResult"))
+        .description(Some("The first hundred of them."));
     let checks = ArrayBuilder::new()
         .items(Ref::from_schema_name("Check"))
         .description(Some("Of `/readyz?verbose`."));
@@ -286,8 +292,10 @@ fn problem() -> ObjectBuilder {
             "lines",
             number("How many lines of an upload that broke off were read."),
         )
-        .property("stored_lines", number("How many of them are stored."))
-        .property("failed_lines", number("How many of them are not."))
-        .property("summary", Ref::from_schema_name("Summary"))
+        .property(
+            "failed",
+            number("Of an upload: how many lines are not stored."),
+        )
+        .property("errors", errors)
         .property("checks", checks)
 }

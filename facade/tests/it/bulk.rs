@@ -40,7 +40,8 @@ async fn summary_counts_and_lists_what_failed() {
         r#""no newline at the end""#.to_owned(),
     ];
     let response = upload(&system, lines.join("\n")).send().await.unwrap();
-    assert_eq!(response.status(), 200);
+    assert_eq!(response.status(), 207);
+    assert_eq!(response.headers()["content-type"], "application/json");
     let summary: Value = response.json().await.unwrap();
     assert_eq!(
         (&summary["stored"], &summary["failed"]),
@@ -70,7 +71,7 @@ async fn summary_lists_the_first_hundred_errors_only() {
         .send()
         .await
         .unwrap();
-    let summary: Value = response.json().await.unwrap();
+    let summary = problem(response, 400).await;
     assert_eq!(
         (&summary["stored"], &summary["failed"]),
         (&json!(0), &json!(250))
@@ -83,6 +84,7 @@ async fn summary_lists_the_first_hundred_errors_only() {
 async fn empty_upload_is_an_empty_summary() {
     let system = System::start().await;
     let response = upload(&system, "\n\n").send().await.unwrap();
+    assert_eq!(response.status(), 200);
     let summary: Value = response.json().await.unwrap();
     assert_eq!(summary, json!({"stored": 0, "failed": 0, "errors": []}));
 }
@@ -95,10 +97,12 @@ async fn line_results_come_in_order() {
     let response = request.send().await.unwrap();
     assert_eq!(response.headers()["content-type"], NDJSON);
     let text = response.text().await.unwrap();
-    let results: Vec<Value> = text
+    let mut results: Vec<Value> = text
         .lines()
         .map(|line| serde_json::from_str(line).unwrap())
         .collect();
+    let counts = results.pop().unwrap();
+    assert_eq!(counts, json!({"stored": 5000, "failed": 0}));
     assert_eq!(results.len(), 5000);
     let entries = system.read("").await.logging_service;
     for (n, (result, entry)) in results.iter().zip(&entries).enumerate() {
@@ -109,8 +113,12 @@ async fn line_results_come_in_order() {
         assert_eq!(entry.msg, format!("message {n}"));
     }
     let failed = upload(&system, "nonsense").header("accept", NDJSON);
-    let text = failed.send().await.unwrap().text().await.unwrap();
-    let failed: Value = serde_json::from_str(&text).unwrap();
+    let response = failed.send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    let text = response.text().await.unwrap();
+    let (result, counts) = text.split_once('\n').unwrap();
+    assert_eq!(counts, "{\"stored\":0,\"failed\":1}\n");
+    let failed: Value = serde_json::from_str(result).unwrap();
     assert_eq!(
         (&failed["stored"], &failed["uuid"]),
         (&json!("no"), &Value::Null)
@@ -132,6 +140,8 @@ async fn line_results_come_while_the_upload_still_runs() {
     let second: Value = serde_json::from_slice(&results.next().await.unwrap().unwrap()).unwrap();
     assert_eq!(second["line"], 2);
     drop(lines);
+    let counts: Value = serde_json::from_slice(&results.next().await.unwrap().unwrap()).unwrap();
+    assert_eq!(counts, json!({"stored": 2, "failed": 0}));
     assert!(results.next().await.is_none());
     assert_eq!(system.messages().await, ["first", "second"]);
 }
@@ -224,13 +234,49 @@ async fn refused_lines_wait_for_the_retry_budget() {
     assert_eq!(summary, json!({"stored": LINES, "failed": 0, "errors": []}));
 }
 
+/// The status says whether the lines or the server is at fault when no line is stored.
+#[tokio::test]
+async fn status_says_who_is_at_fault() {
+    let system = System::start().await;
+    let key = Uuid::now_v7();
+    let first = format!(r#"{{"uuid":"{key}","msg":"a"}}"#);
+    let response = upload(&system, first).send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    let future = Uuid::from_u128(Uuid::now_v7().as_u128() + (3_600_000 << 80));
+    let own_faults = format!(
+        "{{\"message\":\"foreign\"}}\n{{\"uuid\":\"{key}\",\"msg\":\"b\"}}\n\
+         {{\"uuid\":\"01890000-0000-7000-8000-000000000000\",\"msg\":\"old\"}}\n\
+         {{\"uuid\":\"{future}\",\"msg\":\"early\"}}\n"
+    );
+    let answer = problem(upload(&system, own_faults).send().await.unwrap(), 400).await;
+    assert_eq!(
+        (&answer["stored"], &answer["failed"]),
+        (&json!(0), &json!(4))
+    );
+    assert_eq!(answer["errors"].as_array().unwrap().len(), 4);
+
+    for outcome in [Outcome::refused("full"), Outcome::unknown("lost")] {
+        let fails = logging_stub(move |_| outcome.clone());
+        let system = System::with_stubs(vec![fails], nobody(), &["--deadline", "200ms"]);
+        let mixed = upload(&system, "\"a\"\nnonsense\n").send().await.unwrap();
+        assert_eq!(mixed.status(), 207);
+        let response = upload(&system, "\"a\"\n\"b\"\n").send().await.unwrap();
+        assert!(response.headers().contains_key("retry-after"));
+        let answer = problem(response, 503).await;
+        assert_eq!(
+            (&answer["stored"], &answer["failed"]),
+            (&json!(0), &json!(2))
+        );
+    }
+}
+
 /// A line fails only at its deadline, and its result has the UUID.
 #[tokio::test]
 async fn line_that_no_instance_takes_fails_with_its_uuid() {
     let full = logging_stub(|_| Outcome::refused("full"));
     let system = System::with_stubs(vec![full], nobody(), &["--deadline", "200ms"]);
     let response = upload(&system, "\"a\"").send().await.unwrap();
-    let summary: Value = response.json().await.unwrap();
+    let summary = problem(response, 503).await;
     let error = &summary["errors"][0];
     assert_eq!(
         (&error["line"], &error["stored"]),

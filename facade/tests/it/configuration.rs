@@ -1,6 +1,8 @@
 //! The command line and the environment of the binaries.
 
+use std::ffi::OsStr;
 use std::net::SocketAddr;
+use std::os::unix::ffi::OsStrExt;
 use std::process::Command;
 
 use testing::command_line::{assert_help, assert_refused, one_line};
@@ -87,8 +89,19 @@ fn wrong_configuration_is_one_line_and_exit_code_2() {
     assert_refused(&binary, &["--rate", "0/s"], "50/s");
     assert_refused(&binary, &["--rate", "50"], "50/s");
     assert_refused(&binary, &["--host", "http://a.example"], "log.example.org");
+    assert_refused(
+        &binary,
+        &["--trusted-proxy", "10.0.0.0/33"],
+        "172.18.0.0/16",
+    );
+    assert_refused(
+        &binary,
+        &["--trusted-proxy", "10.0.0.1:80"],
+        "without a port",
+    );
+    assert_refused(&binary, &["--idle-timeout", "0s"], "at least 10ms");
     assert_refused(&binary, &["--deadline", "5"], "10s");
-    assert_refused(&binary, &["--deadline", "0s"], "above zero");
+    assert_refused(&binary, &["--deadline", "0s"], "at least 10ms");
     let endless = "18446744073709551615s";
     assert_refused(&binary, &["--deadline", endless], "365days");
     assert_refused(&binary, &["--logging", "http://:p@a:1"], "http://HOST:PORT");
@@ -166,7 +179,18 @@ fn file_of_tokens_that_is_wrong_is_wrong_configuration() {
         };
         assert_refused(&binary(name), &[&[flag, path][..], &map].concat(), hint);
     };
-    refused("--token-file", "facade", "No such file");
+    let missing = format!("--token-file {path}: No such file");
+    for name in ["facade", "logging"] {
+        refused("--token-file", name, &missing);
+    }
+    for flag in ["--logging-token-file", "--logging-ca"] {
+        refused(flag, "facade", &format!("{flag} {path}: No such file"));
+    }
+    for [certificate, key] in [[path, "/dev/null"], ["/dev/null", path]] {
+        let pair = ["--tls-cert", certificate, "--tls-key", key];
+        let missing = format!("--tls-cert and --tls-key: {path}: No such file");
+        assert_refused(&binary("facade"), &pair, &missing);
+    }
     std::fs::write(&file, "secret").unwrap();
     for name in ["facade", "logging"] {
         refused(
@@ -180,6 +204,105 @@ fn file_of_tokens_that_is_wrong_is_wrong_configuration() {
     refused("--tls-cert", "facade", "--tls-key");
     let with_key = ["--tls-cert", path, "--tls-key", path];
     assert_refused(&binary("facade"), &with_key, "no private key");
+}
+
+/// The services may share one environment: each knows the modules of all.
+#[test]
+fn word_that_the_filter_of_the_log_ignored_is_wrong_configuration() {
+    for name in ["facade", "logging", "messages"] {
+        let folder = tempfile::tempdir().unwrap();
+        let run = |filter: &OsStr| {
+            let mut command = Command::new(binary(name));
+            command.env("RUST_LOG", filter).current_dir(&folder);
+            command
+        };
+        for (filter, wrong) in [
+            ("warning", "warning"),
+            ("inf", "inf"),
+            ("verbose", "verbose"),
+            ("facade", "facade"),
+            ("info,loging=debug", "loging=debug"),
+            ("logging=", "logging="),
+            ("info,", ""),
+            ("info,debug", "debug"),
+            ("=info", "=info"),
+            ("a=b=c", "a=b=c"),
+            ("logging[put]=info", "logging[put]=info"),
+        ] {
+            let output = run(OsStr::new(filter)).output().unwrap();
+            let line = one_line(&output);
+            assert_eq!(output.status.code(), Some(2), "{line}");
+            let named =
+                format!("RUST_LOG has {wrong:?}: write a level (off, error, warn, info, debug,");
+            assert!(line.contains(&named), "{line}");
+            assert!(line.contains("common, facade, logging, messages"), "{line}");
+        }
+        let not_utf_8 = run(OsStr::from_bytes(b"info\xff")).output().unwrap();
+        assert!(one_line(&not_utf_8).contains("RUST_LOG has "));
+        let filter = OsStr::new("WARN, common=info, logging=Debug");
+        Process::start(run(filter), free_address());
+    }
+}
+
+#[test]
+fn flag_without_a_value_says_how_to_write_it() {
+    for (name, variable) in [
+        ("facade", "FACADE_OPEN"),
+        ("logging", "LOGGING_OPEN"),
+        ("messages", "MESSAGES_OPEN"),
+    ] {
+        let binary = binary(name);
+        assert_refused(&binary, &["--open=yes"], "write --open without a value");
+        let output = Command::new(&binary).env(variable, "maybe").output();
+        let line = one_line(&output.unwrap());
+        assert!(
+            line.contains(&format!("{variable}: write true or false")),
+            "{line}"
+        );
+    }
+}
+
+#[test]
+fn each_flag_of_the_help_is_in_the_docs() {
+    let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/configuration.md");
+    let docs = std::fs::read_to_string(docs).unwrap();
+    for name in ["facade", "logging", "messages"] {
+        let help = Command::new(binary(name)).arg("--help").output().unwrap();
+        let help = String::from_utf8(help.stdout).unwrap();
+        let words = help.lines().map(|line| line.split_whitespace().next());
+        let flags = words.flatten().filter(|word| word.starts_with("--"));
+        let missing: Vec<&str> = flags
+            .filter(|flag| !docs.contains(&format!("`{flag}")))
+            .collect();
+        assert!(missing.is_empty(), "{name}: {missing:?}");
+    }
+}
+
+/// A terminal that closes stops a service as SIGTERM does, with code 0; `nohup` keeps it.
+#[tokio::test]
+async fn hangup_stops_a_service_unless_it_is_ignored() {
+    let folder = tempfile::tempdir().unwrap();
+    let map = format!("lmdb:{}", folder.path().join("map").display());
+    let of_logging = ["--map", &map];
+    for (name, flags) in [
+        ("facade", &[][..]),
+        ("logging", &of_logging),
+        ("messages", &[]),
+    ] {
+        let mut command = Command::new(binary(name));
+        command.args(flags);
+        let mut process = Process::start(command, free_address());
+        process.signal("HUP");
+        assert!(process.wait().success(), "{name}");
+    }
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "trap '' HUP; exec \"$0\" \"$@\""]);
+    shell.arg(binary("messages"));
+    let mut kept = Process::start(shell, free_address());
+    kept.signal("HUP");
+    assert!(kept.ask("/livez").starts_with("HTTP/1.1 200"));
+    kept.signal("TERM");
+    assert!(kept.wait().success());
 }
 
 #[test]
@@ -196,12 +319,14 @@ fn help_names_each_flag_with_its_environment_variable() {
         ("--max-message", "FACADE_MAX_MESSAGE", "64KiB"),
         ("--max-reads", "FACADE_MAX_READS", "64"),
         ("--grace", "FACADE_GRACE", "10s"),
+        ("--idle-timeout", "FACADE_IDLE_TIMEOUT", "75s"),
         ("--log-format", "FACADE_LOG_FORMAT", "text"),
     ];
     assert_help(&binary("facade"), &flags);
     let flags = [
         ("--listen", "MESSAGES_LISTEN", "127.0.0.1:8081"),
         ("--grace", "MESSAGES_GRACE", "10s"),
+        ("--idle-timeout", "MESSAGES_IDLE_TIMEOUT", "75s"),
         ("--log-format", "MESSAGES_LOG_FORMAT", "text"),
     ];
     assert_help(&binary("messages"), &flags);

@@ -8,20 +8,27 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
-use reqwest::header::{AUTHORIZATION, HOST, HeaderValue, WWW_AUTHENTICATE};
-use reqwest::{Method, Response};
+use futures_util::{StreamExt, stream};
+use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue, WWW_AUTHENTICATE};
+use reqwest::{Body, Method, Response};
 use serde_json::Value;
 use tempfile::TempDir;
 use testing::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::task::JoinHandle;
 
 use crate::processes::{Processes, facade, start_logging};
-use crate::system::{System, engine_under_test, problem};
+use crate::system::{System, engine_under_test, nobody, problem};
 
 const POSTER: &str = "poster-0123456789";
 const READER: &str = "reader-0123456789";
 const OTHER: &str = "other-00123456789";
+const THIRD: &str = "third-00123456789";
+
+/// Messages of 60 KB that are more than a GET has on its way to a client that does not read.
+const FILLING: usize = 200;
 
 /// A file of tokens, in a folder of its own.
 struct TokenFile {
@@ -186,6 +193,117 @@ async fn tokens_follow_their_file() {
     }
 }
 
+/// An upload that is in progress, with lines that the test sends.
+struct Upload {
+    lines: UnboundedSender<&'static str>,
+    answer: JoinHandle<Response>,
+}
+
+impl Upload {
+    /// Begins it, and waits until the line `first` is stored.
+    async fn begin(system: &Processes, token: &str, accept: &str, first: &'static str) -> Self {
+        let (lines, received) = unbounded_channel();
+        let received = stream::unfold(received, async |mut received| {
+            let line: &str = received.recv().await?;
+            Some((Ok::<_, std::io::Error>(line), received))
+        });
+        let request = system.http.post(system.facade.url()).bearer_auth(token);
+        let request = request
+            .header(CONTENT_TYPE, "application/x-ndjson")
+            .header(ACCEPT, accept)
+            .body(Body::wrap_stream(received.boxed()));
+        lines.send(first).unwrap();
+        let answer = tokio::spawn(async { request.send().await.unwrap() });
+        let is_stored = |line: &str| line.contains(&format!("\"msg\":{}", first.trim_end()));
+        let logs = || system.logging.iter().flat_map(Process::log);
+        let begin = Instant::now();
+        while !logs().any(|line| is_stored(&line)) {
+            assert!(begin.elapsed() < PATIENCE, "{first} is not stored");
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        Self { lines, answer }
+    }
+}
+
+/// Stores more than connections hold.
+async fn fill(system: &Processes, token: &str) {
+    let message = format!("\"{}\"\n", "x".repeat(60_000));
+    let upload = system.http.post(system.facade.url()).bearer_auth(token);
+    let upload = upload.header(CONTENT_TYPE, "application/x-ndjson");
+    let upload = upload.body(message.repeat(FILLING)).send();
+    assert_eq!(upload.await.unwrap().status(), 200);
+}
+
+/// Reads a body to its end, or until it is cut.
+async fn read_body(mut response: Response) -> (String, reqwest::Result<()>) {
+    let mut body = Vec::new();
+    let end = loop {
+        match response.chunk().await {
+            Ok(Some(piece)) => body.extend_from_slice(&piece),
+            Ok(None) => break Ok(()),
+            Err(error) => break Err(error),
+        }
+    };
+    (String::from_utf8(body).unwrap(), end)
+}
+
+/// What a token let in ends when the token is removed, and uploads also when it may only read from then on.
+#[tokio::test(flavor = "multi_thread")]
+async fn removed_token_ends_what_it_let_in() {
+    let file = TokenFile::with(&format!("{POSTER}\n{OTHER}\n{THIRD}"));
+    let mut system = Processes::start_with(&["--token-file", &file.flag()]);
+    let ndjson = "application/x-ndjson";
+    let get = async |query: &str| {
+        let url = format!("{}/{query}", system.facade.url());
+        let request = system.http.get(url).header(ACCEPT, ndjson);
+        request.bearer_auth(OTHER).send().await.unwrap()
+    };
+    let mut following = get("?follow=true&tail=0").await;
+    let json = "application/json";
+    let demoted = Upload::begin(&system, OTHER, json, "\"demoted\"\n").await;
+    let demoted_stream = Upload::begin(&system, OTHER, ndjson, "\"demoted stream\"\n").await;
+    let removed = Upload::begin(&system, THIRD, json, "\"removed\"\n").await;
+    let kept = Upload::begin(&system, POSTER, json, "\"kept\"\n").await;
+
+    file.replace(&format!("{POSTER}\nread {OTHER}"));
+    for (upload, status) in [(demoted, 403), (removed, 401)] {
+        let response = upload.answer.await.unwrap();
+        assert_eq!(response.headers()["connection"], "close");
+        let challenged = response.headers().contains_key(WWW_AUTHENTICATE);
+        assert_eq!(challenged, status == 401);
+        assert_eq!(problem(response, status).await["lines"], 1);
+    }
+    let (results, end) = read_body(demoted_stream.answer.await.unwrap()).await;
+    assert!(end.is_err(), "{results}");
+    let last: Value = serde_json::from_str(results.lines().last().unwrap()).unwrap();
+    assert_eq!(last["lines"], 1, "{results}");
+    assert!(last["error"].as_str().unwrap().contains("only read"));
+    // A token that may read goes on to.
+    kept.lines.send("\"kept on\"\n").unwrap();
+    let mut followed = String::new();
+    while !followed.contains("kept on") {
+        let piece = following.chunk().await.unwrap().unwrap();
+        followed.push_str(std::str::from_utf8(&piece).unwrap());
+    }
+
+    file.replace(POSTER);
+    let (_, end) = read_body(following).await;
+    assert!(end.is_err());
+    file.replace(&format!("{POSTER}\nread {OTHER}"));
+    drop(wait_for_status(200, async || get("docs").await).await);
+    fill(&system, POSTER).await;
+    let reading = get("").await;
+    file.replace(POSTER);
+    wait_for_status(401, async || get("docs").await).await;
+    let (read, end) = read_body(reading).await;
+    assert!(end.is_err() && !read.contains("\"count\""));
+    drop(kept.lines);
+    let answer: Value = kept.answer.await.unwrap().json().await.unwrap();
+    assert_eq!(answer["stored"], 2);
+    system.facade.signal("TERM");
+    assert!(system.facade.wait().success());
+}
+
 /// Instances that ask for a token take messages and reads from a facade that has it, also after both files
 /// were changed; one that asks for another token is left out, and `/readyz?verbose` says why.
 #[tokio::test(flavor = "multi_thread")]
@@ -207,14 +325,18 @@ async fn facade_carries_the_token_of_the_instances() {
         assert_eq!(system.post(&format!("m{n}")).await.status(), 200);
     }
     assert_eq!(system.read_all().await.len(), 30);
-    let readiness = system.facade.readiness();
-    assert!(
-        readiness.contains("does not take this facade's token"),
-        "{readiness}"
-    );
+    let refusal = "does not take this facade's token";
+    let readiness = system
+        .facade
+        .wait_for_readiness(|text| text.contains(refusal));
     assert!(readiness.contains("\"degraded\""), "{readiness}");
     let direct = system.http.get(system.logging[0].url()).send().await;
     problem(direct.unwrap(), 401).await;
+    fill(&system, "").await;
+    let through = system.get().await;
+    let direct = system.http.get(system.logging[0].url()).bearer_auth(POSTER);
+    let direct = direct.send().await.unwrap();
+    assert_eq!(direct.status(), 200);
 
     asked.replace(&format!("{POSTER}\n{OTHER}"));
     sent.replace(OTHER);
@@ -232,12 +354,98 @@ async fn facade_carries_the_token_of_the_instances() {
         };
         wait_for_status(401, ask).await;
     }
+    // The instances end the streams of the token that is gone, and the facade resumes with its new one.
+    assert!(read_body(direct).await.1.is_err());
+    let (whole, end) = read_body(through).await;
+    assert!(end.is_ok() && whole.contains(&format!("\"count\":{}}}", 30 + FILLING)));
     assert_eq!(system.post("last").await.status(), 200);
-    assert_eq!(system.read_all().await.len(), 31);
+    assert_eq!(system.read_all().await.len(), 31 + FILLING);
     for process in system.logging.iter().chain([&system.facade]) {
         for line in process.log() {
             assert!(!line.contains(POSTER) && !line.contains(OTHER), "{line}");
         }
+    }
+}
+
+async fn read_head(connection: &mut TcpStream) -> String {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(connection.read_u8().await.unwrap());
+    }
+    String::from_utf8(head).unwrap()
+}
+
+/// The head of the answer to a request, on a connection of its own, of whose body nothing comes.
+async fn early_answer(system: &System, line: &str, headers: &str) -> String {
+    let address = system.url.trim_start_matches("http://");
+    let mut connection = TcpStream::connect(address).await.unwrap();
+    let host = match headers.contains("host: ") {
+        true => "",
+        false => "host: localhost\r\n",
+    };
+    let head = format!("{line} HTTP/1.1\r\n{host}content-length: 90000\r\n{headers}\r\n");
+    connection.write_all(head.as_bytes()).await.unwrap();
+    read_head(&mut connection).await
+}
+
+/// An answer that comes before the request's body was read ends the connection and says so. After any other
+/// answer the connection takes the next request, and the client is told for how long.
+#[tokio::test]
+async fn answer_before_the_body_says_that_the_connection_ends() {
+    let file = TokenFile::with(&format!("{POSTER}\nread {READER}"));
+    let flags = ["--token-file", &file.flag(), "--max-message", "10B"];
+    let system = System::with_stubs(vec![nobody()], nobody(), &flags);
+    let reader = format!("authorization: Bearer {READER}\r\n");
+    let poster = format!("authorization: Bearer {POSTER}\r\n");
+    let with = |header: &str| format!("{poster}{header}\r\n");
+    for (status, line, headers) in [
+        (401, "POST /", String::new()),
+        (403, "POST /", reader),
+        (403, "POST /", "origin: https://evil.example\r\n".to_owned()),
+        (421, "POST /", "host: evil.example\r\n".to_owned()),
+        (415, "POST /", with("content-type: image/png")),
+        (400, "POST /", with("idempotency-key: x")),
+        (413, "POST /", with("expect: 100-continue")),
+        (404, "POST /nothing", poster.clone()),
+        (405, "PUT /", poster.clone()),
+        (200, "GET /livez", String::new()),
+    ] {
+        let head = early_answer(&system, line, &headers).await;
+        assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{head}");
+        assert!(
+            head.contains("connection: close\r\n"),
+            "{line} {headers}: {head}"
+        );
+    }
+    let limited = System::with_stubs(vec![nobody()], nobody(), &["--rate", "1/s"]);
+    let mut heads = Vec::new();
+    for _ in 0..3 {
+        heads.push(early_answer(&limited, "PUT /", "").await);
+    }
+    let refused = heads.iter().find(|head| head.starts_with("HTTP/1.1 429 "));
+    assert!(refused.unwrap().contains("connection: close\r\n"));
+
+    let address = system.url.trim_start_matches("http://");
+    let mut kept = TcpStream::connect(address).await.unwrap();
+    let not_json = with("content-type: application/json\r\ncontent-length: 1");
+    for (status, line, headers, body) in [
+        (400, "POST /", not_json, "{"),
+        (415, "POST /", with("content-type: image/png"), ""),
+        (405, "PUT /", poster.clone(), ""),
+        (503, "GET /", poster.clone(), ""),
+        (200, "GET /livez", String::new(), ""),
+    ] {
+        let request = format!("{line} HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n{body}");
+        kept.write_all(request.as_bytes()).await.unwrap();
+        let head = read_head(&mut kept).await;
+        assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{head}");
+        assert!(head.contains("keep-alive: timeout=75\r\n"), "{head}");
+        assert!(!head.contains("connection: close"), "{head}");
+        let length = head
+            .lines()
+            .find_map(|line| line.strip_prefix("content-length: "));
+        let mut answer = vec![0; length.unwrap().parse().unwrap()];
+        kept.read_exact(&mut answer).await.unwrap();
     }
 }
 
@@ -294,7 +502,8 @@ async fn scripts_bring_the_token() {
     }
 }
 
-/// A page whose name was pointed at this machine (DNS rebinding) gets nothing.
+/// A page whose name was pointed at this machine (DNS rebinding) gets nothing but whether the facade runs and
+/// is ready, which kubelets and balancers ask by address.
 #[tokio::test]
 async fn other_hosts_are_refused_on_loopback() {
     let system = System::start_with(&["--host", "log.example.org,b.example"]).await;
@@ -310,7 +519,16 @@ async fn other_hosts_are_refused_on_loopback() {
         ("0.0.0.0", 421),
         ("localhost@evil.example", 400),
     ] {
-        for path in ["/", "/stats", "/console", "/livez", "/nothing"] {
+        let paths = [
+            "/",
+            "/stats",
+            "/console",
+            "/livez",
+            "/readyz",
+            "/readyz?verbose",
+            "/nothing",
+        ];
+        for path in paths {
             let url = format!("{}{path}", system.url);
             let response = system
                 .http
@@ -320,6 +538,7 @@ async fn other_hosts_are_refused_on_loopback() {
                 .await
                 .unwrap();
             match status {
+                421 if matches!(path, "/livez" | "/readyz") => assert_eq!(response.status(), 200),
                 200 => assert!(response.status().is_success() || path == "/nothing"),
                 _ => drop(problem(response, status).await),
             }
@@ -346,7 +565,7 @@ async fn request_has_one_host() {
             400,
         ),
         (
-            "GET http://evil.example/livez HTTP/1.1\r\nhost: localhost\r\n",
+            "GET http://evil.example/docs HTTP/1.1\r\nhost: localhost\r\n",
             421,
         ),
         ("GET /livez HTTP/1.1\r\nhost: localhost\r\n", 200),
@@ -366,7 +585,7 @@ async fn request_has_one_host() {
 async fn hosts_are_free_beyond_loopback_until_one_is_named() {
     let everywhere = || std::net::SocketAddr::from(([0, 0, 0, 0], free_address().port()));
     let ask = async |process: &Process, host: &str| {
-        let url = format!("http://127.0.0.1:{}/livez", process.address.port());
+        let url = format!("http://127.0.0.1:{}/docs", process.address.port());
         let request = reqwest::Client::new().get(url).header(HOST, host);
         request.send().await.unwrap().status().as_u16()
     };

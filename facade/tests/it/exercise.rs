@@ -254,7 +254,7 @@ async fn body_of_a_get_can_be_imported() {
         let file = folder.path().join("body");
         std::fs::write(&file, body).unwrap();
         let import = logging(format)
-            .args(["--settle", "0s", "import"])
+            .args(["--settle", "1s", "import"])
             .arg(&file)
             .output();
         let import = import.unwrap();

@@ -19,6 +19,7 @@ use common::api::{Batch, InstanceStats, Poll, PutResult, READ_SETTLED, ReadQuery
 use common::entry::{Entry, unix_millis};
 use common::serve::Timeouts;
 use facade::client::{LoggingApi, ReadAnswer};
+use facade::names::Naming;
 use facade::pool::Pool;
 use facade::upstream::UpstreamError;
 use facade::{App, Config, router};
@@ -28,13 +29,17 @@ use rand::rngs::StdRng;
 use reqwest::Response;
 use serde_json::Value;
 use testing::process::{LOOK_AGAIN, PATIENCE};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpSocket;
 use tokio::time::{sleep, timeout};
 use tower::ServiceExt;
 use uuid::{Builder, Uuid};
 
 use self::follower::Follower;
 use crate::processes::Processes;
-use crate::system::{System, instances_with_settle, problem, served_map_on_tokios_clock};
+use crate::system::{
+    System, at, instances_with_settle, nobody, problem, served_map_on_tokios_clock,
+};
 
 /// Posts a message under a key of so many milliseconds ago.
 async fn store_late(system: &System, millis: u64, msg: &str) -> Uuid {
@@ -214,6 +219,7 @@ async fn contradictions_are_refused() {
         get("?follow=true&order=desc", accept, None).await;
         get("?follow=true&tail=x", accept, None).await;
         get("?follow=true&tail=-1", accept, None).await;
+        get("?follow=true&tail=10001", accept, None).await;
         get("?follow=yes", accept, None).await;
         get("?follow=true", accept, Some("x")).await;
         get("?follow=true", accept, Some("")).await;
@@ -272,15 +278,90 @@ async fn followers_are_bounded_and_counted() {
     let first = Follower::of(&system, "").await;
     let _second = Follower::of(&system, "").await;
     wait_for_followers(&system, 2).await;
-    let request = system.http.get(&system.url);
-    let request = request.header("accept", "text/event-stream");
-    let refused = request.send().await.unwrap();
+    let request = |accept| {
+        let url = format!("{}/?follow=true", system.url);
+        system.http.get(url).header("accept", accept).send()
+    };
+    let refused = request("application/x-ndjson").await.unwrap();
     assert!(refused.headers().contains_key("retry-after"));
     problem(refused, 503).await;
+    // An `EventSource` does not come back after a 503.
+    let refused = request("text/event-stream").await.unwrap();
+    assert_eq!(refused.status(), 200);
+    assert_eq!(refused.text().await.unwrap(), "retry: 5000\n\n");
     assert_eq!(system.read("").await.count, 0, "a GET is no follower");
     drop(first);
     wait_for_followers(&system, 1).await;
     let _third = Follower::of(&system, "").await;
+}
+
+/// An `EventSource` gives up after any other status than 200.
+#[tokio::test]
+async fn event_source_outlives_an_outage_and_lines_are_refused() {
+    let (mut logging, map) = instances_with_settle(1, Duration::from_millis(500)).await;
+    let working = logging.remove(0);
+    let address = working.address.clone();
+    let flags = ["--read-deadline", "2s"];
+    let system = System::with_stubs(vec![nobody()], nobody(), &flags);
+    let request = |accept| {
+        let url = format!("{}/?follow=true", system.url);
+        system.http.get(url).header("accept", accept).send()
+    };
+    problem(request("text/plain").await.unwrap(), 503).await;
+    let waits = request("text/event-stream").await.unwrap();
+    assert_eq!(waits.status(), 200);
+    let body = waits.text().await.expect("it ends properly");
+    assert!(body.starts_with("retry: 2000\n: waits"), "{body}");
+    assert!(!body.contains("data"), "{body}");
+
+    // The first block of a new map has a position.
+    let served = System::with_stubs(vec![at(address)], nobody(), &[]);
+    for query in ["", "?tail=0"] {
+        let url = format!("{}/{query}", served.url);
+        let request = served.http.get(url).header("accept", "text/event-stream");
+        let mut response = request.send().await.unwrap();
+        let mut body = String::new();
+        while !body.contains("\n\n") {
+            body += std::str::from_utf8(&piece(&mut response).await).unwrap();
+        }
+        let (block, _) = body.split_once("\n\n").unwrap();
+        assert!(block.starts_with("retry: 2000\n"), "{block}");
+        assert!(block.contains("\nid: "), "{block}");
+    }
+    drop((working, map));
+}
+
+/// A follower that does not take its history lets others read theirs.
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_followers_keep_no_turn_to_read_history() {
+    const TURNS: usize = 64;
+    let (logging, map) = instances_with_settle(1, Duration::from_millis(500)).await;
+    let flags = ["--max-message", "1MiB", "--read-deadline", "5s"];
+    let system = System::with_instances(logging, map, &flags);
+    let mut last = Uuid::nil();
+    for n in 0..16 {
+        let msg = format!("{n} {}", "größe \"\u{1}\" ".repeat(65_536));
+        last = system.store(&msg).await;
+    }
+    wait_until_settled(&system, last).await;
+    let address = system.url.strip_prefix("http://").unwrap();
+    let mut slow = Vec::new();
+    for _ in 0..TURNS {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(4096).unwrap();
+        let mut stream = socket.connect(address.parse().unwrap()).await.unwrap();
+        let request = "GET / HTTP/1.1\r\nhost: localhost\r\naccept: text/event-stream\r\n\r\n";
+        stream.write_all(request.as_bytes()).await.unwrap();
+        // The head and a part of the history.
+        stream.read_exact(&mut [0; 4096]).await.unwrap();
+        slow.push(stream);
+    }
+    let mut quick = Follower::of(&system, "").await;
+    let messages = quick.messages(16).await;
+    for (n, msg) in messages.iter().enumerate() {
+        assert!(msg.starts_with(&format!("{n} ")));
+        assert!(msg.ends_with("größe \"\u{1}\" "));
+    }
 }
 
 async fn wait_for_followers(system: &System, count: u64) {
@@ -361,7 +442,11 @@ async fn idle_followers_cost_polls_and_nobody_costs_nothing() {
     let empty = Arc::new(EmptyInstance {
         polls: polls.clone(),
     });
-    pool.set_instances("instance", vec![("instance".to_owned(), empty)]);
+    pool.set_instances(
+        "instance",
+        &Naming::default(),
+        vec![("instance".to_owned(), empty)],
+    );
     let config = Config::parse_from(["facade"]);
     let app = App::with_pool(&config, Timeouts::default(), pool, Default::default()).unwrap();
     let facade = router(app);
@@ -379,7 +464,9 @@ async fn idle_followers_cost_polls_and_nobody_costs_nothing() {
     let begin = tokio::time::Instant::now();
     let comments = async {
         for seconds in [0, 15, 30] {
-            let comment = events.next().await.unwrap().unwrap();
+            let block = events.next().await.unwrap().unwrap();
+            let comment = block.strip_prefix(b"retry: 2000\n").unwrap_or(&block);
+            assert_eq!(comment.len() < block.len(), seconds == 0);
             assert!(comment.starts_with(b":") && comment.ends_with(b"\n\n"));
             assert_eq!(begin.elapsed().as_secs(), seconds);
         }
@@ -434,9 +521,5 @@ impl LoggingApi for EmptyInstance {
 
     async fn stats(&self) -> Result<InstanceStats, UpstreamError> {
         unreachable!("nobody asks for statistics")
-    }
-
-    async fn ready(&self) -> Result<(), UpstreamError> {
-        Ok(())
     }
 }

@@ -53,7 +53,7 @@ async fn uploads_of_crumbs_are_cut() {
     }
     for answer in cut {
         let answer = problem(answer, 408).await;
-        assert_eq!(answer["stored_lines"], 1, "{answer}");
+        assert_eq!(answer["stored"], 1, "{answer}");
     }
     assert_eq!(upload(&system.url, "", "\"b\"\n").await.status(), 200);
 }

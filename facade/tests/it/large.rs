@@ -50,6 +50,31 @@ async fn largest_messages_are_read_whole_in_constant_memory() {
     read_within_memory(1500, message).await;
 }
 
+/// Readers and followers that stop within a message: what each costs does not depend on its size.
+#[tokio::test(flavor = "multi_thread")]
+async fn stopped_readers_of_large_messages_cost_little() {
+    const EACH: usize = 16;
+    let system = Processes::start_with(&["--max-message", "1MiB"]);
+    for n in 0..3 {
+        let msg = format!("{n} {}", "\u{1}".repeat(1_000_000));
+        assert_eq!(system.post(&msg).await.status(), 200);
+    }
+    let memory = MemoryWatch::start(&system);
+    let mut stopped = Vec::new();
+    for accept in ["application/json", "text/event-stream"] {
+        for _ in 0..EACH {
+            let log = system.http.get(system.facade.url());
+            let mut body = read_body(log.header("accept", accept)).await;
+            body.read_exact(&mut [0; 100_000]).await.unwrap();
+            stopped.push(body);
+        }
+    }
+    for (name, growth) in memory.finish() {
+        println!("{name} grew by {growth} KiB");
+        assert!(growth < 2 * MAX_GROWTH_KIB, "{name} grew by {growth} KiB");
+    }
+}
+
 /// A map of before may hold a message whose line is longer than an instance accepts now.
 #[tokio::test(flavor = "multi_thread")]
 async fn message_that_is_six_times_as_long_when_it_is_escaped_is_read_and_moved() {

@@ -65,6 +65,8 @@ mod search;
 mod sick;
 /// Promises 1 to 4 and 6 to 8 on a simulated network and clock, for many seeds.
 mod simulated;
+/// What is told of a system in which something is wrong.
+mod state;
 /// Statistics.
 mod stats;
 /// Traces of requests.

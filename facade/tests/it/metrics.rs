@@ -4,14 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use reqwest::header::{ACCEPT, CONTENT_TYPE};
 use serde_json::Value;
-use testing::process::Process;
-use testing::redis_servers::RedisCluster;
+use testing::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
+use testing::redis_servers::{RedisCluster, RedisServer};
 use testing::requirements::{skip, trial_run};
 
-use crate::processes::Processes;
+use crate::processes::{Processes, start_logging};
+use crate::stats::wait_for;
 
 async fn metrics(system: &Processes, of: &Process) -> String {
     let url = format!("{}/metrics", of.url());
@@ -44,6 +46,20 @@ fn kinds(metrics: &str) -> BTreeMap<&str, &str> {
 #[tokio::test(flavor = "multi_thread")]
 async fn numbers_are_what_was_done() {
     let mut system = Processes::start();
+    let facade = metrics(&system, &system.facade).await;
+    for (method, route) in [
+        ("POST", "/"),
+        ("POST", "upload"),
+        ("GET", "/"),
+        ("GET", "/{uuid}"),
+    ] {
+        for status in ["200", "500", "503"] {
+            let series = format!(
+                "http_request_duration_seconds_count{{method=\"{method}\",route=\"{route}\",status=\"{status}\"}} 0"
+            );
+            assert!(facade.contains(&series), "{series} is missing");
+        }
+    }
     for n in 0..30 {
         assert_eq!(system.post(&n.to_string()).await.status(), 200);
     }
@@ -62,12 +78,17 @@ async fn numbers_are_what_was_done() {
         .request("BREW".parse().unwrap(), system.facade.url());
     assert_eq!(odd.send().await.unwrap().status(), 405);
 
+    let upload = system.http.post(system.facade.url()).body("\"30\"\n");
+    let upload = upload.header(CONTENT_TYPE, "application/x-ndjson");
+    assert_eq!(upload.send().await.unwrap().status(), 200);
+
     let facade = metrics(&system, &system.facade).await;
     let answered = |labels: &[&str]| value(&facade, "http_request_duration_seconds_count", labels);
     assert_eq!(
         answered(&["method=\"POST\"", "route=\"/\"", "status=\"200\""]),
         30.0
     );
+    assert_eq!(answered(&["route=\"upload\"", "status=\"200\""]), 1.0);
     assert_eq!(answered(&["method=\"POST\"", "status=\"400\""]), 1.0);
     assert_eq!(
         answered(&["method=\"GET\"", "route=\"/\"", "status=\"200\""]),
@@ -80,8 +101,8 @@ async fn numbers_are_what_was_done() {
         !facade.contains("such") && !facade.contains("BREW"),
         "{facade}"
     );
-    assert_eq!(value(&facade, "facade_batch_entries_sum", &[]), 30.0);
-    let posted: usize = (0..30).map(|n| n.to_string().len()).sum();
+    assert_eq!(value(&facade, "facade_batch_entries_sum", &[]), 31.0);
+    let posted: usize = (0..31).map(|n| n.to_string().len()).sum();
     assert_eq!(
         value(&facade, "facade_posted_bytes_total", &[]),
         posted as f64
@@ -97,9 +118,28 @@ async fn numbers_are_what_was_done() {
         64.0
     );
 
-    let mut stored = 0.0;
+    let past_deadlines = [10.0, 15.0].map(|deadline| {
+        let bounds = facade.lines().filter_map(|line| {
+            let of_posts = "http_request_duration_seconds_bucket{method=\"POST\",route=\"/\",status=\"503\",le=\"";
+            let (bound, _) = line.strip_prefix(of_posts)?.split_once('"')?;
+            bound.parse::<f64>().ok().filter(|bound| *bound > deadline)
+        });
+        bounds.fold(f64::INFINITY, f64::min)
+    });
+    assert_eq!(past_deadlines, [10.5, 15.5]);
+
+    let (mut stored, mut cpu_seconds) = (0.0, Vec::new());
     for instance in &system.logging {
-        let logging = metrics(&system, instance).await;
+        // An instance counts the map's entries once a second.
+        let begin = Instant::now();
+        let logging = loop {
+            let logging = metrics(&system, instance).await;
+            if value(&logging, "logging_map_entries", &[]) == 31.0 {
+                break logging;
+            }
+            assert!(begin.elapsed() < PATIENCE, "{logging}");
+            tokio::time::sleep(LOOK_AGAIN).await;
+        };
         let put = value(&logging, "logging_put_entries_sum", &[]);
         assert_eq!(
             value(&logging, "logging_entries_total", &["outcome=\"stored\""]),
@@ -107,26 +147,112 @@ async fn numbers_are_what_was_done() {
         );
         assert_eq!(value(&logging, "logging_commit_entries_sum", &[]), put);
         assert_eq!(value(&logging, "logging_puts_in_flight", &[]), 0.0);
+        assert!(value(&logging, "logging_map_entry_bytes", &[]) > 0.0);
+        assert_eq!(kinds(&logging)["process_cpu_seconds_total"], "counter");
+        cpu_seconds.push(value(&logging, "process_cpu_seconds_total", &[]));
         stored += put;
     }
-    assert_eq!(stored, 30.0);
+    assert_eq!(stored, 31.0);
+    assert!(
+        cpu_seconds.iter().any(|seconds| seconds.fract() > 0.0),
+        "{cpu_seconds:?}"
+    );
 
     system.logging[0].kill();
     for n in 0..30 {
         assert_eq!(system.post(&n.to_string()).await.status(), 200);
     }
+    let name = "upstream=\"logging-1\"";
+    wait_for(&system, |stats| stats["instances"][0]["up"] == false).await;
     let facade = metrics(&system, &system.facade).await;
-    let name = format!("upstream=\"{}\"", system.logging[0].address);
-    assert_eq!(value(&facade, "facade_instance_up", &[&name]), 0.0);
+    assert_eq!(value(&facade, "facade_instance_up", &[name]), 0.0);
     assert_eq!(value(&facade, "facade_instance_up", &[]), 2.0);
     assert_eq!(
-        value(&facade, "facade_instance_failures_total", &[&name]),
+        value(&facade, "facade_instance_failures_total", &[name]),
         1.0
     );
     assert_eq!(
         value(&facade, "facade_repeats_total", &["instance_down"]),
         1.0
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn followers_that_are_cut_are_counted() {
+    let mut system = Processes::start_with(&["--read-deadline", "1s"]);
+    let url = format!("{}/?follow=true&tail=1", system.facade.url());
+    assert_eq!(system.post("hello").await.status(), 200);
+    let follow = system.http.get(url).header(ACCEPT, "application/x-ndjson");
+    let mut follower = follow.send().await.unwrap();
+    let first = follower.chunk().await.unwrap().unwrap();
+    assert!(first.starts_with(b"{"), "{first:?}");
+    let facade = metrics(&system, &system.facade).await;
+    assert_eq!(value(&facade, "facade_followers", &[]), 1.0);
+    assert_eq!(value(&facade, "facade_followers_cut_total", &[]), 0.0);
+
+    for instance in &mut system.logging {
+        instance.kill();
+    }
+    while follower.chunk().await.is_ok() {}
+    let facade = metrics(&system, &system.facade).await;
+    let cut = ["reason=\"no_instance\""];
+    assert_eq!(value(&facade, "facade_followers_cut_total", &cut), 1.0);
+    assert_eq!(value(&facade, "facade_followers_cut_total", &[]), 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn server_that_is_dead_has_no_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = RedisServer::single(folder.path());
+    let map = format!("redis://{}", server.address());
+    let instance = start_logging(&["--map", &map], free_address());
+    let measured = instance.ask("/metrics");
+    let name = format!("server=\"{}\"", server.address());
+    assert!(value(&measured, "logging_map_server_memory_bytes", &[&name]) > 0.0);
+    assert_eq!(value(&measured, "logging_map_server_up", &[&name]), 1.0);
+    server.kill();
+    let begin = Instant::now();
+    loop {
+        let measured = instance.ask("/metrics");
+        let states = ["logging_map_server_up", "logging_map_primary_open"];
+        let states = states.map(|state| value(&measured, state, &[&name]));
+        let numbers = ["logging_map_server_memory_bytes{", "logging_map_entries{"];
+        if states == [0.0, 0.0] && numbers.iter().all(|number| !measured.contains(number)) {
+            break;
+        }
+        assert!(begin.elapsed() < PATIENCE, "{measured}");
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+/// Each alert has a case in which it fires, and one in which it does not.
+#[test]
+fn alerts_fire_when_they_must_and_only_then() {
+    if let Err(why) = trial_run(Command::new("promtool").arg("--version")) {
+        return skip(&format!("no promtool: {why}"), "REQUIRE_ALL");
+    }
+    let mut test = Command::new("promtool");
+    test.args(["test", "rules"])
+        .arg(monitoring("alerts_test.yml"));
+    let output = test.output().unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let rules = fs::read_to_string(monitoring("alerts.yml")).unwrap();
+    let cases = fs::read_to_string(monitoring("alerts_test.yml")).unwrap();
+    for alert in rules
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("- alert: "))
+    {
+        let fires = cases.contains(&format!("alertname: {alert}\n        exp_alerts:"));
+        let is_silent = cases.contains(&format!("alertname: {alert}, exp_alerts: []}}"));
+        assert!(
+            fires && is_silent,
+            "{alert}: fires {fires}, silent {is_silent}"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,6 +13,7 @@ use common::api::{Batch, InstanceStats, PutResult, ReadQuery};
 use common::entry::{Entry, Outcome};
 use common::serve::Timeouts;
 use facade::client::{LoggingApi, ReadAnswer};
+use facade::names::Naming;
 use facade::pool::Pool;
 use facade::upstream::UpstreamError;
 use facade::{App, Config, router};
@@ -52,7 +53,7 @@ async fn overload_is_turned_away_and_not_multiplied() {
     for index in 0..INSTANCES {
         let name = format!("instance-{index}");
         let slow = Arc::new(Slow { sent: sent.clone() });
-        pool.set_instances(&name, vec![(name.clone(), slow)]);
+        pool.set_instances(&name, &Naming::default(), vec![(name.clone(), slow)]);
     }
     let config = Config::parse_from(["facade", "--messages", "http://127.0.0.1:9"]);
     let app = App::with_pool(&config, Timeouts::default(), pool, Default::default()).unwrap();
@@ -105,7 +106,11 @@ async fn message_that_may_be_stored_is_not_turned_away() {
         served_map_on_tokios_clock(),
     ));
     let uncertain = Arc::new(Uncertain::default());
-    pool.set_instances("one", vec![("one".to_owned(), uncertain.clone())]);
+    pool.set_instances(
+        "one",
+        &Naming::default(),
+        vec![("one".to_owned(), uncertain.clone())],
+    );
     let config = Config::parse_from([
         "facade",
         "--messages",
@@ -179,10 +184,6 @@ impl LoggingApi for Uncertain {
     async fn stats(&self) -> Result<InstanceStats, UpstreamError> {
         unreachable!("nobody asks for statistics")
     }
-
-    async fn ready(&self) -> Result<(), UpstreamError> {
-        Ok(())
-    }
 }
 
 /// An instance that needs [`COST`] for each entry.
@@ -220,9 +221,5 @@ impl LoggingApi for Slow {
 
     async fn stats(&self) -> Result<InstanceStats, UpstreamError> {
         unreachable!("nobody asks for statistics")
-    }
-
-    async fn ready(&self) -> Result<(), UpstreamError> {
-        Ok(())
     }
 }

@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
-use common::api::{MARK, WIRE_VERSIONS};
+use axum::{Json, Router};
+use common::api::{MARK, PutEntry, PutResult, WIRE_VERSIONS};
 use common::entry::Outcome;
+use futures_util::future::join_all;
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 use testing::load::Record;
@@ -22,10 +23,12 @@ use tokio::net::TcpListener;
 use uuid::Uuid;
 
 use crate::bounds::peak_memory_kib;
+use crate::follow::follower::Follower;
 use crate::load;
 use crate::processes::{Processes, binary, start_logging};
 use crate::system::{
     Merged, Server, System, at, instances, logging_stub, nobody, problem, serve, serve_instance,
+    with_stats,
 };
 
 /// One of three instances is paused while there is no load, so the facade has not marked it down. The
@@ -99,6 +102,29 @@ async fn no_post_fails_because_of_a_broken_instance_that_answers() {
         let answered = posts.buffer_unordered(8).count().await;
         assert_eq!(answered, POSTS);
         assert_eq!(system.read("").await.count, POSTS as u64, "{how}");
+    }
+}
+
+/// An instance whose results name other entries, or come in another order, has stored nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn results_of_other_entries_fail_the_batch() {
+    let (mut logging, map) = instances(1).await;
+    let stores_nothing = async |Json(entries): Json<Vec<PutEntry>>| {
+        let results = entries.iter().map(|entry| PutResult {
+            uuid: Uuid::from_u128(entry.uuid.as_u128() + 1),
+            outcome: Outcome::Stored,
+        });
+        Json(results.collect::<Vec<_>>())
+    };
+    logging.push(serve_instance(
+        Router::new().route("/", post(stores_nothing)),
+    ));
+    let address = logging[1].address.clone();
+    let system = System::with_instances(logging, map, &[]);
+    for n in 0..40 {
+        let response = system.post().body(n.to_string()).send().await.unwrap();
+        assert_ne!(response.headers()["x-logging-instance"], address);
+        assert_eq!(system.read("").await.count, n + 1);
     }
 }
 
@@ -372,20 +398,13 @@ async fn post_with_key(system: &System) -> reqwest::Response {
 /// first one that is ready decides, however long others hang.
 #[tokio::test]
 async fn facade_is_ready_when_one_instance_can_store() {
-    let unready = || {
-        let not_now = (StatusCode::SERVICE_UNAVAILABLE, "the disk is full");
-        serve_instance(
-            Router::new()
-                .route("/livez", get(async || "alive\n"))
-                .route("/readyz", get(async move || not_now)),
-        )
-    };
+    let unready = || with_stats(0, Some("the disk is full"), json!([]));
     let system = System::with_stubs(vec![unready(), unready()], nobody(), &[]);
     problem(system.get("/readyz").await, 503).await;
     problem(system.get("/readyz?verbose").await, 503).await;
 
     let hanging = serve(Router::new().fallback(std::future::pending::<()>));
-    let ready = serve_instance(Router::new().route("/readyz", get(async || "ready")));
+    let ready = with_stats(0, None, json!([]));
     let flags = ["--try-timeout", "1h"];
     let logging = vec![unready(), hanging, ready];
     let system = System::with_stubs(logging, nobody(), &flags);
@@ -412,6 +431,80 @@ async fn get_waits_for_an_instance_that_hangs() {
     assert_eq!(system.read("").await.count, 1);
 }
 
+/// One of two instances sends its answers to GETs a byte at a time, from the beginning or after the first line.
+/// The other one takes over, for followers too.
+#[tokio::test(flavor = "multi_thread")]
+async fn instance_that_dribbles_is_given_up() {
+    const GETS: usize = 8;
+    let (logging, map) = instances(2).await;
+    let [behind, well] = <[Server; 2]>::try_from(logging).ok().unwrap();
+    let dribbled = Arc::new(AtomicUsize::new(0));
+    let dribbling = dribble(behind.url(), dribbled.clone());
+    let system = System::with_instances(vec![dribbling, well], map, &[]);
+    let mut uuids = Vec::new();
+    for n in 0..3 {
+        uuids.push(system.store(&format!("{n} {}", "x".repeat(1000))).await);
+    }
+    let mut follower = Follower::start(&system.http, &system.url, None).await;
+    let reads = (0..GETS).map(|_| system.read(""));
+    for read in join_all(reads).await {
+        assert_eq!(read.count, 3);
+    }
+    let path = format!("/{}", uuids[0]);
+    for answer in join_all((0..GETS).map(|_| system.get(&path))).await {
+        assert_eq!(answer.status(), 200);
+    }
+    let before = dribbled.load(Ordering::Relaxed);
+    assert!(before >= 2, "{before} answers were dribbled");
+    uuids.push(system.store("new").await);
+    let mut followed = Vec::new();
+    while followed.len() < uuids.len() {
+        followed.push(follower.next().await.uuid);
+    }
+    assert_eq!(followed, uuids);
+    drop(behind);
+}
+
+/// Forwards requests to the instance at `url`, and its answers to GETs at 20 bytes a second.
+fn dribble(url: String, dribbled: Arc<AtomicUsize>) -> Server {
+    let http = reqwest::Client::new();
+    let forward = async move |request: Request| {
+        let (parts, body) = request.into_parts();
+        let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
+        let body = reqwest::Body::wrap_stream(body.into_data_stream());
+        let forwarded = http.request(parts.method.clone(), format!("{url}{path}"));
+        let forwarded = forwarded.headers(parts.headers).body(body).send();
+        let answer = forwarded.await.unwrap();
+        let mut headers = answer.headers().clone();
+        headers.remove(header::CONTENT_LENGTH);
+        headers.remove(header::TRANSFER_ENCODING);
+        let answer = answer.bytes().await.unwrap();
+        if parts.method != Method::GET {
+            return (headers, answer).into_response();
+        }
+        let number = dribbled.fetch_add(1, Ordering::Relaxed);
+        let first_line = answer.iter().position(|byte| *byte == b'\n').unwrap();
+        let at_once = if number.is_multiple_of(2) {
+            0
+        } else {
+            first_line + 1
+        };
+        let crumbs = (at_once..answer.len()).map(|at| (at, at + 1));
+        let pieces = stream::iter(std::iter::once((0, at_once)).chain(crumbs));
+        let pieces = pieces.then(move |(from, to)| {
+            let piece = answer.slice(from..to);
+            async move {
+                if to == from + 1 {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                Ok::<_, std::io::Error>(piece)
+            }
+        });
+        (headers, Body::from_stream(pieces)).into_response()
+    };
+    serve(Router::new().fallback(forward))
+}
+
 /// The folder of running instances is deleted, and one of them restarts on a new map: GETs keep reading the
 /// map that the facade began with, and `/readyz` names the problem.
 #[tokio::test(flavor = "multi_thread")]
@@ -429,13 +522,8 @@ async fn facade_serves_the_map_that_it_began_with() {
     for _ in 0..20 {
         assert_eq!(system.read_all().await.len(), 20);
     }
-    let readyz = format!("{}/readyz?verbose", system.facade.url());
-    let readiness = system.http.get(readyz).send().await.unwrap();
-    let readiness = readiness.text().await.unwrap();
-    assert!(
-        readiness.contains("this facade serves the map"),
-        "{readiness}"
-    );
+    let is_told = |text: &str| text.contains("this facade serves the map");
+    system.facade.wait_for_readiness(is_told);
     // The folder of the others is deleted, so no message may be stored in it, nor in the other map.
     problem(system.post("lost").await, 503).await;
     assert_eq!(system.read_all().await.len(), 20);

@@ -23,12 +23,13 @@ use common::clock::MapClock;
 use common::entry::Entry;
 use common::serve::Timeouts;
 use facade::identifiers::Identifiers;
+use facade::names::Naming;
 use facade::pool::Pool;
 use facade::served_map::ServedMap;
 use facade::{App, Config, router};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 use tower::ServiceExt;
 use uuid::Uuid;
@@ -68,6 +69,34 @@ fn promises_hold_on_a_simulated_network() {
     );
 }
 
+/// An upload without any instance takes one deadline in all and not one for each window of lines.
+#[tokio::test(start_paused = true)]
+async fn upload_without_instances_takes_one_deadline() {
+    const LINES: u64 = 20_000;
+    let network = Arc::new(Mutex::new(Network::new(1)));
+    network.lock().unwrap().kill_all();
+    let app = facade_on(&network, 1, false);
+    let began = tokio::time::Instant::now();
+    let lines: String = (0..LINES).map(|n| format!("\"{n}\"\n")).collect();
+    let request = Request::post("/")
+        .header("content-type", "application/x-ndjson")
+        .header(header::HOST, "localhost")
+        .body(Body::from(lines))
+        .unwrap();
+    let response = router(app).oneshot(request).await.unwrap();
+    // The deadline is 10 s.
+    assert!(began.elapsed() < Duration::from_secs(11));
+    assert_eq!(response.status(), 503);
+    assert!(response.headers().contains_key("retry-after"));
+    let body = to_bytes(response.into_body(), usize::MAX).await.unwrap();
+    let problem: Value = serde_json::from_slice(&body).unwrap();
+    assert_eq!(
+        (&problem["stored"], &problem["failed"]),
+        (&json!(0), &json!(LINES))
+    );
+    assert_eq!(problem["errors"][0]["stored"], "no");
+}
+
 /// What a run returns for each seed; time passes as soon as all wait for it.
 fn on_all_seeds<F: Future>(run: impl Fn(u64) -> F) -> impl Iterator<Item = F::Output> {
     (0..SEEDS).map(move |seed| {
@@ -94,7 +123,11 @@ fn facade_on(network: &Arc<Mutex<Network>>, seed: u64, has_survivor: bool) -> Ar
             is_reliable: has_survivor && index == 0,
         };
         let name = format!("instance-{index}");
-        pool.set_instances(&name, vec![(name.clone(), Arc::new(instance))]);
+        pool.set_instances(
+            &name,
+            &Naming::default(),
+            vec![(name.clone(), Arc::new(instance))],
+        );
     }
     let config = Config::parse_from(["facade", "--messages", "http://127.0.0.1:9"]);
     App::with_pool(&config, Timeouts::default(), pool, Default::default()).unwrap()
@@ -335,10 +368,15 @@ impl Caller {
         let results = body
             .split(|byte| *byte == b'\n')
             .filter(|line| !line.is_empty());
-        let results: Vec<Value> = results
+        let mut results: Vec<Value> = results
             .map(|line| serde_json::from_slice(line).unwrap())
             .collect();
+        let counts = results.pop().unwrap();
         assert_eq!(results.len(), msgs.len());
+        let stored = results.iter().filter(|result| result["stored"] == "yes");
+        let stored = stored.count();
+        let failed = msgs.len() - stored;
+        assert_eq!(counts, json!({"stored": stored, "failed": failed}));
         for (msg, result) in msgs.iter().zip(results) {
             assert!(
                 !self.has_survivor || result["stored"] == "yes",

@@ -1,5 +1,8 @@
 //! `GET /stats` of the facade, compared with the entries that were stored and read.
 
+use std::time::Instant;
+
+use reqwest::Client;
 use serde_json::{Value, json};
 use testing::engine::Engine;
 use testing::process::{LOOK_AGAIN, PATIENCE};
@@ -9,27 +12,24 @@ use uuid::Uuid;
 use crate::processes::Processes;
 use crate::system::engine_under_test;
 
-async fn stats(system: &Processes) -> Value {
+pub(crate) async fn wait_for(system: &Processes, is_wanted: impl Fn(&Value) -> bool) -> Value {
     let url = format!("{}/stats", system.facade.url());
-    let response = system.http.get(url).send().await.unwrap();
-    assert_eq!(response.status(), 200);
-    response.json().await.unwrap()
+    wait_for_stats(&system.http, &url, is_wanted).await
 }
 
-async fn wait_for(system: &Processes, is_wanted: impl Fn(&Value) -> bool) -> Value {
-    let looking = async {
-        loop {
-            let stats = stats(system).await;
-            if is_wanted(&stats) {
-                return stats;
-            }
-            tokio::time::sleep(LOOK_AGAIN).await;
+pub(crate) async fn wait_for_stats(
+    http: &Client,
+    url: &str,
+    is_wanted: impl Fn(&Value) -> bool,
+) -> Value {
+    let begin = Instant::now();
+    loop {
+        let stats: Value = http.get(url).send().await.unwrap().json().await.unwrap();
+        if is_wanted(&stats) {
+            return stats;
         }
-    };
-    let found = tokio::time::timeout(PATIENCE, looking).await;
-    match found {
-        Ok(stats) => stats,
-        Err(_) => panic!("{:#}", stats(system).await),
+        assert!(begin.elapsed() < PATIENCE, "{stats:#}");
+        tokio::time::sleep(LOOK_AGAIN).await;
     }
 }
 
@@ -38,14 +38,12 @@ async fn wait_for(system: &Processes, is_wanted: impl Fn(&Value) -> bool) -> Val
 pub(crate) async fn assert_counted(system: &Processes, entries: usize) {
     let settled = wait_for(system, |stats| {
         let total = &stats["map"]["total"];
-        stats["problems"] == json!([]) && total["backups"] == total["entries"]
+        let is_counted = total["entries"] == entries && total["backups"] == total["entries"];
+        stats["problems"] == json!([]) && is_counted
     });
     let stats = settled.await;
     let total = &stats["map"]["total"];
-    assert_eq!(
-        (&total["entries"], &total["puts"]),
-        (&json!(entries), &json!(entries))
-    );
+    assert_eq!(total["puts"], entries);
     assert_eq!(total.get("complete"), None, "{stats:#}");
 }
 
@@ -58,9 +56,8 @@ fn sum(rows: &Value, column: &str) -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn totals_equal_the_entries_stored_and_read() {
     let mut system = Processes::start();
-    let empty = stats(&system).await;
+    let empty = wait_for(&system, |stats| stats["problems"] == json!([])).await;
     assert_eq!(empty["map"]["total"]["entries"], 0);
-    assert_eq!(empty["problems"], json!([]));
     let mut stored = 0;
     for round in 0..3 {
         for n in 0..100 {
@@ -78,7 +75,10 @@ async fn totals_equal_the_entries_stored_and_read() {
     let read = system.read_all().await;
     assert_eq!(read.len() as u64, stored);
 
-    let stats = wait_for(&system, |stats| stats["problems"] == json!([])).await;
+    let stats = wait_for(&system, |stats| {
+        stats["problems"] == json!([]) && stats["map"]["total"]["gets"] == stored
+    })
+    .await;
     let (members, total) = (&stats["map"]["members"], &stats["map"]["total"]);
     assert_eq!(total["entries"], stored);
     assert_eq!(total["puts"], stored);
@@ -122,9 +122,8 @@ async fn instances_have_their_shares_and_outcomes() {
     for n in 0..97 {
         assert_eq!(system.post(&n.to_string()).await.status(), 200);
     }
-    let before = stats(&system).await;
+    let before = wait_for(&system, |stats| sum(&stats["instances"], "received") == 100).await;
     let instances = &before["instances"];
-    assert_eq!(sum(instances, "received"), 100);
     let outcomes = |word: &str| -> u64 {
         let rows = instances.as_array().unwrap().iter();
         rows.map(|row| row["outcomes"][word].as_u64().unwrap())
@@ -146,19 +145,21 @@ async fn instances_have_their_shares_and_outcomes() {
 
     system.logging[1].kill();
     assert_eq!(system.read_all().await.len(), 98);
-    let name = system.logging[1].address.to_string();
-    // An instance is marked down by a request that fails.
-    for n in 0..30 {
-        assert_eq!(system.post(&n.to_string()).await.status(), 200);
-    }
     let is_down = |stats: &Value| stats["instances"][1]["up"] == false;
     let down = wait_for(&system, is_down).await;
     assert_eq!(down["instances"][1]["received"], Value::Null);
     assert!(
-        down["problems"][0].as_str().unwrap().contains(&name),
+        down["problems"][0]
+            .as_str()
+            .unwrap()
+            .starts_with("logging-2 "),
         "{down:#}"
     );
-    assert_eq!(down["map"]["total"]["entries"], 128);
+    let total = &down["map"]["total"];
+    assert_eq!(
+        (&total["entries"], &total["complete"]),
+        (&json!(98), &json!(false))
+    );
 }
 
 /// A paused replica and a paused primary have rows with `"up":false`; the other rows keep their numbers.
@@ -169,15 +170,15 @@ async fn member_that_hangs_is_a_row_without_numbers() {
     for n in 0..50 {
         assert_eq!(system.post(&n.to_string()).await.status(), 200);
     }
-    let whole = stats(&system).await;
-    assert_eq!(whole["map"]["total"]["entries"], 50);
+    wait_for(&system, |stats| stats["map"]["total"]["entries"] == 50).await;
     let paused = &cluster.nodes[4];
     paused.signal("STOP");
     let name = paused.address();
-    let stats = wait_for(&system, |stats| {
-        !stats["problems"].as_array().unwrap().is_empty()
-    })
-    .await;
+    let is_down = |stats: &Value| {
+        let mut rows = stats["map"]["members"].as_array().unwrap().iter();
+        rows.any(|row| row["member"] == name.as_str() && row["up"] == false)
+    };
+    let stats = wait_for(&system, is_down).await;
     paused.signal("CONT");
     let members = stats["map"]["members"].as_array().unwrap();
     let row = members
@@ -187,6 +188,9 @@ async fn member_that_hangs_is_a_row_without_numbers() {
     assert_eq!((&row["up"], &row["entries"]), (&json!(false), &Value::Null));
     assert_eq!(stats["map"]["total"]["complete"], false);
     assert_eq!(stats["map"]["total"]["entries"], 50);
-    let problem = format!("member {name} does not answer");
-    assert_eq!(stats["problems"], json!([problem]));
+    let problem = format!("redis {name} does not answer");
+    assert!(
+        stats["problems"].to_string().contains(&problem),
+        "{stats:#}"
+    );
 }

@@ -23,6 +23,7 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use reqwest::{Client, RequestBuilder, Response};
 use serde::Deserialize;
+use serde_json::{Value, json};
 use testing::engine::{EmptyMap, Engine, wait_until_ready};
 use testing::process::{Process, free_address};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -34,6 +35,7 @@ const SEED: u64 = 8086;
 /// The defaults, but with a body timeout that a test can wait for.
 const LIMITS: Timeouts = Timeouts {
     head: Duration::from_secs(30),
+    idle: Duration::from_secs(75),
     body: Duration::from_secs(3),
     read: Duration::from_secs(30),
 };
@@ -275,6 +277,22 @@ pub(crate) fn serve_instance(router: Router) -> Server {
         response
     };
     serve(router.layer(axum::middleware::map_response(mark)))
+}
+
+/// A logging instance with these statistics, whose numbers are all `number`.
+pub(crate) fn with_stats(number: u64, not_ready: Option<&str>, members: Value) -> Server {
+    let outcomes = json!({
+        "stored": number, "duplicate": number, "conflict": number, "stale": number,
+        "refused": number, "unknown": number,
+    });
+    let stats = json!({
+        "at": "", "since": "", "version": "", "received": number, "received_lately": number,
+        "outcomes": outcomes, "in_flight": number, "put_p50_ms": 1.0, "put_p99_ms": null,
+        "health": {"not_ready": not_ready, "checks": []},
+        "map": {"engine": "lmdb", "layout": 1, "members": members},
+    });
+    let show = async move || Json(stats.clone());
+    serve_instance(Router::new().route("/stats", routing::get(show)))
 }
 
 /// An instance that answers trials and hangs on batches with entries.

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use common::api::{MapStats, write_entry};
 use common::bounds::Bounds;
 use common::entry::{Entry, Outcome};
-use common::health::Check;
+use common::health::{Check, Health};
 use uuid::Uuid;
 
 /// How far ahead of the map's clock a new entry's time may be.
@@ -50,6 +50,11 @@ pub trait DistributedMap: fmt::Debug + Send + Sync {
     /// The message under `uuid`, or `None` if there is none. Returns within the store timeout.
     async fn get(&self, uuid: Uuid) -> Result<Option<String>, MapError>;
 
+    /// Whole characters, at least one, of the message under `uuid`: from the byte `from` on, at most about
+    /// `bytes` bytes. Only for an entry that a cursor returned as [`Piece::large`]. Returns within the store
+    /// timeout.
+    async fn part(&self, uuid: Uuid, from: usize, bytes: usize) -> Result<String, MapError>;
+
     /// A cursor over the entries within `bounds`. It reads nothing before its first `next`.
     fn read(&self, bounds: Bounds) -> Box<dyn Cursor>;
 
@@ -68,7 +73,7 @@ pub trait DistributedMap: fmt::Debug + Send + Sync {
     /// an entry. A map's clock that is behind `clock` is moved ahead to it. Takes as long as a put.
     async fn settle(&self, clock: SystemTime) -> Result<SystemTime, MapError>;
 
-    /// Checks the map. Takes as long as a put.
+    /// Checks the map and its parts. Takes as long as a put.
     async fn health(&self) -> Health;
 
     /// The members of the map and what each holds. Answers within half a second; a member that does
@@ -77,15 +82,6 @@ pub trait DistributedMap: fmt::Debug + Send + Sync {
 
     /// Sets the gauges of the map's metrics, without asking anybody.
     fn measure(&self);
-}
-
-/// The map's health, for operators and load balancers.
-#[derive(Debug)]
-pub struct Health {
-    /// Why this instance cannot serve; `None` when it is ready.
-    pub not_ready: Option<String>,
-    /// The parts of the map. One that is not `ok` makes a ready map degraded; a warning is `ok`.
-    pub checks: Vec<Check>,
 }
 
 /// Problems of the map as checks of its health: they make it degraded.
@@ -121,6 +117,8 @@ pub struct PieceLimit {
     pub entries: u64,
     /// Bytes of lines, approximately; a single entry may exceed them.
     pub bytes: usize,
+    /// The longest message that is part of the lines, in bytes: see [`Piece::large`].
+    pub message: usize,
 }
 
 /// Consecutive entries as lines: see [`write_entry`].
@@ -131,12 +129,25 @@ pub struct Piece {
     pub count: u64,
     /// The UUID of the last entry.
     pub last: Option<Uuid>,
+    /// The length in bytes of a message that is longer than [`PieceLimit::message`]. Its entry is the only one
+    /// of the piece, which has no lines: the message is read with [`DistributedMap::part`].
+    pub large: Option<usize>,
 }
 
 impl Piece {
     /// Whether a message of `bytes` bytes still fits. The first one may have any size.
     pub(super) fn fits(&self, limit: PieceLimit, bytes: usize) -> bool {
         self.count < limit.entries && (self.count == 0 || self.lines.len() + bytes <= limit.bytes)
+    }
+
+    /// A piece of one entry with a large message.
+    pub(super) fn large(uuid: Uuid, bytes: usize) -> Self {
+        Self {
+            count: 1,
+            last: Some(uuid),
+            large: Some(bytes),
+            ..Self::default()
+        }
     }
 
     pub(super) fn push(&mut self, uuid: Uuid, msg: &str) {

@@ -21,14 +21,15 @@ use async_trait::async_trait;
 use common::api::{MapStats, MemberStats, Role};
 use common::bounds::Bounds;
 use common::entry::{Entry, Outcome, millis_at, time_of};
+use common::health::Health;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use self::store::{LAYOUT, Store};
+use self::store::{DISK_FULL, LAYOUT, Store};
 use self::writer::Writer;
 use super::contract::{
-    Access, Clocks, Cursor, DistributedMap, Health, MapError, Options, Piece, PieceLimit,
-    STATS_TIMEOUT, failed_checks,
+    Access, Clocks, Cursor, DistributedMap, MapError, Options, Piece, PieceLimit, STATS_TIMEOUT,
+    failed_checks,
 };
 use super::queue::{Job, Work, WriteBudget};
 use super::rules::{clock_problem, settle_problem, settled_at};
@@ -53,6 +54,7 @@ impl LmdbMap {
             jobs: queued_jobs,
             settle: options.settle,
             access: options.access,
+            failure: None,
         };
         let (begun, has_begun) = mpsc::channel();
         thread::Builder::new()
@@ -78,14 +80,15 @@ impl LmdbMap {
         reply.outcomes(self.store_timeout).await
     }
 
-    /// What an operator should know of the map's clock and settle window.
+    /// What an operator should know of the map's clock, settle window and disk.
     fn problems(&self) -> Vec<String> {
         let clocks = self.clocks();
         let clock =
             clocks.and_then(|Clocks { map, machine }| clock_problem("this machine", machine, map));
         let settle = self.settle_window();
         let settle = settle.and_then(|settle| settle_problem(self.settle, settle));
-        clock.into_iter().chain(settle).collect()
+        let disk = self.store.is_disk_full().then(|| DISK_FULL.to_owned());
+        clock.into_iter().chain(settle).chain(disk).collect()
     }
 }
 
@@ -150,6 +153,11 @@ impl DistributedMap for LmdbMap {
         read_within(self.store_timeout, &self.store, read).await
     }
 
+    async fn part(&self, uuid: Uuid, from: usize, bytes: usize) -> Result<String, MapError> {
+        let read = move |store: &Store| store.part(uuid, from, bytes);
+        read_within(self.store_timeout, &self.store, read).await
+    }
+
     fn read(&self, bounds: Bounds) -> Box<dyn Cursor> {
         Box::new(LmdbCursor {
             store: self.store.clone(),
@@ -210,9 +218,10 @@ impl DistributedMap for LmdbMap {
         MapStats {
             engine: "lmdb".to_owned(),
             layout: LAYOUT,
-            problem: folder.as_ref().err().map(MapError::to_string),
-            members: vec![folder.unwrap_or_else(|_| MemberStats::down(member, Role::Folder))],
-            problems: self.problems(),
+            problem: None,
+            members: vec![folder.unwrap_or_else(|error| {
+                MemberStats::down(member, Role::Folder, error.to_string())
+            })],
         }
     }
 

@@ -34,6 +34,7 @@ use async_trait::async_trait;
 use common::api::MapStats;
 use common::bounds::Bounds;
 use common::entry::{Entry, Outcome, millis_at, time_of};
+use common::health::Health;
 use futures_util::future::join_all;
 use uuid::Uuid;
 
@@ -42,7 +43,7 @@ pub use self::config::RedisConfig;
 use self::cluster::Cluster;
 use self::cursor::RedisCursor;
 use self::timeouts::in_time;
-use super::contract::{Clocks, Cursor, DistributedMap, Health, MapError, Options, failed_checks};
+use super::contract::{Clocks, Cursor, DistributedMap, MapError, Options, failed_checks};
 use super::queue::{Work, WriteBudget};
 use super::rules::{settle_problem, settled_at};
 
@@ -117,6 +118,11 @@ impl DistributedMap for RedisMap {
         in_time(self.store_timeout, query::get(&self.cluster, uuid)).await
     }
 
+    async fn part(&self, uuid: Uuid, from: usize, bytes: usize) -> Result<String, MapError> {
+        let part = query::part(&self.cluster, uuid, from, bytes);
+        in_time(self.store_timeout, part).await
+    }
+
     fn read(&self, bounds: Bounds) -> Box<dyn Cursor> {
         let cluster = self.cluster.clone();
         Box::new(RedisCursor::new(cluster, self.store_timeout, bounds))
@@ -175,10 +181,7 @@ impl DistributedMap for RedisMap {
     }
 
     async fn stats(&self) -> MapStats {
-        MapStats {
-            problems: self.problems(),
-            ..stats::stats(&self.cluster).await
-        }
+        stats::stats(&self.cluster).await
     }
 
     fn measure(&self) {

@@ -91,6 +91,15 @@ pub(super) fn clock_problem(whose: &str, clock: SystemTime, map: SystemTime) -> 
     })
 }
 
+/// Logs that this process has read which map is at `place`, and a `--settle` that does not count.
+pub(super) fn log_opened(place: &str, map: Uuid, settle: u64, given: Option<Duration>) {
+    let settle = Duration::from_millis(settle);
+    tracing::info!(%map, at = place, settle = %humantime::format_duration(settle), "opened the map");
+    if let Some(problem) = settle_problem(given, settle) {
+        tracing::warn!("{problem}");
+    }
+}
+
 /// What to tell when `--settle` was given and is not the map's.
 pub(super) fn settle_problem(given: Option<Duration>, settle: Duration) -> Option<String> {
     let given = given.filter(|given| *given != settle)?;

@@ -31,26 +31,12 @@ impl Copied {
     async fn start(program: &str, folder: &Path) -> Self {
         let primary = RedisServer::single_of(program, &folder.join("primary"));
         let replica = RedisServer::single_of(program, &folder.join("replica"));
-        let _: () = primary.ask(&["CONFIG", "SET", "repl-diskless-sync-delay", "0"]);
-        // A file that Valkey 9 receives for a copy becomes the beginning of its append-only file at once.
-        let _: () = replica.ask(&["CONFIG", "SET", "repl-diskless-load", "swapdb"]);
-        let follow = || {
-            let port = primary.port.to_string();
-            let _: () = replica.ask(&["REPLICAOF", "127.0.0.1", &port]);
-        };
-        follow();
+        follow(&replica, &primary);
         let map = open_at(&at(&primary), Some(1));
         wait_until_ready(&map).await;
         let stored = entries(100);
         assert_eq!(put(&map, &stored).await, vec![Outcome::Stored; 100]);
-        // It writes the file in seconds instead of milliseconds.
-        let _: () = replica.ask(&["CONFIG", "SET", "rdb-key-save-delay", "20000"]);
-        // The first of these changes the history that it has, so the second is a full copy.
-        let _: () = replica.ask(&["REPLICAOF", "NO", "ONE"]);
-        follow();
-        replica.wait_until("it has a copy that is not on disk", |replica| {
-            replica.info("master_link_status").as_deref() == Some("up") && is_file_written(replica)
-        });
+        copy_slowly(&replica, &primary);
         Self {
             primary,
             replica,
@@ -58,6 +44,25 @@ impl Copied {
             stored,
         }
     }
+}
+
+fn follow(replica: &RedisServer, primary: &RedisServer) {
+    let port = primary.port.to_string();
+    let _: () = replica.ask(&["REPLICAOF", "127.0.0.1", &port]);
+}
+
+/// Gives the replica a full copy, and returns while the copy is in its memory only.
+fn copy_slowly(replica: &RedisServer, primary: &RedisServer) {
+    // A file that Valkey 9 receives for a copy becomes the beginning of its append-only file at once.
+    let _: () = replica.ask(&["CONFIG", "SET", "repl-diskless-load", "swapdb"]);
+    // It writes the file in seconds instead of milliseconds.
+    let _: () = replica.ask(&["CONFIG", "SET", "rdb-key-save-delay", "20000"]);
+    // The first of these changes the history that it has, so the second is a full copy.
+    let _: () = replica.ask(&["REPLICAOF", "NO", "ONE"]);
+    follow(replica, primary);
+    replica.wait_until("it has a copy that is not on disk", |replica| {
+        replica.info("master_link_status").as_deref() == Some("up") && is_file_written(replica)
+    });
 }
 
 fn at(server: &RedisServer) -> String {
@@ -178,6 +183,39 @@ async fn ordinary_rewrite_refuses_nothing_and_loses_nothing() {
             "the rewrite was over too early to prove anything"
         );
         assert_kept(server, acknowledged, later).await;
+    }
+}
+
+/// A map is made once its marks are on disk: without them, what is stored in it later could not be read.
+#[tokio::test(flavor = "multi_thread")]
+async fn map_is_made_once_its_marks_are_on_disk() {
+    for program in programs() {
+        let folder = tempfile::tempdir().unwrap();
+        let primary = RedisServer::single_of(&program, &folder.path().join("primary"));
+        let mut replica = RedisServer::single_of(&program, &folder.path().join("replica"));
+        // Something else keeps the map from being made until the replica has a new copy.
+        let _: i64 = primary.ask(&["ZADD", "entries:{7}", "0", "something else than an entry"]);
+        for key in 0..200 {
+            let _: () = primary.ask(&["SET", &format!("other:{key}"), ""]);
+        }
+        follow(&replica, &primary);
+        replica.wait_until("its file is complete", |replica| {
+            replica.info("master_link_status").as_deref() == Some("up") && !is_file_written(replica)
+        });
+        let map = open_at(&at(&primary), Some(1));
+        wait_until_missing(&map, "partition 7 is not empty").await;
+        copy_slowly(&replica, &primary);
+        let _: i64 = primary.ask(&["DEL", "entries:{7}"]);
+        let id = || primary.ask::<Option<String>>(&["GET", "id:{0}"]);
+        primary.wait_until("the map is made", |_| {
+            id().is_some_and(|id| id.starts_with("1 "))
+        });
+        assert!(!is_file_written(&replica));
+        replica.kill();
+        replica.restart();
+        let copy = open_at(&at(&replica), None);
+        wait_until_ready(&copy).await;
+        assert_eq!(read(&*copy, Bounds::default()).await.unwrap(), []);
     }
 }
 

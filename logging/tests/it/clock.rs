@@ -50,6 +50,10 @@ impl DistributedMap for FixedMap {
         Ok(self.entries.get(&uuid).cloned())
     }
 
+    async fn part(&self, _uuid: Uuid, _from: usize, _bytes: usize) -> Result<String, MapError> {
+        unreachable!("no message is large")
+    }
+
     fn read(&self, bounds: Bounds) -> Box<dyn Cursor> {
         let after = bounds.after.map_or(Bound::Unbounded, Bound::Excluded);
         let above = self.entries.range((after, Bound::Unbounded));
@@ -87,7 +91,12 @@ impl DistributedMap for FixedMap {
     }
 
     async fn stats(&self) -> MapStats {
-        unreachable!("nobody asks for statistics")
+        MapStats {
+            engine: "none".to_owned(),
+            layout: 1,
+            members: Vec::new(),
+            problem: None,
+        }
     }
 
     fn measure(&self) {}
@@ -158,6 +167,16 @@ async fn nothing_is_added_to_settled_history_when_a_server_steps_back() {
     let location = format!("redis://{}", server.address());
     let map = open_with(&location, Duration::from_secs(10));
     wait_until_ready(&map).await;
+    // "Never" is told in one partition only, and the clock of an instance that starts later is behind it.
+    let told = map.clocks().unwrap().map;
+    let never = entry_at(told - Duration::from_secs(15));
+    assert_eq!(map.put([never.clone()].into()).await, [Outcome::Stale]);
+    clock.step_to(-60);
+    let behind = open_with(&location, Duration::from_secs(10));
+    wait_until_ready(&behind).await;
+    assert_eq!(behind.put([never].into()).await, [Outcome::Stale]);
+    drop(behind);
+    clock.step_to(0);
     let told = map.clocks().unwrap().map;
     let settled = map.settle(told).await.unwrap();
     assert!(settled <= told - Duration::from_secs(11));
@@ -188,7 +207,6 @@ async fn nothing_is_added_to_settled_history_when_a_server_steps_back() {
                     .any(|check| !check.ok && check.detail.contains(words))
             })
             .await;
-            assert!(map.stats().await.problems[0].contains(words));
         }
     }
 }
@@ -299,6 +317,46 @@ async fn map_clock_begins_at_the_machines_where_no_process_ran() {
         let outcome = crate::processes::put_one(&http, &instance.url(), &entry_at(now)).await;
         assert_eq!(outcome, Outcome::Stored);
         instance.kill();
+    }
+}
+
+/// An instance that opened the folder alone, and is held up before its first commit: the clock of the instance
+/// that has served meanwhile stays.
+#[tokio::test]
+async fn map_clock_does_not_begin_again_where_another_process_has_served() {
+    let clock = FakeClock::new();
+    clock.step_to(-60);
+    let folder = tempfile::tempdir().unwrap();
+    let http = Client::new();
+    let map = folder.path().join("map");
+    std::fs::create_dir(&map).unwrap();
+    let turns = std::fs::File::create(map.join("turns")).unwrap();
+    turns.lock().unwrap();
+    let mut command = logging(folder.path());
+    command.envs(clock.environment());
+    let held_up = Process::start(command, free_address());
+    held_up.signal("STOP");
+    let tasks = format!("/proc/{}/task", held_up.pid());
+    let is_stopped = || {
+        std::fs::read_dir(&tasks).unwrap().all(|task| {
+            let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+            stat.contains(") T ")
+        })
+    };
+    let begin = Instant::now();
+    while !is_stopped() {
+        assert!(begin.elapsed() < PATIENCE, "it does not stop");
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+    drop(turns);
+    let serving = Process::start(logging(folder.path()), free_address());
+    serving.wait_until_ready();
+    held_up.signal("CONT");
+    held_up.wait_until_ready();
+    for instance in [&serving, &held_up] {
+        let entry = entry_at(SystemTime::now());
+        let outcome = crate::processes::put_one(&http, &instance.url(), &entry).await;
+        assert_eq!(outcome, Outcome::Stored);
     }
 }
 

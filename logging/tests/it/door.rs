@@ -22,6 +22,7 @@ async fn requests_of_pages_are_refused() {
         ("sec-fetch-site", "cross-site", 403),
         ("sec-fetch-site", "same-site", 403),
         ("sec-fetch-site", "same-origin", 200),
+        ("sec-fetch-site", "none", 200),
         (ORIGIN.as_str(), "https://evil.example", 403),
         (ORIGIN.as_str(), "null", 403),
         (ORIGIN.as_str(), own.as_str(), 200),
@@ -42,7 +43,12 @@ async fn requests_of_pages_are_refused() {
         .get(&instance.url)
         .header(HOST, "evil.example");
     assert_eq!(read.send().await.unwrap().status(), 421);
-    assert!(instance.text("/").await.ends_with("{\"count\":2}\n"));
+    assert!(instance.text("/").await.ends_with("{\"count\":3}\n"));
+    for path in ["/livez", "/readyz"] {
+        let health = instance.http.get(format!("{}{path}", instance.url));
+        let health = health.header(HOST, "evil.example").send().await.unwrap();
+        assert_eq!(health.status(), 200);
+    }
 }
 
 /// The types of forms and of plain text are those that a page can send without asking.

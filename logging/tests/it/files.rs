@@ -83,7 +83,7 @@ impl Folder {
         let unknown = format!("{}/{}", instance.url(), entry("").uuid);
         let looked_up = self.http.get(unknown).send().await.unwrap();
         assert_eq!(looked_up.status(), StatusCode::SERVICE_UNAVAILABLE);
-        assert!(instance.readiness().starts_with("HTTP/1.1 503"));
+        instance.wait_for_readiness(|text| text.starts_with("HTTP/1.1 503"));
         detail
     }
 }

@@ -112,8 +112,7 @@ async fn deleted_folder_refuses_entries_and_its_successor_is_another_map() {
         matches!(&refused, Outcome::Refused { detail, .. } if detail.contains("was deleted")),
         "{refused:?}"
     );
-    let readiness = old.readiness();
-    assert!(readiness.starts_with("HTTP/1.1 503"), "{readiness}");
+    let readiness = old.wait_for_readiness(|text| text.starts_with("HTTP/1.1 503"));
     assert!(readiness.contains("was deleted"), "{readiness}");
     assert_eq!(all(&http, &old.url()).await, [before]);
     assert_eq!(mark(&http, &old.url()).await.map, map);

@@ -129,6 +129,7 @@ pub(crate) async fn read(map: &dyn DistributedMap, bounds: Bounds) -> Result<Vec
     let limit = PieceLimit {
         entries: u64::MAX,
         bytes: 64 * 1024,
+        message: usize::MAX,
     };
     read_in_pieces(map, bounds, limit).await
 }

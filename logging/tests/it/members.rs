@@ -51,6 +51,14 @@ impl Clusters {
         self.extra.join(&self.second.nodes[0], &members);
     }
 
+    /// Makes the server the primary of its shard.
+    fn promote_extra(&self) {
+        let _: () = self.extra.ask(&["CLUSTER", "FAILOVER"]);
+        self.extra.wait_until("it is the primary", |extra| {
+            extra.info("role").as_deref() == Some("master")
+        });
+    }
+
     /// An instance that runs stays with its map and names the server that has left; one that starts is not
     /// ready until its `--map` is corrected. The second cluster gets nothing.
     async fn require_stays(
@@ -64,7 +72,16 @@ impl Clusters {
             let mut checks = health.checks.iter();
             checks.any(|check| check.name == name && !check.ok && check.detail.contains("--map"))
         };
-        let health = wait_for(map, is_named).await;
+        let is_right = |health: &Health| {
+            let mut checks = health.checks.iter();
+            let primaries = checks
+                .clone()
+                .filter(|check| check.name.starts_with("primary "));
+            primaries.count() == 3
+                && is_named(health)
+                && checks.all(|check| check.ok || check.name == name)
+        };
+        let health = wait_for(map, is_right).await;
         assert_eq!(health.not_ready, None);
         let more = entries(500);
         assert_eq!(put(map, &more).await, vec![Outcome::Stored; 500]);
@@ -122,6 +139,28 @@ async fn server_of_another_cluster_at_a_dead_members_address_takes_no_instance_t
     clusters.require_stays(&map, stored).await;
 }
 
+/// The same at the address of a dead primary that was replaced, whose slots it gets in its own cluster.
+#[tokio::test]
+async fn server_of_another_cluster_at_a_dead_primarys_address_takes_no_instance_there() {
+    let mut clusters = Clusters::start();
+    clusters.promote_extra();
+    let map = open_at(&clusters.url(), None);
+    wait_until_ready(&map).await;
+    let stored = entries(500);
+    assert_eq!(put(&map, &stored).await, vec![Outcome::Stored; 500]);
+    clusters.extra.kill();
+    clusters.first.nodes[1].wait_until("a replica is promoted", |_| {
+        clusters.first.primaries().len() == 3
+    });
+    clusters.first.wait_until_whole();
+    let folder = clusters.folder.path().join("another");
+    clusters.extra.replace(&folder, &[]);
+    clusters.join_second();
+    clusters.promote_extra();
+    clusters.require_stays(&map, stored).await;
+    assert!(clusters.extra.ask::<Vec<String>>(&["KEYS", "*"]).is_empty());
+}
+
 /// All members are replaced, one at a time: the instance follows them.
 #[tokio::test]
 async fn members_may_all_be_replaced_one_at_a_time() {
@@ -145,6 +184,15 @@ async fn members_may_all_be_replaced_one_at_a_time() {
             let _: () = spare.ask(&["CLUSTER", "FAILOVER"]);
             spare.wait_until("it is the primary", is_primary);
             cluster.nodes[index].wait_until("it is a replica", |node| !is_primary(node));
+            // A member that does not know yet of the failover would not replicate the new primary.
+            let id = spare.node_id();
+            for node in &cluster.nodes {
+                node.wait_until("it knows the new primary", |node| {
+                    let known: String = node.ask(&["CLUSTER", "NODES"]);
+                    let mut lines = known.lines().filter(|line| line.starts_with(&id));
+                    lines.any(|line| line.contains("master"))
+                });
+            }
         }
         let old = std::mem::replace(&mut cluster.nodes[index], spare);
         old.leave(&cluster.nodes[index]);

@@ -2,12 +2,15 @@
 //! no line; and instances that are killed while they print.
 
 use std::collections::HashSet;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::entry::{Entry, Outcome};
 use reqwest::{Client, StatusCode};
+use testing::command_line::one_line;
 use testing::process::{LOOK_AGAIN, Process, free_address};
 use tokio::task::JoinSet;
 use uuid::Uuid;
@@ -52,8 +55,7 @@ async fn stuck_output_makes_an_instance_unready_and_loses_no_line() {
     assert_eq!(refused.status(), StatusCode::INSUFFICIENT_STORAGE);
     let trial = http.post(&url).json(&[(); 0]).send().await.unwrap();
     assert_eq!(trial.status(), StatusCode::INSUFFICIENT_STORAGE);
-    let readiness = process.readiness();
-    assert!(readiness.starts_with("HTTP/1.1 503"), "{readiness}");
+    let readiness = process.wait_for_readiness(|text| text.starts_with("HTTP/1.1 503"));
     assert!(readiness.contains("standard output"), "{readiness}");
     let alive = http.get(format!("{url}/livez")).send().await.unwrap();
     assert_eq!(alive.status(), StatusCode::OK);
@@ -82,6 +84,35 @@ async fn stuck_output_does_not_delay_the_end() {
     fill_the_pipe(&Client::new(), &process.url()).await;
     process.signal("TERM");
     assert!(process.wait().success());
+}
+
+/// An instance whose output nobody reads any more ends, so that a supervisor starts it again.
+#[tokio::test]
+async fn instance_ends_when_the_reader_of_its_output_is_gone() {
+    let folder = tempfile::tempdir().unwrap();
+    let address = free_address();
+    let mut command = logging(folder.path());
+    command.args(["--listen", &address.to_string()]);
+    let pipes = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = pipes.spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let is_serving = |line: std::io::Result<String>| line.unwrap().contains("serving requests");
+    assert!(lines.any(is_serving));
+    drop(lines);
+    // The answer may not come any more.
+    let _ = put(
+        &Client::new(),
+        &format!("http://{address}"),
+        &[entry("hello")],
+    )
+    .await;
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let line = one_line(&output);
+    assert!(
+        line.contains("the reader of standard output is gone"),
+        "{line}"
+    );
 }
 
 /// An entry that was acknowledged has its line, when the process is killed the moment after.

@@ -9,6 +9,7 @@ use reqwest::{Client, StatusCode};
 use tempfile::TempDir;
 use testing::command_line::{assert_help, assert_refused, one_line};
 use testing::process::{LOOK_AGAIN, OnSmallDisk, Process, free_address};
+use testing::redis_servers::RedisServer;
 use testing::requirements::{skip, trial_run, unshare};
 use uuid::Uuid;
 
@@ -227,16 +228,95 @@ fn taken_port_is_reported() {
     let folder = tempfile::tempdir().unwrap();
     let first = Process::start(logging(folder.path()), free_address());
     let address = first.address.to_string();
-    let output = logging(folder.path())
+    let other = tempfile::tempdir().unwrap();
+    let output = logging(other.path())
         .args(["--listen", &address])
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(1));
+    let made = std::fs::read_dir(other.path()).unwrap().count();
+    assert_eq!(made, 0, "an instance that cannot listen makes no map");
     let line = one_line(&output);
     assert!(
         line.contains(&address) && line.contains("another process") && line.contains("--listen"),
         "{line}"
     );
+}
+
+/// The map is named once this process has read which one it is, wherever it was started, and what counts of its
+/// `--settle`.
+#[tokio::test]
+async fn opened_map_is_named_when_it_was_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().canonicalize().unwrap();
+    let http = Client::new();
+    let start = |flags: &[&str]| {
+        let mut command = Command::new(LOGGING);
+        command.args(["--map", "lmdb:data/map"]).args(flags);
+        command.current_dir(&folder);
+        Process::start(command, free_address())
+    };
+    let opened = async |process: &Process, place: &str| {
+        process.wait_until_ready();
+        let map = mark_of(&http, &process.url()).await.map.unwrap();
+        let line = format!("opened the map map={map} at=\"{place}\" settle=10s");
+        process.wait_for_line(|found| found.contains(&line));
+    };
+    let place = format!("lmdb:{}", folder.join("data/map").display());
+    opened(&start(&["--settle", "10s"]), &place).await;
+    let other = start(&["--settle", "20s"]);
+    opened(&other, &place).await;
+    let ignored = "the map's settle window is 10s, and --settle 20s is ignored: leave the flag out";
+    let warnings = other.log();
+    let warnings = warnings.iter().filter(|line| line.contains("WARN"));
+    let warnings: Vec<&String> = warnings.collect();
+    assert!(
+        warnings.len() == 1 && warnings[0].ends_with(ignored),
+        "{warnings:?}"
+    );
+    let readiness = other.readiness();
+    assert!(
+        readiness.contains("\"status\":\"degraded\"") && readiness.contains(ignored),
+        "{readiness}"
+    );
+
+    let mut server = RedisServer::single(&folder.join("redis"));
+    server.kill();
+    let mut command = Command::new(LOGGING);
+    let url = format!("redis://{}", server.address());
+    command.args(["--map", &url]);
+    let process = Process::start(command, free_address());
+    process.wait_for_line(|line| line.contains("cannot be reached"));
+    let log = process.log();
+    assert!(!log.iter().any(|line| line.contains("opened")), "{log:?}");
+    server.restart();
+    opened(&process, &url).await;
+}
+
+#[test]
+fn folder_of_another_user_is_reported_with_its_owner() {
+    let own = tempfile::tempdir().unwrap();
+    // Only root can give a folder away, and it may open all files unless it does without that right.
+    let is_root = std::os::unix::fs::chown(own.path(), Some(65534), None).is_ok();
+    let without = "--bounding-set=-dac_override,-dac_read_search";
+    let (program, foreign) = if is_root {
+        (&["setpriv", without, LOGGING][..], own.path())
+    } else {
+        (&[LOGGING][..], Path::new("/root"))
+    };
+    for map in [foreign.to_owned(), foreign.join("below")] {
+        let map = format!("lmdb:{}", map.display());
+        let mut command = Command::new(program[0]);
+        command.args(&program[1..]).args(["--map", &map]);
+        let output = command.args(["--listen", "127.0.0.1:0"]).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let line = one_line(&output);
+        let owner = format!("error: {} belongs to user ", foreign.display());
+        assert!(
+            line.starts_with(&owner) && line.contains("and this process runs as user "),
+            "{line}"
+        );
+    }
 }
 
 /// An ordinary user may not listen on a port below 1024. Here it is the root of a user namespace, which has
@@ -265,7 +345,12 @@ fn wrong_configuration_is_one_line_and_exit_code_2() {
     assert_refused(binary, &["--map", "lmdb:"], "lmdb:data/map");
     assert_refused(binary, &["--listen", "8082"], "127.0.0.1:8080");
     assert_refused(binary, &["--grace", "soon"], "10s");
-    assert_refused(binary, &["--store-timeout", "0s"], "above zero");
+    assert_refused(binary, &["--store-timeout", "0s"], "at least 10ms");
+    for settle in ["0s", "999ms"] {
+        assert_refused(binary, &["--settle", settle], "at least 1s");
+        assert_refused(binary, &["--settle", settle, "import"], "at least 1s");
+    }
+    assert_refused(binary, &["--map", "lmdb:~/x"], "write lmdb:$HOME/FOLDER");
     assert_refused(binary, &["--map", "redis://host/1"], "database 0");
     assert_refused(binary, &["--map", "redis://user@host"], "USER:PASSWORD");
     assert_refused(binary, &["--backups", "1"], "write --backups 0");
@@ -347,6 +432,7 @@ fn help_names_each_flag_with_its_environment_variable() {
         ("--store-timeout", "LOGGING_STORE_TIMEOUT", "800ms"),
         ("--settle", "LOGGING_SETTLE", "10s"),
         ("--grace", "LOGGING_GRACE", "10s"),
+        ("--idle-timeout", "LOGGING_IDLE_TIMEOUT", "75s"),
         ("--log-format", "LOGGING_LOG_FORMAT", "text"),
     ];
     assert_help(Path::new(LOGGING), &flags);

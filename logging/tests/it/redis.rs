@@ -4,17 +4,19 @@
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use common::bounds::Bounds;
 use common::entry::{Entry, Outcome};
 use logging::map::{Access, DistributedMap, Health, MapError, Options, open};
+use reqwest::Client;
 use testing::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
 use testing::redis_servers::{RedisCluster, RedisServer};
 use testing::requirements::valkey_server;
 use uuid::{NoContext, Timestamp, Uuid};
 
 use crate::map::read;
+use crate::processes::{LOGGING, put_one};
 
 pub(crate) const SETTLE: Duration = Duration::from_secs(60);
 
@@ -268,11 +270,54 @@ async fn backups_of_a_single_server_are_waited_for() {
     );
 }
 
+/// A password that is changed on the server and in its file is used without a restart, while the old one fails.
+#[tokio::test(flavor = "multi_thread")]
+async fn password_follows_its_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = RedisServer::single(folder.path());
+    let set_password = |password: &str| {
+        let new = format!(">{password}");
+        let _: () = server.ask(&[
+            "ACL",
+            "SETUSER",
+            "logging",
+            "on",
+            "resetpass",
+            &new,
+            "~*",
+            "+@all",
+        ]);
+        // What is connected stays logged in.
+        let _ = server.try_ask(&["CLIENT", "KILL", "USER", "logging"]);
+    };
+    let file = folder.path().join("password");
+    std::fs::write(&file, "first\n").unwrap();
+    set_password("first");
+    let mut command = Command::new(LOGGING);
+    let map = format!("redis://logging@{}", server.address());
+    command
+        .args(["--map", &map, "--map-password-file"])
+        .arg(&file);
+    let process = Process::start(command, free_address());
+    process.wait_until_ready();
+    set_password("second");
+    let begin = Instant::now();
+    while !process.readiness().contains("authentication failed") {
+        assert!(begin.elapsed() < PATIENCE, "{}", process.readiness());
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+    std::fs::write(&file, "second\n").unwrap();
+    process.wait_until_ready();
+    let outcome = put_one(&Client::new(), &process.url(), &entries(1)[0]).await;
+    assert_eq!(outcome, Outcome::Stored);
+    assert!(!process.log().iter().any(|line| line.contains("second")));
+}
+
 /// The user of docs/redis.md has all the rights that are needed and no others, in both forms of its line; a
 /// wrong password is reported as the reason.
 #[tokio::test]
 async fn user_with_a_password_needs_few_rights() {
-    let rights = "on >secret/word ~entries:* ~message:* ~fence:* ~id:* +get +set +asking +eval +evalsha +zadd +zrange +zrevrange +zrangebylex +zrevrangebylex +zcard +readonly \
+    let rights = "on >secret/word ~entries:* ~message:* ~fence:* ~id:* +get +getrange +set +asking +eval +evalsha +zadd +zrange +zrevrange +zrangebylex +zrevrangebylex +zcard +readonly \
                   +incr +time +wait +info +ping +cluster|nodes";
     let with_waitaof = format!("{rights} +waitaof");
     let mut servers = vec![("redis-server".to_owned(), rights)];

@@ -387,3 +387,34 @@ async fn slots_moved_by_the_script_survive_the_end_of_their_target() {
         }
     }
 }
+
+/// What the target's replica holds in memory only is not moved yet: killed then, it comes back without.
+#[tokio::test(flavor = "multi_thread")]
+async fn script_waits_until_moved_entries_are_in_the_files_of_the_target() {
+    // A server writes a new file in seconds instead of milliseconds.
+    let slow = ["--rdb-key-save-delay", "20000"];
+    let mut cluster = RedisCluster::start_with("127.0.0.1", &slow, |_| Vec::new());
+    let map = open_at(&cluster.url(), None);
+    wait_until_ready(&map).await;
+    let stored = entries(1000);
+    assert_eq!(put(&map, &stored).await, vec![Outcome::Stored; 1000]);
+    let key = key_with_entries(&cluster);
+    OpenSlot::open(&cluster, &key);
+    cluster.nodes[4].kill();
+    cluster.nodes[4].restart();
+    cluster.nodes[4].wait_until("it has a copy that is not on disk", |replica| {
+        replica.info("master_link_status").as_deref() == Some("up")
+            && replica.info("aof_rewrite_in_progress").as_deref() == Some("1")
+    });
+    let moved = Mover::Script.command(&cluster, "0").output().unwrap();
+    assert!(moved.status.success(), "{moved:?}");
+    for node in [1, 4] {
+        cluster.nodes[node].kill();
+    }
+    cluster.nodes[4].restart();
+    cluster.nodes[4].wait_until("it has loaded its file", |replica| {
+        replica.info("loading").as_deref() == Some("0")
+    });
+    let kept: Vec<String> = cluster.nodes[4].ask(&["KEYS", &key]);
+    assert_eq!(kept, [key]);
+}

@@ -230,7 +230,7 @@ async fn import_is_refused_while_others_write() {
     });
     let import = |flags: &[&str]| {
         let mut command = Command::new(LOGGING);
-        command.args(["--map", &map, "--settle", "300ms", "import"]);
+        command.args(["--map", &map, "--settle", "1s", "import"]);
         command.args(flags).arg(&file).output().unwrap()
     };
     let refused = import(&[]);
@@ -271,25 +271,54 @@ fn file_that_cannot_be_imported_is_refused_with_the_reason() {
         write_entry(&mut line, uuid, msg);
         [&line[..], b"{\"count\":1}\n"].concat()
     };
+    let page = |tail: &str| {
+        let entry = format!(r#"{{"uuid":"{}","msg":"a"}}"#, Uuid::now_v7());
+        format!(r#"{{"logging_service":[{entry}],{tail}}}"#).into_bytes()
+    };
     let (v7, v4) = (Uuid::now_v7(), Uuid::from_u128(4 << 76 | 2 << 62));
     let of_2100 = Builder::from_unix_timestamp_millis(4_102_444_800_000, &[7; 10]).into_uuid();
     for (content, reason) in [
         (lines(0..3), "the file is truncated: its 3 entries"),
         (
             [lines(0..3), b"{\"count\":4}\n".to_vec()].concat(),
-            "has 3 entries, but its last line says 4",
+            "has 3 entries, but its count says 4",
         ),
         (
             [lines(0..3), b"hello\n".to_vec()].concat(),
-            "line 4 is not an entry;",
+            "expected value at line 4 column 1; import what `logging export` writes",
         ),
         (
             format!("{v7} hello\n1 messages\n").into(),
             "as JSON or NDJSON",
         ),
         (
+            page(r#""count":1,"next":"01a203b3-3bd3-7041-bd9b-405a081b6b3b""#),
+            "the file is one page, after which the log goes on",
+        ),
+        (
+            page(r#""scanned":7,"messages_service":null,"count":1"#),
+            "the file has only what a search found",
+        ),
+        (
+            page(r#""messages_service":null"#),
+            "the body of a GET at line 1",
+        ),
+        (page(r#""count":2"#), "has 1 entries, but its count says 2"),
+        (
+            format!(r#"[{{"uuid":"{v7}","msg":"a"}}]"#).into(),
+            "the body of a GET without a query",
+        ),
+        (
+            format!(r#"{{"uuid":"{v7}","msg":"a","uuid":"{v7}"}}{{"count":1}}"#).into(),
+            "this is not an entry",
+        ),
+        (
+            format!(r#"{{"uuid":"{v7}","msg":"a","count":1}}"#).into(),
+            "this is not an entry",
+        ),
+        (
             [exported(3), exported(3)].concat(),
-            "lines follow the one with the count",
+            "more follows behind the count",
         ),
         (
             [
@@ -300,7 +329,7 @@ fn file_that_cannot_be_imported_is_refused_with_the_reason() {
             "the file is incomplete",
         ),
         (line(v4, "a"), "is not a version 7 UUID"),
-        (line(v7, ""), "line 1: the message is empty"),
+        (line(v7, ""), "the message is empty at line 1 column "),
         (line(of_2100, "a"), "in the future"),
     ] {
         let refused = fail(&import(&content));
@@ -315,6 +344,71 @@ fn file_that_cannot_be_imported_is_refused_with_the_reason() {
     );
     let missing = run("import", Path::new("no/such/file"), &map);
     assert!(one_line(&missing).contains("cannot read no/such/file"));
+}
+
+/// What other programs make of a file is the same JSON, whatever their white space, order of keys and escapes.
+#[test]
+fn file_that_another_program_wrote_again_is_imported() {
+    let folder = tempfile::tempdir().unwrap();
+    let uuid = |n: u64| Builder::from_unix_timestamp_millis(n, &[7; 10]).into_uuid();
+    let (first, second) = (uuid(1), uuid(2));
+    let mut original = Vec::new();
+    write_entry(&mut original, first, "größe 👍 \"\u{7f}");
+    write_entry(&mut original, second, "b");
+    original.extend_from_slice(b"{\"count\":2}\n");
+    let escaped = r#"gr\u00f6\u00dfe \ud83d\udc4d \"\u007F"#;
+    for (name, text) in [
+        (
+            "json.dumps of each line",
+            format!(
+                r#"{{"uuid": "{first}", "msg": "{escaped}"}}
+{{"msg": "b", "uuid": "{second}"}}
+{{"messages_service": "-", "count": 2}}
+"#
+            ),
+        ),
+        (
+            "jq -c . of a body",
+            format!(
+                r#"{{"logging_service":[{{"uuid":"{first}","msg":"{escaped}"}},{{"uuid":"{second}","msg":"b"}}],"messages_service":null,"messages_service_error":"away","count":2}}"#
+            ),
+        ),
+        (
+            "json.dumps with indent and sort_keys of a body",
+            format!(
+                r#"{{
+  "count": 2,
+  "logging_service": [
+    {{
+      "msg": "{escaped}",
+      "uuid": "{first}"
+    }},
+    {{
+      "msg": "b",
+      "uuid": "{second}"
+    }}
+  ],
+  "messages_service": "-"
+}}"#
+            ),
+        ),
+        (
+            "jq . of lines",
+            format!(
+                "{{\n  \"uuid\": \"{first}\",\n  \"msg\": \"{escaped}\"\n}}\n{{\n  \"uuid\": \
+                 \"{second}\",\n  \"msg\": \"b\"\n}}\n{{\n  \"count\": 2\n}}\n"
+            ),
+        ),
+    ] {
+        let map = format!("lmdb:{}", folder.path().join(name).display());
+        let file = folder.path().join("file");
+        fs::write(&file, text).unwrap();
+        succeed("import", &file, &map);
+        let copy = folder.path().join("copy");
+        fs::remove_file(&copy).ok();
+        succeed("export", &copy, &map);
+        assert!(fs::read(&copy).unwrap() == original, "{name}");
+    }
 }
 
 /// A folder of another layout version is not changed.

@@ -159,9 +159,13 @@ impl Compose {
         entries.into_iter().map(|entry| entry.msg).collect()
     }
 
-    /// The facade's answer to `/readyz?verbose`; null while it cannot be reached.
     async fn health(&self) -> Value {
-        let url = format!("{}/readyz?verbose", self.url());
+        self.ask("/readyz?verbose").await
+    }
+
+    /// The facade's answer; null while it cannot be reached.
+    async fn ask(&self, path: &str) -> Value {
+        let url = format!("{}{path}", self.url());
         match self.http.get(url).send().await {
             Ok(response) => response.json().await.unwrap(),
             Err(_) => Value::Null,
@@ -170,12 +174,13 @@ impl Compose {
 
     /// The number of logging instances that the facade has found, and whether all of them are up.
     async fn known_instances(&self) -> (usize, bool) {
-        let health = self.health().await;
-        let checks = health["checks"].as_array().into_iter().flatten();
-        let is_instance = |check: &&Value| check["name"].as_str().unwrap().starts_with("logging ");
-        let instances: Vec<&Value> = checks.filter(is_instance).collect();
-        let all_answer = instances.iter().all(|check| check["ok"] == true);
-        (instances.len(), all_answer)
+        let stats = self.ask("/stats").await;
+        let instances = stats["instances"].as_array();
+        let instances = instances.map_or(&[][..], Vec::as_slice);
+        let all_serve = instances
+            .iter()
+            .all(|row| row["up"] == true && row["ready"] == true);
+        (instances.len(), all_serve)
     }
 
     /// Waits until the facade has found exactly `count` instances and all of them are up.

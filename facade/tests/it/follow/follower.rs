@@ -6,6 +6,7 @@ use bytes::Bytes;
 use common::entry::Entry;
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt, TryStreamExt};
+use memchr::memmem;
 use reqwest::Client;
 use testing::process::PATIENCE;
 use tokio::time::timeout;
@@ -16,7 +17,7 @@ use crate::system::System;
 /// A follower of server-sent events, which checks the form of each.
 pub(crate) struct Follower {
     body: BoxStream<'static, Result<Bytes, BoxError>>,
-    read: String,
+    read: Vec<u8>,
     /// The last id, as a browser remembers it.
     pub(crate) id: Option<Uuid>,
 }
@@ -34,7 +35,7 @@ impl Follower {
         assert_eq!(response.headers()["x-accel-buffering"], "no");
         Self {
             body: response.bytes_stream().map_err(BoxError::from).boxed(),
-            read: String::new(),
+            read: Vec::new(),
             id: last_event_id,
         }
     }
@@ -43,13 +44,21 @@ impl Follower {
     pub(crate) fn reading(body: Body) -> Self {
         Self {
             body: body.into_data_stream().map_err(BoxError::from).boxed(),
-            read: String::new(),
+            read: Vec::new(),
             id: None,
         }
     }
 
     pub(super) async fn of(system: &System, query: &str) -> Self {
         Self::start(&system.http, &format!("{}/{query}", system.url), None).await
+    }
+
+    /// Waits for the first position: what is stored from then on is new.
+    pub(crate) async fn begin(&mut self) {
+        while memmem::find(&self.read, b"\nid: ").is_none() {
+            let piece = self.body.next().await.expect("the body goes on");
+            self.read.extend_from_slice(&piece.unwrap());
+        }
     }
 
     /// The next message; `None` at the end of the body, an error when it is cut.
@@ -60,16 +69,17 @@ impl Follower {
 
     async fn read_next(&mut self) -> Result<Option<Entry>, BoxError> {
         loop {
-            if let Some((block, rest)) = self.read.split_once("\n\n") {
+            if let Some(end) = memmem::find(&self.read, b"\n\n") {
+                let rest = self.read.split_off(end + 2);
+                let block = String::from_utf8(std::mem::replace(&mut self.read, rest)).unwrap();
                 let lines: Vec<String> = block.lines().map(str::to_owned).collect();
-                self.read = rest.to_owned();
                 if let Some(entry) = self.take(&lines) {
                     return Ok(Some(entry));
                 }
                 continue;
             }
             match self.body.next().await {
-                Some(piece) => self.read += std::str::from_utf8(&piece?).unwrap(),
+                Some(piece) => self.read.extend_from_slice(&piece?),
                 None => return Ok(None),
             }
         }
@@ -86,7 +96,8 @@ impl Follower {
             self.id = Some(id);
         }
         let data = lines.iter().find_map(|line| field(line, "data"))?;
-        assert_eq!(field(&lines[0], "event").as_deref(), Some("message"));
+        let event = lines.iter().find_map(|line| field(line, "event"));
+        assert_eq!(event.as_deref(), Some("message"));
         Some(serde_json::from_str(&data).unwrap())
     }
 

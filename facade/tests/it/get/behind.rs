@@ -4,12 +4,17 @@ use std::collections::VecDeque;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 
 use axum::Router;
+use axum::body::Body;
+use axum::extract::Query;
 use axum::http::StatusCode;
+use axum::response::IntoResponse;
 use axum::routing::get;
-use futures_util::StreamExt;
-use tokio::sync::Notify;
+use common::api::{READ_SETTLED, ReadQuery};
+use futures_util::{StreamExt, stream};
+use tokio::sync::{Notify, mpsc};
 use uuid::Uuid;
 
 use super::{logging_of, text};
@@ -138,6 +143,48 @@ fn logging_script(answers: &[&str]) -> Server {
 const FIRST_LINE: &str = r#"{"uuid":"01890000-0000-7000-8000-000000000001","msg":"a"}"#;
 const SECOND_LINE: &str = r#"{"uuid":"01890000-0000-7000-8000-000000000002","msg":"b"}"#;
 
+/// A search that finds nothing, and a follower's `tail`, get their head with the instance's first line. When
+/// their clients leave, the facade leaves the instance, which ends its work too.
+#[tokio::test]
+async fn client_that_leaves_ends_the_work_for_it() {
+    let (ended, mut has_ended) = mpsc::unbounded_channel();
+    let stream = async move |Query(query): Query<ReadQuery>| {
+        if query.poll.is_some() {
+            let settled = "01890000-0000-7000-8000-000000000002";
+            return ([(READ_SETTLED, settled)], "{\"count\":0}\n").into_response();
+        }
+        let tell = Tell(ended.clone());
+        let line = stream::iter([Ok::<_, std::io::Error>(format!("{FIRST_LINE}\n"))]);
+        let silence = stream::poll_fn(move |_| {
+            let _held_by_the_body = &tell;
+            Poll::Pending
+        });
+        Body::from_stream(line.chain(silence)).into_response()
+    };
+    let logging = serve_instance(Router::new().route("/", get(stream)));
+    let flags = ["--max-reads", "1", "--try-timeout", "1h"];
+    let system = System::with_stubs(vec![logging], nobody(), &flags);
+    for path in ["/?contains=b", "/?contains=b", "/?follow=true&tail=5"] {
+        let request = system.http.get(format!("{}{path}", system.url));
+        let request = request.header("accept", "application/x-ndjson");
+        let answer = request.send().await.unwrap();
+        assert_eq!(answer.status(), 200, "{path}");
+        if path.contains("contains") {
+            problem(system.get("/").await, 503).await;
+        }
+        drop(answer);
+        has_ended.recv().await.unwrap();
+    }
+}
+
+struct Tell(mpsc::UnboundedSender<()>);
+
+impl Drop for Tell {
+    fn drop(&mut self) {
+        let _nobody_may_listen = self.0.send(());
+    }
+}
+
 /// When no instance can continue a stream, the body is aborted and never ended properly.
 #[tokio::test]
 async fn body_that_cannot_be_finished_is_aborted() {
@@ -166,11 +213,26 @@ async fn stream_that_contradicts_itself_is_not_passed_on() {
         format!("{line_with_more}\n{{\"count\":1}}\n"),
         FIRST_LINE.to_owned(),
         "nonsense\n{\"count\":1}\n".to_owned(),
+        format!(
+            "{}\n{{\"count\":1}}\n",
+            FIRST_LINE.replace("\"a\"", "\"\u{202e}\"")
+        ),
         String::new(),
     ];
     for stream in streams {
         let messages = serve(messages::router(Default::default()));
         let system = System::with_stubs(vec![logging_script(&[&stream])], messages, &[]);
         problem(system.get("/").await, 503).await;
+    }
+}
+
+/// An instance that gives another entry than it was asked for is not believed.
+#[tokio::test]
+async fn entry_that_was_not_asked_for_is_not_passed_on() {
+    let routes = Router::new().route("/{uuid}", get(FIRST_LINE));
+    let system = System::with_stubs(vec![serve_instance(routes)], nobody(), &[]);
+    for (last_digit, status) in [(1, 200), (2, 503)] {
+        let path = format!("/01890000-0000-7000-8000-00000000000{last_digit}");
+        assert_eq!(system.get(&path).await.status(), status);
     }
 }

@@ -111,10 +111,12 @@ impl Run {
         let response = router(self.app.clone()).oneshot(request).await.unwrap();
         let name = format!("seed {}: {query:?}", self.seed);
         assert_eq!(response.status(), 200, "{name}");
+        let mut follower = Follower::reading(response.into_body());
+        follower.begin().await;
         Followed {
             name,
             network: self.network.clone(),
-            follower: Follower::reading(response.into_body()),
+            follower,
             received: BTreeSet::new(),
         }
     }

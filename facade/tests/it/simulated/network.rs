@@ -109,6 +109,14 @@ impl Network {
         }
     }
 
+    /// No instance runs for an hour.
+    pub(super) fn kill_all(&mut self) {
+        self.states = [State {
+            condition: Condition::Dead,
+            until: Instant::now() + Duration::from_secs(3600),
+        }; 3];
+    }
+
     fn put(&mut self, entries: &[PutEntry]) -> Vec<PutResult> {
         let results = entries.iter().map(|entry| PutResult {
             uuid: entry.uuid,
@@ -452,9 +460,5 @@ impl LoggingApi for Simulated {
 
     async fn stats(&self) -> Result<InstanceStats, UpstreamError> {
         unreachable!("nobody asks for statistics")
-    }
-
-    async fn ready(&self) -> Result<(), UpstreamError> {
-        self.call(|_| ()).await
     }
 }

@@ -7,10 +7,11 @@
 use std::fs::{self, File, Metadata, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::{self, Path, PathBuf};
 
 use anyhow::{Context, bail};
 use common::entry::Entry;
+use rustix::process::geteuid;
 use uuid::Uuid;
 
 use super::readers::{MAX_READERS, RECORD};
@@ -21,6 +22,8 @@ const DATA_FILE: &str = "data.mdb";
 const LOCK_FILE: &str = "lock.mdb";
 
 pub(super) const NAMESPACE_FILE: &str = "namespace";
+
+const TURNS_FILE: &str = "turns";
 
 /// What LMDB's table of readers takes in `lock.mdb`, in bytes.
 const MIN_LOCK_BYTES: u64 = MAX_READERS as u64 * RECORD as u64;
@@ -72,7 +75,7 @@ impl Files {
             folder: folder.to_owned(),
             data: open_file(folder, DATA_FILE)?,
             lock: open_file(folder, LOCK_FILE)?,
-            turns: open_file(folder, "turns")?,
+            turns: open_file(folder, TURNS_FILE)?,
             namespace,
         })
     }
@@ -86,7 +89,7 @@ impl Files {
         for (name, file, length) in [
             (DATA_FILE, &self.data, 0),
             (LOCK_FILE, &self.lock, MIN_LOCK_BYTES),
-            ("turns", &self.turns, 0),
+            (TURNS_FILE, &self.turns, 0),
             (NAMESPACE_FILE, &self.namespace, 0),
         ] {
             let found = fs::metadata(self.folder.join(name));
@@ -192,6 +195,38 @@ impl Files {
             ))
         })
     }
+}
+
+/// The folder's absolute path.
+pub(super) fn absolute(folder: &Path) -> PathBuf {
+    // Fails only for an empty path, or without a working directory.
+    path::absolute(folder).unwrap_or_else(|_| folder.to_owned())
+}
+
+/// Says whose the map's files are, or its folder, or the one that it is to be in, if another user's.
+pub(super) fn foreign_owner(folder: &Path) -> Option<String> {
+    let folder = absolute(folder);
+    let files = [ID_FILE, NAMESPACE_FILE, DATA_FILE, LOCK_FILE, TURNS_FILE];
+    let files = files.map(|name| folder.join(name));
+    let nearest = folder.ancestors().find(|ancestor| ancestor.exists());
+    let user = geteuid().as_raw();
+    files.iter().map(PathBuf::as_path).chain(nearest).find_map(|path| {
+        let owner = fs::metadata(path).ok()?.uid();
+        (owner != user).then(|| {
+            format!(
+                "{} belongs to user {owner}, and this process runs as user {user}: start it as that \
+                 user, or choose another folder with --map",
+                path.display()
+            )
+        })
+    })
+}
+
+/// The number of the last transaction in the folder, 0 if there is none. For a process that has not
+/// opened the folder yet.
+pub(super) fn last_transaction(folder: &Path) -> u64 {
+    let meta = File::open(folder.join(DATA_FILE)).and_then(|data| Meta::read(&data));
+    meta.map_or(0, |meta| meta.txn)
 }
 
 /// The id of the map that the folder must have, or `None` when it has had none. To be read before

@@ -1,7 +1,7 @@
 //! The folder on disk: opens and reopens the LMDB environment, reads from it, and encodes entries.
 
 use std::fs::{self, DirBuilder, File};
-use std::io::{Read, Seek, Write};
+use std::io::{self, Read, Seek, Write};
 use std::ops::Bound;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -59,8 +59,8 @@ pub(super) struct Store {
     pub(super) settle: OnceLock<u64>,
     /// The map's clock as of the last commit that this process has seen.
     pub(super) clock: MapClock,
-    /// Whether no other process had the folder open when this one opened it.
-    pub(super) is_first: bool,
+    /// The map's last transaction when this process opened the folder, if no other had it open.
+    pub(super) last_alone: Option<u64>,
     pub(super) readers: Readers,
     /// Entries read by this process.
     gets: AtomicU64,
@@ -76,18 +76,25 @@ pub(super) struct Opened {
 
 impl Store {
     pub(super) fn open(folder: &Path, create: bool) -> anyhow::Result<Self> {
+        Self::open_files(folder, create).map_err(|error| match files::foreign_owner(folder) {
+            Some(owner) if is_denied(&error) => error.context(owner),
+            _ => error,
+        })
+    }
+
+    fn open_files(folder: &Path, create: bool) -> anyhow::Result<Self> {
         let expected = files::expected_id(folder, create)?;
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(folder)
             .with_context(|| format!("cannot create the map's folder {}", folder.display()))?;
-        let (namespace, is_first) = claim_namespace(folder)?;
+        let (namespace, last_alone) = claim_namespace(folder)?;
         let files = Files::open(folder, namespace)?;
         let opened = Opened::open(folder, &files, expected)?;
         if opened.id()?.is_none() {
             tracing::warn!(
-                folder = %folder.display(),
+                folder = %files::absolute(folder).display(),
                 "making a new, empty map, as the folder has had none: right at the first start; \
                  otherwise the folder is the wrong one, or was emptied"
             );
@@ -97,7 +104,7 @@ impl Store {
             id: expected.map(OnceLock::from).unwrap_or_default(),
             settle: OnceLock::new(),
             clock: MapClock::default(),
-            is_first,
+            last_alone,
             opened: RwLock::new(Some(opened)),
             readers: Readers::default(),
             gets: AtomicU64::new(0),
@@ -215,6 +222,31 @@ impl Store {
         })
     }
 
+    /// See [`DistributedMap::part`](crate::map::DistributedMap::part).
+    pub(super) fn part(&self, uuid: Uuid, from: usize, bytes: usize) -> Result<String, MapError> {
+        self.read(|opened, txn| {
+            let damaged = MapError::Damaged(uuid);
+            let Some(value) = opened.entries.get(txn, uuid.as_bytes())? else {
+                return Err(damaged);
+            };
+            // Once for all parts: the checksum is of the whole message.
+            if from == 0 {
+                decode(uuid, value)?;
+            }
+            let rest = value.get(CHECKSUM_BYTES + from..).unwrap_or_default();
+            let part = &rest[..bytes.min(rest.len())];
+            let part = match std::str::from_utf8(part) {
+                Err(error) if error.error_len().is_none() => {
+                    std::str::from_utf8(&part[..error.valid_up_to()])
+                }
+                checked => checked,
+            };
+            let part = part.ok().filter(|part| !part.is_empty());
+            let part = part.ok_or(damaged)?;
+            Ok(part.to_owned())
+        })
+    }
+
     /// The first entries within the bounds.
     pub(super) fn piece(&self, bounds: Bounds, limit: PieceLimit) -> Result<Piece, MapError> {
         if bounds.is_empty() {
@@ -248,6 +280,7 @@ impl Store {
             member: self.folder.display().to_string(),
             role: Role::Folder,
             up: true,
+            problem: None,
             partitions: Some(1),
             entries: Some(count),
             gets: Some(self.gets.load(Ordering::Relaxed)),
@@ -269,6 +302,11 @@ impl Store {
     }
 }
 
+fn is_denied(error: &anyhow::Error) -> bool {
+    let cause = error.root_cause().downcast_ref::<io::Error>();
+    cause.is_some_and(|cause| cause.kind() == io::ErrorKind::PermissionDenied)
+}
+
 /// The write lock of this process, released on drop.
 pub(super) struct Turn<'store>(&'store File);
 
@@ -287,10 +325,17 @@ fn fill_piece<'txn>(
     let mut piece = Piece::default();
     for item in found {
         let (key, value) = item?;
+        let uuid = Uuid::from_u128(key);
+        let message = value.len().saturating_sub(CHECKSUM_BYTES);
+        if message > limit.message {
+            return Ok(match piece.count {
+                0 if limit.entries > 0 => Piece::large(uuid, message),
+                _ => piece,
+            });
+        }
         if !piece.fits(limit, value.len()) {
             break;
         }
-        let uuid = Uuid::from_u128(key);
         piece.push(uuid, decode(uuid, value)?);
     }
     Ok(piece)
@@ -393,15 +438,16 @@ pub(super) fn make_id(entries: Entries, txn: &mut RwTxn<'_>) -> heed::Result<Uui
 /// machine, as the initial namespace has the same number on every machine. Each process holds a
 /// shared lock on the file; one that finds it unlocked is the only one and writes its own names.
 ///
-/// Returns the locked file, and whether this process was the only one.
-fn claim_namespace(folder: &Path) -> anyhow::Result<(File, bool)> {
+/// Returns the locked file and, if this process was the only one, the map's last transaction.
+fn claim_namespace(folder: &Path) -> anyhow::Result<(File, Option<u64>)> {
     let mut file = files::open_file(folder, files::NAMESPACE_FILE)?;
     let namespace = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
     let ours = format!("{} {}", boot_id(), namespace.display());
-    let is_first = file.try_lock().is_ok();
-    if is_first {
+    let mut last_alone = None;
+    if file.try_lock().is_ok() {
         file.set_len(0)?;
         file.write_all(ours.as_bytes())?;
+        last_alone = Some(files::last_transaction(folder));
     }
     file.lock_shared()?;
     let mut theirs = String::new();
@@ -415,7 +461,7 @@ fn claim_namespace(folder: &Path) -> anyhow::Result<(File, bool)> {
             folder.display()
         );
     }
-    Ok((file, is_first))
+    Ok((file, last_alone))
 }
 
 /// The id of the machine's boot.

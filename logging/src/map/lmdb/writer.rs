@@ -12,6 +12,7 @@ use heed::{Env, RwTxn, WithoutTls};
 use uuid::Uuid;
 
 use super::clock::{BootClock, Machine};
+use super::files::absolute;
 use super::properties::{self, FLOOR, SETTLE};
 use super::store::{
     DISK_FULL, Entries, Opened, Store, decode, describe, encode, is_panic, make_id, read_id,
@@ -19,7 +20,7 @@ use super::store::{
 };
 use crate::map::contract::{Access, DEFAULT_SETTLE, MapError};
 use crate::map::queue::{Job, answer_group, claim_group, measure_commit};
-use crate::map::rules::{SettleWindow, clock_at, millis, settled_at};
+use crate::map::rules::{SettleWindow, clock_at, log_opened, millis, settled_at};
 
 /// The interval of sweeps. Readers keep LMDB from reusing pages; a sweep clears those of dead
 /// processes and reports those that take too long.
@@ -33,11 +34,13 @@ pub(super) struct Writer {
     pub(super) jobs: mpsc::Receiver<Job>,
     pub(super) settle: Option<Duration>,
     pub(super) access: Access,
+    /// Why the last write transaction failed, if it did.
+    pub(super) failure: Option<Outcome>,
 }
 
 impl Writer {
     /// Drops `begun` after the first commit, which writes the id of a new map and begins its clock.
-    pub(super) fn run(self, begun: mpsc::Sender<()>) {
+    pub(super) fn run(mut self, begun: mpsc::Sender<()>) {
         self.commit(Vec::new());
         drop(begun);
         let mut swept = Instant::now();
@@ -54,16 +57,28 @@ impl Writer {
         }
     }
 
-    fn commit(&self, mut group: Vec<Job>) {
+    fn commit(&mut self, mut group: Vec<Job>) {
         let began = Instant::now();
         let written = self.write_group(&mut group);
         measure_commit(&group, began);
         match written {
-            Ok(outcomes) => answer_group(group, Ok(outcomes)),
-            Err(failure) => {
-                tracing::error!(outcome = ?failure.outcome, "a write transaction failed");
-                answer_group(group, Err(failure.outcome));
-                if failure.needs_reopen {
+            Ok(outcomes) => {
+                self.failure = None;
+                answer_group(group, Ok(outcomes));
+            }
+            Err(Failure {
+                outcome,
+                needs_reopen,
+            }) => {
+                // Checks come each second: they repeat no line.
+                if group.iter().any(|job| !job.work.entries.is_empty())
+                    || self.failure.as_ref() != Some(&outcome)
+                {
+                    tracing::error!(?outcome, "a write transaction failed");
+                }
+                self.failure = Some(outcome.clone());
+                answer_group(group, Err(outcome));
+                if needs_reopen {
                     self.store.reopen();
                 }
             }
@@ -84,6 +99,10 @@ impl Writer {
         // arrived meanwhile join the group.
         *group = claim_group(mem::take(group), self.jobs.try_iter(), MAX_GROUP_BYTES);
         files.make_room(group.iter().flat_map(|job| job.work.entries.iter()))?;
+        let is_check = group.iter().all(|job| job.work.entries.is_empty());
+        if is_check && self.failure.is_some() && self.store.is_disk_full() {
+            return Err(MapError::Unavailable(DISK_FULL.to_owned()).into());
+        }
         let mut written = self.write(entries, &mut txn, group)?;
         while written.has_gone_stale() {
             txn.abort();
@@ -96,7 +115,11 @@ impl Writer {
         let now = time_of(written.clock_now());
         match self.store.settle.set(written.settle) {
             // Where no process ran, the clock may have begun earlier than it was.
-            Ok(()) => self.store.clock.set(now),
+            Ok(()) => {
+                self.store.clock.set(now);
+                let place = format!("lmdb:{}", absolute(&self.store.folder).display());
+                log_opened(&place, written.id, written.settle, self.settle);
+            }
             Err(_) => self.store.clock.correct(now),
         }
         if self.store.id().is_none() {
@@ -195,7 +218,8 @@ impl Writer {
         Ok((make_id(entries, txn)?, settle))
     }
 
-    /// Moves the map's clock, and begins it where no process ran.
+    /// Moves the map's clock, and begins it where no process ran: this one was alone, and none has
+    /// committed since.
     fn move_clock(
         &self,
         entries: Entries,
@@ -204,12 +228,13 @@ impl Writer {
     ) -> Result<BootClock, Failure> {
         let machine = Machine::now();
         let stored = BootClock::read(entries, txn)?;
-        let begins = self.store.is_first && self.store.settle.get().is_none();
+        let begins = self.store.last_alone == Some(txn.id() as u64 - 1);
         let clock = match stored.clone().filter(|_| !begins) {
             Some(clock) => clock.moved(machine, least),
             None => BootClock::begin(machine, least),
         };
-        if stored.as_ref() != Some(&clock) {
+        // A check without anything to write costs no commit. After a failure it tries one.
+        if stored.as_ref() != Some(&clock) || self.failure.is_some() {
             properties::write(entries, txn, properties::CLOCK, &clock)?;
         }
         Ok(clock)

@@ -12,7 +12,7 @@ use futures_util::future::join_all;
 use redis::aio::MultiplexedConnection;
 use redis::{Pipeline, Value};
 
-use super::config::{Address, RedisConfig};
+use super::config::Address;
 use super::connection::{self, ServerConnection};
 use super::partition;
 use super::replies::Node;
@@ -53,7 +53,6 @@ impl Proof {
     pub(super) async fn find(
         connection: &mut MultiplexedConnection,
         primary: &ServerConnection,
-        config: &RedisConfig,
         backups: u16,
         previous: Option<&Primacy>,
     ) -> Result<Self, String> {
@@ -68,6 +67,10 @@ impl Proof {
         };
         let (info, nodes) = (text(info)?, text(nodes).unwrap_or_default());
         let address = &primary.address;
+        // A replica has no append-only file while it gets a full copy.
+        if field(&info, "role") != "master" {
+            return Err(format!("redis {address} is no longer a primary"));
+        }
         if let Some(fault) = file_fault(&info) {
             return Err(format!("redis {address} {fault}"));
         }
@@ -83,10 +86,10 @@ impl Proof {
         }
         if backups > 0 {
             let attached = attached(&info);
-            let nodes = Node::parse_all(&nodes, address, config.is_tls);
+            let nodes = Node::parse_all(&nodes, address, primary.config.is_tls);
             let replicas = replicas(&nodes).unwrap_or_else(|| attached.clone());
             let faults = replicas.iter().map(async |replica| {
-                let replica = primary.sibling(replica.clone(), config);
+                let replica = primary.sibling(replica.clone());
                 let fault = replica_fault(&replica, &primacy.replication_id).await;
                 fault
                     .err()

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::api::nearly_full;
-use common::health::Check;
+use common::health::{Check, Health};
 use metrics::gauge;
 use tokio::sync::{Notify, watch};
 use uuid::Uuid;
@@ -16,7 +16,7 @@ use super::known_map::KnownMap;
 use super::partition;
 use super::primary_writer::PrimaryWriter;
 use super::replies::{Direction, MovingSlot, ServerInfo};
-use crate::map::contract::{Health, MapError};
+use crate::map::contract::{MapError, failed_checks};
 use crate::metrics::{PRIMARY_OPEN, SERVER_MAX_MEMORY, SERVER_MEMORY, SERVER_UP};
 
 /// What to do about a server that is not a member of the map's cluster; follows its name.
@@ -128,8 +128,7 @@ impl Cluster {
 
     /// Why a partition has no primary.
     pub(super) fn unowned_reason(&self) -> String {
-        let error = self.state.borrow().discovery_error.clone();
-        error.unwrap_or_else(|| "the cluster has no primary for this partition".to_owned())
+        unowned_reason(&self.state.borrow())
     }
 
     /// Wakes discovery because a reply contradicted the topology.
@@ -149,13 +148,18 @@ impl Cluster {
             gauge!(SERVER_UP, "server" => address.to_string(), "role" => role)
                 .set(as_number(connection.down_reason()));
         }
-        for (address, info) in &self.state.borrow().infos {
+        let is_up = |address: &Address| {
+            let connection = topology.connections.get(address);
+            connection.is_some_and(|connection| connection.down_reason().is_none())
+        };
+        let state = self.state.borrow();
+        for (address, info) in state.infos.iter().filter(|(address, _)| is_up(address)) {
             gauge!(SERVER_MEMORY, "server" => address.to_string()).set(info.used_memory as f64);
             gauge!(SERVER_MAX_MEMORY, "server" => address.to_string()).set(info.max_memory as f64);
         }
         for Shard { connection, writer } in topology.shards.iter().map(|shard| &**shard) {
-            gauge!(PRIMARY_OPEN, "server" => connection.address.to_string())
-                .set(as_number(writer.closed_reason()));
+            let reason = connection.down_reason().or_else(|| writer.closed_reason());
+            gauge!(PRIMARY_OPEN, "server" => connection.address.to_string()).set(as_number(reason));
         }
     }
 
@@ -185,15 +189,17 @@ impl Cluster {
             ok: false,
             detail: STRANGER.to_owned(),
         });
-        let map_id = state.map_id_error.iter().map(|error| Check {
-            name: "map".to_owned(),
-            ok: false,
-            detail: error.clone(),
-        });
+        // Before discovery has found anything, `not_ready` says so.
+        let is_lost = !state.topology.owners.is_empty() && !state.topology.is_whole();
+        let lost = is_lost.then(|| unowned_reason(&state));
+        let map_id = state.map_id_error.iter().cloned().chain(lost);
         let members = shards.chain(state.moves()).chain(warnings);
         Health {
             not_ready: self.not_ready(&state),
-            checks: members.chain(strangers).chain(map_id).collect(),
+            checks: members
+                .chain(strangers)
+                .chain(failed_checks(map_id.collect()))
+                .collect(),
         }
     }
 
@@ -227,6 +233,11 @@ impl Cluster {
         }
         Some("no redis primary answers".to_owned())
     }
+}
+
+fn unowned_reason(state: &ClusterState) -> String {
+    let error = state.discovery_error.clone();
+    error.unwrap_or_else(|| "the cluster has no primary for this partition".to_owned())
 }
 
 impl Topology {

@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use common::files::Followed;
 use redis::io::tcp::TcpSettings;
 use redis::{Client, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisConnectionInfo};
 
@@ -15,19 +16,21 @@ pub struct RedisConfig {
     pub(super) seeds: Vec<Address>,
     pub(super) is_tls: bool,
     login: RedisConnectionInfo,
+    /// From a file, for the connections to come.
+    password: Option<Followed<String>>,
 }
 
 impl RedisConfig {
-    /// The configuration with the password that its text does not have.
+    /// The configuration with the password that its text does not have, as a file has it.
     ///
     /// # Errors
     /// When both or neither have one for its user, as a line for the operator.
     pub(in crate::map) fn with_password(
         mut self,
-        password: Option<String>,
+        password: Option<Followed<String>>,
     ) -> Result<Self, String> {
         let user = self.login.username();
-        match (self.login.password(), password) {
+        match (self.login.password(), &password) {
             (Some(_), Some(_)) => Err(
                 "--map has a password, too; write it in --map-password-file alone".to_owned(),
             ),
@@ -36,11 +39,18 @@ impl RedisConfig {
                  --map-password-file"
                     .to_owned(),
             ),
-            (None, Some(password)) => {
-                self.login = self.login.set_password(password);
+            (_, _) => {
+                self.password = password;
                 Ok(self)
             }
-            (_, None) => Ok(self),
+        }
+    }
+
+    fn login(&self) -> RedisConnectionInfo {
+        let login = self.login.clone().set_skip_set_lib_name();
+        match &self.password {
+            Some(password) => login.set_password(password.borrow().as_str()),
+            None => login,
         }
     }
 
@@ -58,7 +68,7 @@ impl RedisConfig {
             ConnectionAddr::Tcp(host, port)
         };
         let info = address.into_connection_info().map(|info| {
-            info.set_redis_settings(self.login.clone().set_skip_set_lib_name())
+            info.set_redis_settings(self.login())
                 .set_tcp_settings(TcpSettings::default().set_nodelay(true))
         });
         let client = info.and_then(Client::open);
@@ -84,6 +94,7 @@ impl FromStr for RedisConfig {
             seeds: seeds?,
             is_tls: scheme == "rediss",
             login,
+            password: None,
         })
     }
 }
@@ -109,7 +120,7 @@ fn parse_login(login: &str) -> Result<RedisConnectionInfo, &'static str> {
 impl fmt::Debug for RedisConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(if self.is_tls { "rediss://" } else { "redis://" })?;
-        if self.login.password().is_some() {
+        if self.password.is_some() || self.login.password().is_some() {
             write!(f, "{}:…@", self.login.username().unwrap_or_default())?;
         }
         let seeds: Vec<String> = self.seeds.iter().map(Address::to_string).collect();
@@ -170,6 +181,10 @@ impl fmt::Display for Address {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
+    use std::sync::Arc;
+
+    use tokio::sync::watch;
+
     use super::*;
 
     #[test]
@@ -205,12 +220,13 @@ mod tests {
     fn user_has_one_password() {
         let with = |text: &str, password: Option<&str>| {
             let servers: RedisConfig = text.parse().unwrap();
-            servers.with_password(password.map(str::to_owned))
+            let file = password.map(|password| watch::channel(Arc::new(password.to_owned())).1);
+            servers.with_password(file)
         };
-        let login = with("redis://user@host", Some("p@ss")).unwrap().login;
+        let login = with("redis://user@host", Some("p@ss")).unwrap().login();
         assert_eq!(login.username(), Some("user"));
         assert_eq!(login.password(), Some("p@ss"));
-        let login = with("redis://host", Some("secret")).unwrap().login;
+        let login = with("redis://host", Some("secret")).unwrap().login();
         assert_eq!((login.username(), login.password()), (None, Some("secret")));
         assert!(with("redis://host", None).is_ok());
         assert!(with("redis://user@host", None).is_err());

@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use redis::aio::{ConnectionLike, MultiplexedConnection};
-use redis::{AsyncConnectionConfig, Client, Pipeline, RedisError, RedisResult, Value};
+use redis::{AsyncConnectionConfig, Pipeline, RedisError, RedisResult, Value};
 use tokio::sync::{Mutex, Notify, watch};
 use tokio::time::sleep;
 
@@ -29,10 +29,11 @@ pub(super) async fn send(
 #[derive(Debug)]
 pub(super) struct ServerConnection {
     pub(super) address: Address,
-    client: Client,
+    pub(super) config: RedisConfig,
     /// See [`super::timeouts::answer_timeout`].
     pub(super) timeout: Duration,
     connection: Mutex<Option<MultiplexedConnection>>,
+    statistics: Mutex<Option<MultiplexedConnection>>,
     down: watch::Sender<Option<Down>>,
     is_probed: AtomicBool,
     pub(super) wake_discovery: Arc<Notify>,
@@ -48,15 +49,16 @@ struct Down {
 impl ServerConnection {
     pub(super) fn new(
         address: Address,
-        client: Client,
+        config: RedisConfig,
         timeout: Duration,
         wake_discovery: Arc<Notify>,
     ) -> Self {
         Self {
             address,
-            client,
+            config,
             timeout,
             connection: Mutex::default(),
+            statistics: Mutex::default(),
             down: watch::Sender::default(),
             is_probed: AtomicBool::new(false),
             wake_discovery,
@@ -64,9 +66,9 @@ impl ServerConnection {
     }
 
     /// The same for another server, which is not probed.
-    pub(super) fn sibling(&self, address: Address, config: &RedisConfig) -> Self {
-        let client = config.client(&address);
-        Self::new(address, client, self.timeout, self.wake_discovery.clone())
+    pub(super) fn sibling(&self, address: Address) -> Self {
+        let config = self.config.clone();
+        Self::new(address, config, self.timeout, self.wake_discovery.clone())
     }
 
     /// Makes another connection to the server; its timeout bounds this and each reply.
@@ -74,9 +76,22 @@ impl ServerConnection {
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(self.timeout))
             .set_response_timeout(Some(self.timeout));
-        self.client
+        self.config
+            .client(&self.address)
             .get_multiplexed_async_connection_with_config(&config)
             .await
+    }
+
+    /// Sends a pipeline on the connection for statistics, which is made anew after a failure.
+    pub(super) async fn ask_for_statistics(&self, commands: &Pipeline) -> RedisResult<Vec<Value>> {
+        let mut kept = self.statistics.lock().await;
+        let mut connection = match kept.take() {
+            Some(connection) => connection,
+            None => self.connect().await?,
+        };
+        let replies = commands.query_async(&mut connection).await?;
+        *kept = Some(connection);
+        Ok(replies)
     }
 
     /// Why the server is down, if it is.

@@ -91,13 +91,17 @@ impl RedisCursor {
             let source = &mut self.sources[usize::from(partition)];
             let size = source.members.front().map_or(0, Member::message_bytes);
             bytes += size + partition::LINE_BYTES;
-            if bytes > limit.bytes && !picked.is_empty() {
+            let is_large = size > limit.message;
+            if (bytes > limit.bytes || is_large) && !picked.is_empty() {
                 break;
             }
             picked.extend(source.members.pop_front());
             self.cluster.count_get(partition);
             self.queue.pop();
             self.enqueue(partition);
+            if is_large {
+                break;
+            }
         }
         Ok(picked)
     }
@@ -176,6 +180,11 @@ impl Cursor for RedisCursor {
     async fn next(&mut self, limit: PieceLimit) -> Result<Piece, MapError> {
         in_time(self.timeout, async {
             let picked = self.pick(limit).await?;
+            if let [Member::Large(uuid, bytes)] = picked[..]
+                && bytes > limit.message
+            {
+                return Ok(Piece::large(uuid, bytes));
+            }
             let large = picked.iter().filter_map(|member| match member {
                 Member::Large(uuid, _) => Some(*uuid),
                 Member::Small(..) | Member::Mark(_) => None,

@@ -26,7 +26,7 @@ use super::primary_writer::PrimaryWriter;
 use super::replies::{Direction, Node, ServerInfo};
 use super::timeouts::answer_timeout;
 use crate::map::contract::{Access, DEFAULT_SETTLE, Options};
-use crate::map::rules::millis;
+use crate::map::rules::{log_opened, millis};
 
 /// The interval between refreshes while nothing wakes discovery.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(2);
@@ -332,6 +332,8 @@ impl Discovery {
             (None, Access::Import | Access::Read) => self.settle(),
         };
         self.known.set(Properties { id, settle });
+        let place = format!("{:?}", self.config);
+        log_opened(&place, id, settle, self.options.settle);
         Ok(id)
     }
 
@@ -377,13 +379,10 @@ impl Discovery {
             return shard.clone();
         }
         let connection = self.connection(address);
-        let (config, options) = (self.config.clone(), &self.options);
-        let known = self.known.clone();
         let writer = PrimaryWriter::open(
             connection.clone(),
-            config,
-            options,
-            known,
+            &self.options,
+            self.known.clone(),
             backups,
             partitions,
         );
@@ -396,7 +395,7 @@ impl Discovery {
         let connection = self.connections.entry(address.clone()).or_insert_with(|| {
             Arc::new(ServerConnection::new(
                 address.clone(),
-                self.config.client(address),
+                self.config.clone(),
                 answer_timeout(&self.options),
                 self.wake.clone(),
             ))

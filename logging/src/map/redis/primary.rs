@@ -14,7 +14,6 @@ use redis::{Pipeline, Script, ServerError, Value};
 use tokio::sync::watch;
 
 use super::append_only::{Primacy, Proof};
-use super::config::RedisConfig;
 use super::connection::{self, ServerConnection};
 use super::known_map::{KnownMap, Properties};
 use super::partition::{self, entries_key, fence_key, message_key};
@@ -60,8 +59,6 @@ pub(super) struct Primary {
     /// Replicas that must hold an entry before it is acknowledged.
     pub(super) backups: u16,
     pub(super) shared: Arc<Shared>,
-    /// How its replicas are reached.
-    pub(super) config: RedisConfig,
     /// When its append-only file was seen complete.
     pub(super) seen: Option<Primacy>,
 }
@@ -78,8 +75,8 @@ impl Primary {
         let server = &*self.connection;
         let connected = server.connect().await;
         let mut connection = connected.map_err(|error| server.describe(&error))?;
-        let (config, seen) = (&self.config, self.seen.as_ref());
-        let proof = Proof::find(&mut connection, server, config, self.backups, seen).await?;
+        let seen = self.seen.as_ref();
+        let proof = Proof::find(&mut connection, server, self.backups, seen).await?;
         if let Proof::Unchanged(primacy) = &proof {
             self.seen = Some(primacy.clone());
         }
@@ -310,12 +307,12 @@ mod tests {
             host: "127.0.0.1".to_owned(),
             port: 7001,
         };
-        let client = redis::Client::open("redis://127.0.0.1:7001").expect("this is an address");
+        let config = "redis://127.0.0.1:7001".parse().expect("a location");
         let timeout = Duration::from_secs(1);
         Primary {
             connection: Arc::new(ServerConnection::new(
                 address,
-                client,
+                config,
                 timeout,
                 Arc::default(),
             )),
@@ -327,7 +324,6 @@ mod tests {
                 partitions: watch::Sender::default(),
                 fence: AtomicUsize::new(0),
             }),
-            config: "redis://127.0.0.1:7001".parse().expect("a location"),
             seen: None,
         }
     }

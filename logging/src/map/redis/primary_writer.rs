@@ -13,7 +13,6 @@ use common::entry::Outcome;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
 
-use super::config::RedisConfig;
 use super::connection::{PROBE_INTERVAL, ServerConnection};
 use super::known_map::KnownMap;
 use super::primary::{Primary, Session, Shared};
@@ -35,7 +34,6 @@ impl PrimaryWriter {
     /// Starts the writer. It ends when the handle is dropped and all queued batches are answered.
     pub(super) fn open(
         connection: Arc<ServerConnection>,
-        config: RedisConfig,
         options: &Options,
         known: Arc<KnownMap>,
         backups: u16,
@@ -57,7 +55,6 @@ impl PrimaryWriter {
                 access: options.access,
                 backups,
                 shared: shared.clone(),
-                config,
                 seen: None,
             },
             jobs: queued,

@@ -37,16 +37,19 @@ local function floor_key(key)
     return 'fence:' .. string.sub(key, 9) .. ':floor'
 end
 
--- The floor of a partition of this map; nil after a failure. Below it nothing is new any more.
-local function floor_of(key)
+-- The floor of a partition of this map; nil after a failure. Below it nothing is new any more. `found` is what
+-- the partition has behind an entry: mostly the mark already.
+local function floor_of(key, found)
     local floor = floors[key]
     if floor then
         return floor
     end
-    local found = redis.pcall('ZREVRANGE', key, '0', '0')
-    if found.err or found[1] ~= mark then
-        failure = found.err or ('NOMARK ' .. key .. ' is not a partition of this map: it was lost')
-        return nil
+    if found ~= mark then
+        local last = redis.pcall('ZREVRANGE', key, '0', '0')
+        if last.err or last[1] ~= mark then
+            failure = last.err or ('NOMARK ' .. key .. ' is not a partition of this map: it was lost')
+            return nil
+        end
     end
     local stored = redis.pcall('GET', floor_key(key))
     if type(stored) == 'table' then
@@ -106,15 +109,15 @@ end
 
 -- Numbers are passed as text: Redis formats a Lua number with printf's %.17g, a tenth of this function's time.
 local function put(key, member, message_key, message)
-    local floor = floor_of(key)
-    if not floor then
-        return 'e'
-    end
     local uuid = string.sub(member, 1, 16)
     -- The last mark follows every entry.
     local found = redis.pcall('ZRANGEBYLEX', key, '[' .. uuid, '+', 'LIMIT', '0', '1')
     if found.err then
         failure = found.err
+        return 'e'
+    end
+    local floor = floor_of(key, found[1])
+    if not floor then
         return 'e'
     end
     if found[1] == member and message_key then

@@ -110,12 +110,49 @@ pub(super) async fn read_messages(
     let replies = replies.await?.into_iter().zip(uuids);
     let messages = replies.map(|(reply, uuid)| match reply {
         Value::BulkString(message) => Ok(message),
-        Value::Nil => Err(MapError::Unavailable(format!(
-            "the message of entry {uuid} is missing: it is moving, or its primary lost it"
-        ))),
+        Value::Nil => Err(missing(*uuid)),
         other => Err(unexpected_reply(&[other])),
     });
     messages.collect()
+}
+
+fn missing(uuid: Uuid) -> MapError {
+    MapError::Unavailable(format!(
+        "the message of entry {uuid} is missing: it is moving, or its primary lost it"
+    ))
+}
+
+/// See [`DistributedMap::part`](crate::map::DistributedMap::part).
+pub(super) async fn part(
+    cluster: &Cluster,
+    uuid: Uuid,
+    from: usize,
+    bytes: usize,
+) -> Result<String, MapError> {
+    let partition = [partition::of(uuid)];
+    let replies = ask(cluster, &partition, |_| {
+        let mut command = redis::cmd("GETRANGE");
+        command
+            .arg(message_key(uuid))
+            .arg(from)
+            .arg(from + bytes - 1);
+        command
+    });
+    let mut part = match replies.await?.pop() {
+        Some(Value::BulkString(part)) => part,
+        other => return Err(unexpected_reply(&other.into_iter().collect::<Vec<_>>())),
+    };
+    if let Err(error) = std::str::from_utf8(&part)
+        && error.error_len().is_none()
+    {
+        part.truncate(error.valid_up_to());
+    }
+    match String::from_utf8(part) {
+        // A key that is not there is an empty text.
+        Ok(part) if part.is_empty() => Err(missing(uuid)),
+        Ok(part) => Ok(part),
+        Err(_) => Err(MapError::Damaged(uuid)),
+    }
 }
 
 pub(super) async fn get(cluster: &Cluster, uuid: Uuid) -> Result<Option<String>, MapError> {

@@ -2,7 +2,7 @@
 
 use common::api::{MapStats, MemberStats, Role};
 use futures_util::future::join_all;
-use redis::{ErrorKind, RedisError, RedisResult, Value, from_redis_value};
+use redis::{RedisResult, Value, from_redis_value};
 use tokio::time::timeout;
 
 use super::cluster::{Cluster, Topology};
@@ -28,8 +28,11 @@ pub(super) async fn stats(cluster: &Cluster) -> MapStats {
             None => (Role::Primary, own),
         };
         let asked = ask(cluster, member, is_cluster, &partitions);
-        let Ok(Ok((info, entries))) = timeout(STATS_TIMEOUT, asked).await else {
-            return MemberStats::down(address.to_string(), role);
+        let answered = timeout(STATS_TIMEOUT, asked).await;
+        let silent = || Err(format!("redis {address} does not answer"));
+        let (info, entries) = match answered.unwrap_or_else(|_| silent()) {
+            Ok(answer) => answer,
+            Err(problem) => return MemberStats::down(address.to_string(), role, problem),
         };
         let is_primary = role == Role::Primary;
         let split = |number| match is_primary {
@@ -43,6 +46,7 @@ pub(super) async fn stats(cluster: &Cluster) -> MapStats {
             member: address.to_string(),
             role,
             up: true,
+            problem: None,
             partitions: Some(partitions.len() as u64),
             entries,
             gets: Some(if is_primary { gets.sum() } else { 0 }),
@@ -59,7 +63,6 @@ pub(super) async fn stats(cluster: &Cluster) -> MapStats {
         engine: if is_cluster { "redis-cluster" } else { "redis" }.to_owned(),
         layout: LAYOUT,
         members,
-        problems: Vec::new(),
         problem: match state.topology.is_whole() {
             true => state.map_id_error.clone(),
             false => Some(cluster.unowned_reason()),
@@ -80,8 +83,7 @@ async fn ask(
     member: &ServerConnection,
     is_cluster: bool,
     partitions: &[u16],
-) -> RedisResult<(ServerInfo, u64)> {
-    let mut connection = member.connect().await?;
+) -> Result<(ServerInfo, u64), String> {
     let mut commands = redis::pipe();
     // A user may lack the right to `READONLY`; a primary needs none.
     commands.ignore_errors();
@@ -93,21 +95,33 @@ async fn ask(
         commands.add_command(first_member(*partition));
         commands.cmd("ZCARD").arg(entries_key(*partition));
     }
-    let replies: Vec<Value> = commands.query_async(&mut connection).await?;
-    let mut replies = replies.into_iter();
-    let info: String = from_redis_value(replies.next().unwrap_or(Value::Nil))?;
-    let mut entries = 0;
-    while let (Some(first), Some(count)) = (replies.next(), replies.next()) {
-        let [first]: [Value; 1] = from_redis_value(first)?;
-        let is_marked = match Member::read(first) {
-            Ok(Member::Mark(map)) => cluster.require_mark(&map).is_ok(),
-            _ => false,
-        };
-        let members: u64 = from_redis_value(count)?;
-        let count = members.checked_sub(MARKS).filter(|_| is_marked);
-        entries += count.ok_or_else(|| {
-            RedisError::from((ErrorKind::UnexpectedReturnType, "a partition is missing"))
-        })?;
+    let address = &member.address;
+    let replies = member.ask_for_statistics(&commands).await;
+    let replies = replies.map_err(|error| format!("redis {address} does not answer: {error}"))?;
+    let read = || -> RedisResult<_> {
+        let mut replies = replies.into_iter();
+        let info: String = from_redis_value(replies.next().unwrap_or(Value::Nil))?;
+        let (mut entries, mut missing) = (0, 0);
+        while let (Some(first), Some(count)) = (replies.next(), replies.next()) {
+            let first: Vec<Value> = from_redis_value(first)?;
+            let is_marked = first.into_iter().next().is_some_and(|first| {
+                let map = Member::read(first);
+                matches!(map, Ok(Member::Mark(map)) if cluster.require_mark(&map).is_ok())
+            });
+            let members: u64 = from_redis_value(count)?;
+            match members.checked_sub(MARKS).filter(|_| is_marked) {
+                Some(count) => entries += count,
+                None => missing += 1,
+            }
+        }
+        Ok((ServerInfo::parse(&info), entries, missing))
+    };
+    match read().map_err(|error| format!("redis {address} gives no numbers: {error}"))? {
+        (info, entries, 0) => Ok((info, entries)),
+        (_, _, missing) => Err(format!(
+            "redis {address} lacks {missing} of its {} partitions: if it is not a replica that copies them \
+             now, restore the map from a copy",
+            partitions.len()
+        )),
     }
-    Ok((ServerInfo::parse(&info), entries))
 }

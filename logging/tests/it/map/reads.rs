@@ -23,6 +23,7 @@ async fn piece_is_cut_in_bytes_but_holds_one_entry() {
             let limit = PieceLimit {
                 entries: u64::MAX,
                 bytes,
+                message: usize::MAX,
             };
             let mut cursor = subject.map.read(Bounds::default());
             let piece = cursor.next(limit).await.unwrap();
@@ -30,6 +31,40 @@ async fn piece_is_cut_in_bytes_but_holds_one_entry() {
             let whole = read_in_pieces(&*subject.map, Bounds::default(), limit).await;
             assert_eq!(whole.unwrap(), entries, "with {bytes} bytes");
         }
+    }
+}
+
+/// A large message is read in parts of whole characters, and the cursor goes on behind its entry.
+#[tokio::test]
+async fn large_message_is_read_in_parts() {
+    for engine in ENGINES {
+        let subject = Subject::of(engine).await;
+        let entries = [entry("a"), entry(&"größe €𝄞".repeat(1000)), entry("b")];
+        put(&subject.map, &entries).await;
+        let limit = PieceLimit {
+            entries: u64::MAX,
+            bytes: 1500,
+            message: 1500,
+        };
+        let mut cursor = subject.map.read(Bounds::default());
+        let mut sizes = Vec::new();
+        for entry in &entries {
+            let piece = cursor.next(limit).await.unwrap();
+            assert_eq!((piece.count, piece.last), (1, Some(entry.uuid)));
+            assert_eq!(piece.lines.is_empty(), piece.large.is_some());
+            sizes.push(piece.large);
+        }
+        let bytes = entries[1].msg.len();
+        assert_eq!(sizes, [None, Some(bytes), None]);
+        let mut msg = String::new();
+        while msg.len() < bytes {
+            let part = subject.map.part(entries[1].uuid, msg.len(), 1001).await;
+            let part = part.unwrap();
+            assert!((1..=1001).contains(&part.len()));
+            msg += &part;
+        }
+        assert_eq!(msg, entries[1].msg);
+        assert!(subject.map.part(entries[1].uuid, bytes, 1).await.is_err());
     }
 }
 
@@ -62,6 +97,7 @@ fn reads_match_a_model() {
                 let limit = PieceLimit {
                     entries: limit,
                     bytes: 1024 * 1024,
+                    message: usize::MAX,
                 };
                 let read = async |bounds| read_in_pieces(&*subject.map, bounds, limit).await;
                 let whole = runtime.block_on(read(bounds)).unwrap();
@@ -118,6 +154,7 @@ async fn uneven_entries_are_read_whole_in_pieces() {
             let limit = PieceLimit {
                 entries: u64::MAX,
                 bytes,
+                message: usize::MAX,
             };
             let read = read_in_pieces(&*subject.map, bounds, limit).await;
             let mut read = read.unwrap();
