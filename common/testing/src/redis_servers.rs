@@ -165,9 +165,17 @@ impl RedisServer {
                 lines.any(|line| line.contains(&format!("slave {id} ")))
             });
         }
-        self.wait_until("it has its primary's data", |node| {
+        self.wait_until("it has its primary's data, and a link to each member", |node| {
+            // Nobody votes for a node whose request has no link, and `redis-cli` passes over members without one.
+            let nodes: String = node.ask(&["CLUSTER", "NODES"]);
+            let has_link = |member: &&Self| {
+                let id = member.node_id();
+                let mut lines = nodes.lines().filter(|line| line.starts_with(&id));
+                lines.any(|line| line.contains(" connected"))
+            };
             node.info("master_link_status").as_deref() == Some("up")
                 && node.cluster_info("cluster_state").as_deref() == Some("ok")
+                && members.iter().all(has_link)
         });
     }
 
