@@ -12,7 +12,6 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use axum::body::to_bytes;
 use axum::http::Uri;
 use bytes::{Bytes, BytesMut};
 use common::api::{
@@ -26,11 +25,11 @@ use common::middleware::REQUEST_ID;
 use common::pace::Pace;
 use common::tls::follow_trusted;
 use common::traces::{TRACEPARENT, traceparent};
-use futures_util::{StreamExt, stream};
-use hyper::body::Incoming;
-use hyper_rustls::{FixedServerNameResolver, HttpsConnector};
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt, TryFutureExt, stream};
+use hyper_rustls::{FixedServerNameResolver, HttpsConnector, MaybeHttpsStream};
 use hyper_util::client::legacy;
-use hyper_util::client::legacy::connect::{Connect, HttpConnector};
+use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use memchr::memchr;
 use reqwest::header::HeaderValue;
@@ -44,7 +43,7 @@ use uuid::Uuid;
 
 use crate::entry_stream::Chunks;
 use crate::served_map::{Purpose, ServedMap};
-use crate::upstream::UpstreamError;
+use crate::upstream::{Cause, UpstreamError};
 
 /// Idle connections are closed after this time, well before the services close them.
 const IDLE_CONNECTION: Duration = Duration::from_secs(10);
@@ -79,16 +78,17 @@ const STREAM_BUFFER: usize = 64 * 1024;
 /// closed.
 #[derive(Clone, Debug)]
 pub struct Clients {
+    /// Builds requests, and sends those to the messages service.
     requests: Client,
-    /// Hyper's, because reqwest cannot bound hyper's read buffer, which grows to 512 KiB for each
-    /// GET whose caller is slow.
-    streams: legacy::Client<HttpConnector, Body>,
+    /// Hyper's, because reqwest can neither bound hyper's read buffer, which grows to 512 KiB for each GET whose
+    /// caller is slow, nor change the authorities that it trusts.
+    instances: legacy::Client<Connector, Body>,
+    /// Of the instances' URLs.
+    scheme: &'static str,
     /// What logging instances ask for.
     authorization: Option<Followed<HeaderValue>>,
-    /// Whom logging instances with HTTPS are believed.
+    /// The authorities for HTTPS.
     trust: Option<Followed<ClientConfig>>,
-    /// For HTTPS, in place of the two.
-    secure: Option<legacy::Client<TlsConnector, Body>>,
 }
 
 impl Clients {
@@ -117,13 +117,12 @@ impl Clients {
             .pool_idle_timeout(IDLE_CONNECTION)
             .build()
             .map_err(|error| error.to_string())?;
-        let streams = stream_client(connector(connect_timeout));
         Ok(Self {
             requests,
-            streams,
+            instances: instance_client(connect_timeout, None),
+            scheme: "http",
             authorization,
             trust,
-            secure: None,
         })
     }
 
@@ -137,52 +136,54 @@ impl Clients {
             .ok_or("https:// in --logging needs --logging-ca FILE, the authority's certificate")?;
         let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned());
         let name = name.map_err(|error| format!("{host}: {error}"))?;
-        let mut tcp = connector(connect_timeout);
-        tcp.enforce_http(false);
         Ok(Self {
-            secure: Some(stream_client(TlsConnector { tcp, trust, name })),
+            instances: instance_client(connect_timeout, Some((trust, name))),
+            scheme: "https",
             ..self.clone()
         })
     }
 }
 
-/// Makes connections with TLS to instances whose certificate is for `name`, with the trust of the moment.
+/// Makes connections, with TLS by the current trust if the instances' certificate is for a name.
 #[derive(Clone)]
-struct TlsConnector {
+struct Connector {
     tcp: HttpConnector,
-    trust: Followed<ClientConfig>,
-    name: ServerName<'static>,
+    tls: Option<(Followed<ClientConfig>, ServerName<'static>)>,
 }
 
-impl Service<Uri> for TlsConnector {
-    type Response = <HttpsConnector<HttpConnector> as Service<Uri>>::Response;
-    type Error = <HttpsConnector<HttpConnector> as Service<Uri>>::Error;
-    type Future = <HttpsConnector<HttpConnector> as Service<Uri>>::Future;
+impl Service<Uri> for Connector {
+    type Response = MaybeHttpsStream<<HttpConnector as Service<Uri>>::Response>;
+    type Error = Cause;
+    type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
 
     fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, uri: Uri) -> Self::Future {
-        let trust = self.trust.borrow().clone();
-        let name = Arc::new(FixedServerNameResolver::new(self.name.clone()));
+        let Some((trust, name)) = &self.tls else {
+            let connected = self.tcp.call(uri).map_ok(MaybeHttpsStream::Http);
+            return connected.err_into().boxed();
+        };
+        let trust = trust.borrow().clone();
+        let name = Arc::new(FixedServerNameResolver::new(name.clone()));
         HttpsConnector::new(self.tcp.clone(), trust, true, name).call(uri)
     }
 }
 
-fn connector(connect_timeout: Duration) -> HttpConnector {
-    let mut connector = HttpConnector::new();
-    connector.set_nodelay(true);
-    connector.set_connect_timeout(Some(connect_timeout));
-    connector
-}
-
-fn stream_client<C: Connect + Clone>(connector: C) -> legacy::Client<C, Body> {
+fn instance_client(
+    connect_timeout: Duration,
+    tls: Option<(Followed<ClientConfig>, ServerName<'static>)>,
+) -> legacy::Client<Connector, Body> {
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(tls.is_none());
+    tcp.set_nodelay(true);
+    tcp.set_connect_timeout(Some(connect_timeout));
     legacy::Client::builder(TokioExecutor::new())
         .pool_timer(TokioTimer::new())
         .pool_idle_timeout(IDLE_CONNECTION)
         .http1_max_buf_size(STREAM_BUFFER)
-        .build(connector)
+        .build(Connector { tcp, tls })
 }
 
 pub struct ReadAnswer {
@@ -241,12 +242,8 @@ impl LoggingClient {
         timeout: Duration,
         served: Arc<ServedMap>,
     ) -> Self {
-        let scheme = if clients.secure.is_some() {
-            "https"
-        } else {
-            "http"
-        };
-        let base = Url::parse(&format!("{scheme}://{address}")).expect("an address makes a URL");
+        let base = format!("{}://{address}", clients.scheme);
+        let base = Url::parse(&base).expect("an address makes a URL");
         Self {
             clients,
             name: address.to_string(),
@@ -262,35 +259,17 @@ impl LoggingClient {
         request: RequestBuilder,
         purpose: Purpose,
     ) -> Result<Response, UpstreamError> {
-        let request = self.introduced(request);
-        let response = match &self.clients.secure {
-            None => request.timeout(self.timeout).send().await?,
-            Some(_) => {
-                let answered = timeout(self.timeout, self.answer_of(request)).await;
-                answered.unwrap_or(Err(UpstreamError::TimedOut))?
-            }
-        };
-        self.check(response, purpose)
+        let request = self.introduced(request).build()?.try_into()?;
+        let response = self.clients.instances.request(request).await?;
+        self.check(Response::from(response.map(Body::wrap)), purpose)
     }
 
-    /// A whole answer by HTTPS.
-    async fn answer_of(&self, request: RequestBuilder) -> Result<Response, UpstreamError> {
-        let (head, body) = self.begin(request).await?.into_parts();
-        let body = to_bytes(axum::body::Body::new(body), MAX_LINE).await;
-        let body = body.map_err(|error| UpstreamError::Lost(error.into()))?;
-        Ok(axum::http::Response::from_parts(head, body).into())
-    }
-
-    /// Sends a request whose answer is read as it arrives.
-    async fn begin(
+    async fn in_time<T>(
         &self,
-        request: RequestBuilder,
-    ) -> Result<axum::http::Response<Incoming>, UpstreamError> {
-        let request = request.build()?.try_into()?;
-        Ok(match &self.clients.secure {
-            None => self.clients.streams.request(request).await?,
-            Some(secure) => secure.request(request).await?,
-        })
+        answer: impl Future<Output = Result<T, UpstreamError>>,
+    ) -> Result<T, UpstreamError> {
+        let answer = timeout(self.timeout, answer).await;
+        answer.unwrap_or(Err(UpstreamError::TimedOut))
     }
 
     /// Adds the map that this facade serves, and the token that the instance asks for.
@@ -348,9 +327,12 @@ impl LoggingApi for LoggingClient {
             .post(self.base.clone())
             .header(header::CONTENT_TYPE, Batch::CONTENT_TYPE)
             .body(batch.into_body());
-        let response = require_success(self.send(request, purpose).await?).await?;
-        let clock = self.mark(&response)?.clock;
-        let body = read_body(response, limit).await?;
+        let answer = async {
+            let response = require_success(self.send(request, purpose).await?).await?;
+            let clock = self.mark(&response)?.clock;
+            Ok((clock, read_body(response, limit).await?))
+        };
+        let (clock, body) = self.in_time(answer).await?;
         let results: Vec<PutResult> = serde_json::from_slice(&body).map_err(garbled)?;
         if let Some(clock) = clock
             && results.iter().any(|result| result.outcome.is_about_time())
@@ -366,14 +348,10 @@ impl LoggingApi for LoggingClient {
         request_id: Option<&str>,
     ) -> Result<ReadAnswer, UpstreamError> {
         let request = self.clients.requests.get(self.base.clone()).query(&query);
-        let request = identified(self.introduced(request), request_id);
-        let asked = async {
-            let response = Response::from(self.begin(request).await?.map(Body::wrap));
-            require_success(self.check(response, Purpose::Caller)?).await
-        };
+        let request = identified(request, request_id);
         let first_line_due = Instant::now() + self.timeout;
-        let asked = timeout_at(first_line_due, asked).await;
-        let response = asked.unwrap_or(Err(UpstreamError::TimedOut))?;
+        let answer = async { require_success(self.send(request, Purpose::Caller).await?).await };
+        let response = self.in_time(answer).await?;
         let position = |name: &str| {
             let value = response.headers().get(name);
             let uuid = value.map(|value| Uuid::try_parse_ascii(value.as_bytes()));
@@ -397,11 +375,17 @@ impl LoggingApi for LoggingClient {
         let mut url = self.base.clone();
         url.set_path(&uuid.to_string());
         let request = identified(self.clients.requests.get(url), None);
-        let response = self.send(request, Purpose::Caller).await?;
-        if response.status() == StatusCode::NOT_FOUND {
+        let answer = async {
+            let response = self.send(request, Purpose::Caller).await?;
+            if response.status() == StatusCode::NOT_FOUND {
+                return Ok(None);
+            }
+            let body = read_body(require_success(response).await?, MAX_LINE).await?;
+            Ok(Some(body))
+        };
+        let Some(body) = self.in_time(answer).await? else {
             return Ok(None);
-        }
-        let body = read_body(require_success(response).await?, MAX_LINE).await?;
+        };
         let entry: Entry = serde_json::from_slice(&body).map_err(garbled)?;
         if entry.uuid != uuid {
             let reason = format!("it was asked for {uuid} and gave {}", entry.uuid);
@@ -414,8 +398,11 @@ impl LoggingApi for LoggingClient {
         let mut url = self.base.clone();
         url.set_path("stats");
         let request = self.clients.requests.get(url);
-        let response = require_success(self.send(request, Purpose::State).await?).await?;
-        let body = read_body(response, MAX_STATS_BODY).await?;
+        let answer = async {
+            let response = require_success(self.send(request, Purpose::State).await?).await?;
+            read_body(response, MAX_STATS_BODY).await
+        };
+        let body = self.in_time(answer).await?;
         serde_json::from_slice(&body).map_err(garbled)
     }
 }
