@@ -5,9 +5,10 @@
 //! process that hears a different time follows it slowly.
 
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use parking_lot::{Mutex, MutexGuard};
 use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::Notify;
 
@@ -136,7 +137,7 @@ impl MapClock {
     }
 
     fn reading(&self) -> MutexGuard<'_, Option<Reading>> {
-        self.reading.lock().unwrap_or_else(PoisonError::into_inner)
+        self.reading.lock()
     }
 }
 

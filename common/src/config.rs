@@ -226,9 +226,10 @@ fn in_one_line(error: &clap::Error, service: &str) -> String {
         return quoted_without_login(first.strip_prefix("error: ").unwrap_or(first));
     };
     let option = option.split(' ').next().unwrap_or_default();
-    let what = match is_on_command_line(option) {
-        true => option.to_owned(),
-        false => variable_of(service, option.trim_start_matches('-')),
+    let what = if is_on_command_line(option) {
+        option.to_owned()
+    } else {
+        variable_of(service, option.trim_start_matches('-'))
     };
     if value.is_empty() {
         return format!("{what} needs a value");
@@ -264,9 +265,10 @@ fn without_login(text: &str) -> String {
     };
     let scheme = SCHEMES.iter().find(|scheme| login.starts_with(**scheme));
     let scheme = scheme.copied().unwrap_or_default();
-    let slashes = match login[scheme.len()..].starts_with("//") {
-        true => "//",
-        false => "",
+    let slashes = if login[scheme.len()..].starts_with("//") {
+        "//"
+    } else {
+        ""
     };
     format!("{scheme}{slashes}…@{host}")
 }

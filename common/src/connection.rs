@@ -4,14 +4,15 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, ErrorKind};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Context;
 use std::time::{Duration, Instant};
 
 use futures_util::task::AtomicWaker;
 use ipnet::IpNet;
 use metrics::counter;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::sleep;
@@ -134,9 +135,7 @@ impl Connection {
     }
 
     fn idle(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.idle_since
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.idle_since.lock()
     }
 }
 
@@ -209,7 +208,7 @@ impl Connections {
     }
 
     fn lock(&self) -> MutexGuard<'_, Open> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+        self.open.lock()
     }
 }
 
@@ -249,15 +248,16 @@ impl Open {
             return;
         }
         self.told = Some(Instant::now());
-        match makes_room {
-            true => tracing::warn!(
+        if makes_room {
+            tracing::warn!(
                 max,
                 "all connections are in use: idle ones make room for new ones; see --max-connections"
-            ),
-            false => tracing::warn!(
+            )
+        } else {
+            tracing::warn!(
                 max,
                 "all connections are in use and none is idle: new ones get a 503; see --max-connections"
-            ),
+            )
         }
     }
 }

@@ -57,9 +57,10 @@ pub fn readiness(ready: Result<(), String>, checks: &[Check]) -> Response {
         return JsonLine(Ready { status, checks }).into_response();
     };
     let problem = Problem::unavailable(detail, Duration::from_secs(1));
-    match checks.is_empty() {
-        true => problem.into_response(),
-        false => problem.with("checks", checks).into_response(),
+    if checks.is_empty() {
+        problem.into_response()
+    } else {
+        problem.with("checks", checks).into_response()
     }
 }
 

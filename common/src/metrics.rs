@@ -2,7 +2,7 @@
 //!
 //! Each service describes its own metrics before it serves; `docs/observing.md` explains all of them.
 
-use std::sync::{LazyLock, PoisonError, RwLock};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use axum::extract::{MatchedPath, Request};
@@ -12,6 +12,7 @@ use metrics::{Histogram, counter, describe_gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use metrics_process::Collector;
 use metrics_util::MetricKindMask;
+use parking_lot::RwLock;
 use tracing::field::Empty;
 use tracing::{Span, debug_span};
 
@@ -120,9 +121,10 @@ pub fn show(request: &HeaderMap) -> Response {
     let text = RECORDER.render().replacen(CPU_AS_GAUGE, CPU_AS_COUNTER, 1);
     let accepts = request.get_all(header::ACCEPT).iter();
     let mut accepts = accepts.filter_map(|accept| accept.to_str().ok());
-    match accepts.any(|accept| accept.contains("application/openmetrics-text")) {
-        true => ([(header::CONTENT_TYPE, OPEN_METRICS)], open_metrics(&text)).into_response(),
-        false => ([(header::CONTENT_TYPE, PROMETHEUS)], text).into_response(),
+    if accepts.any(|accept| accept.contains("application/openmetrics-text")) {
+        ([(header::CONTENT_TYPE, OPEN_METRICS)], open_metrics(&text)).into_response()
+    } else {
+        ([(header::CONTENT_TYPE, PROMETHEUS)], text).into_response()
     }
 }
 
@@ -224,7 +226,7 @@ impl Durations {
         let is_it = |known: &&Labelled| {
             known.status == status && known.method == method && known.route == route
         };
-        let known = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let known = self.0.read();
         if let Some(known) = known.iter().find(is_it) {
             return known.histogram.clone();
         }
@@ -234,7 +236,7 @@ impl Durations {
         let histogram = histogram!(
             REQUEST_DURATION, "method" => method, "route" => route.clone(), "status" => name
         );
-        let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.0.write();
         known.push(Labelled {
             method,
             route,

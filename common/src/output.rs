@@ -8,10 +8,11 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsFd;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::fmt::MakeWriter;
@@ -139,7 +140,7 @@ impl Waiting {
 
 impl Output {
     fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waiting.lock()
     }
 
     fn add(&self, lines: &[u8]) -> oneshot::Receiver<()> {
@@ -152,11 +153,10 @@ impl Output {
 
     fn add_or_drop(&self, line: &[u8]) {
         let waiting = self.lock();
-        match waiting.text.len() < MAX_WAITING {
-            true => self.append(waiting, line),
-            false => {
-                self.dropped_lines.fetch_add(1, Ordering::Relaxed);
-            }
+        if waiting.text.len() < MAX_WAITING {
+            self.append(waiting, line)
+        } else {
+            self.dropped_lines.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -177,15 +177,10 @@ impl Output {
             while waiting.text.is_empty() {
                 waiting.stuck_since = None;
                 self.written.notify_all();
-                waiting = self
-                    .grown
-                    .wait(waiting)
-                    .unwrap_or_else(PoisonError::into_inner);
+                self.grown.wait(&mut waiting);
             }
-            let gathered = self
-                .grown
-                .wait_timeout_while(waiting, GATHER, |waiting| !waiting.is_urgent());
-            let (mut waiting, _) = gathered.unwrap_or_else(PoisonError::into_inner);
+            let gathers = |waiting: &mut Waiting| !waiting.is_urgent();
+            self.grown.wait_while_for(&mut waiting, gathers, GATHER);
             let text = std::mem::take(&mut waiting.text);
             let callers = std::mem::take(&mut waiting.callers);
             drop(waiting);

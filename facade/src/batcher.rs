@@ -6,7 +6,7 @@
 use std::any::Any;
 use std::collections::VecDeque;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use common::api::{Batch, EncodedEntry, PutEntry, PutResult};
 use common::entry::Outcome;
 use futures_util::FutureExt;
 use metrics::histogram;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, oneshot};
 use tokio::task::yield_now;
 use tokio::time::Instant;
@@ -164,7 +165,7 @@ impl Drop for Batcher {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        self.queue.lock()
     }
 
     /// `None` when the batcher is dropped and its queue is empty.

@@ -180,9 +180,10 @@ fn check(seen: &Seen<'_>) -> Check {
 }
 
 fn none_is_ready(problems: &[String]) -> String {
-    let reasons = match problems.is_empty() {
-        true => "none is in DNS".to_owned(),
-        false => problems.join("; "),
+    let reasons = if problems.is_empty() {
+        "none is in DNS".to_owned()
+    } else {
+        problems.join("; ")
     };
     format!("no logging instance can read and store; start one, or correct --logging: {reasons}")
 }
@@ -203,9 +204,10 @@ fn own_checks(seen: &[Seen<'_>]) -> Vec<(Check, String)> {
         }
     }
     let checks = checks.into_iter().map(|(check, names)| {
-        let who = match names.len() == answered.len() {
-            true => String::new(),
-            false => format!("{}: ", named(&names, seen.len())),
+        let who = if names.len() == answered.len() {
+            String::new()
+        } else {
+            format!("{}: ", named(&names, seen.len()))
         };
         (check.clone(), who)
     });
@@ -227,9 +229,10 @@ fn add_problem(problems: &mut Vec<String>, check: &Check, who: &str) {
         .split(' ')
         .map(|word| word.trim_end_matches([':', ',']));
     problems.push(
-        match subject.is_none_or(|subject| words.any(|word| word == subject)) {
-            true => format!("{who}{detail}"),
-            false => format!("{who}{name}: {detail}"),
+        if subject.is_none_or(|subject| words.any(|word| word == subject)) {
+            format!("{who}{detail}")
+        } else {
+            format!("{who}{name}: {detail}")
         },
     );
 }

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+
 use std::time::{Instant, SystemTime};
 
 use axum::http::{Method, StatusCode};
 use common::api::timestamp;
+use parking_lot::Mutex;
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -85,13 +86,13 @@ impl Counters {
     /// Counts an answer if it is an error.
     pub(crate) fn count_answer(&self, status: StatusCode) {
         if status.is_client_error() || status.is_server_error() {
-            let mut errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut errors = self.errors.lock();
             *errors.entry(status.as_u16()).or_default() += 1;
         }
     }
 
     pub(crate) fn stats(&self, now: SystemTime, followers: usize) -> FacadeStats {
-        let errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
+        let errors = self.errors.lock();
         FacadeStats {
             since: timestamp(now - self.since.elapsed()),
             version: env!("CARGO_PKG_VERSION"),

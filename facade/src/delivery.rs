@@ -351,9 +351,10 @@ impl<'pool> Delivery<'pool> {
 
     /// The UUID to repeat the message with: a new one if it was never tried.
     fn told_uuid(&self) -> Option<Uuid> {
-        match self.entry.uuid.is_nil() {
-            true => self.pool.next_uuid(),
-            false => Some(self.entry.uuid),
+        if self.entry.uuid.is_nil() {
+            self.pool.next_uuid()
+        } else {
+            Some(self.entry.uuid)
         }
     }
 
@@ -363,13 +364,15 @@ impl<'pool> Delivery<'pool> {
     }
 
     fn give_up(&mut self) -> NotStored {
-        let maybe_stored = match self.pending.is_empty() {
-            true => self.maybe_stored,
-            false => MaybeStored::Unknown,
+        let maybe_stored = if self.pending.is_empty() {
+            self.maybe_stored
+        } else {
+            MaybeStored::Unknown
         };
-        let why = match self.pool.is_any_up() {
-            true => self.failures(),
-            false => self.pool.down_reasons(),
+        let why = if self.pool.is_any_up() {
+            self.failures()
+        } else {
+            self.pool.down_reasons()
         };
         let detail = without_addresses(&why);
         let uuid = self.told_uuid();

@@ -26,9 +26,10 @@ pub(crate) fn without_addresses(reason: &str) -> String {
     let words = reason.split(' ').map(|word| {
         let begin = word.trim_start_matches(PUNCTUATION);
         let bare = begin.trim_end_matches(PUNCTUATION);
-        match is_address(bare) {
-            true => word.replace(bare, "…"),
-            false => word.to_owned(),
+        if is_address(bare) {
+            word.replace(bare, "…")
+        } else {
+            word.to_owned()
         }
     });
     words.collect::<Vec<_>>().join(" ")

@@ -5,7 +5,7 @@
 //! the event's id, up to which everything was sent before, is one that a follower can resume from
 //! without missing anything.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -21,6 +21,7 @@ use common::problem::Problem;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt, stream};
 use metrics::counter;
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::task::AbortOnDropHandle;
@@ -203,9 +204,10 @@ impl Following {
             }
         };
         let piece = follower.next_piece().await?;
-        let whole = match head.is_empty() {
-            true => piece,
-            false => [head.as_bytes(), &piece].concat().into(),
+        let whole = if head.is_empty() {
+            piece
+        } else {
+            [head.as_bytes(), &piece].concat().into()
         };
         Ok(Some((whole, Self::Follows(follower, ""))))
     }
@@ -386,7 +388,7 @@ impl Follower {
         until: Uuid,
     ) -> Result<Option<Bytes>, Cut> {
         let lock = |shared: &Mutex<Option<Reading>>| {
-            let mut reading = shared.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut reading = shared.lock();
             reading.take()
         };
         let mut reading = lock(&shared).expect("one piece is read at a time");
@@ -404,11 +406,11 @@ impl Follower {
             }
             Part::End(_) => return Ok(None),
         };
-        *shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(reading);
+        *shared.lock() = Some(reading);
         let held = shared.clone();
         let pause = tokio::spawn(async move {
             sleep(HOLDS_A_TURN).await;
-            let mut reading = held.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut reading = held.lock();
             if let Some(Reading { cursor, turn }) = &mut *reading {
                 cursor.pause();
                 *turn = None;
@@ -445,9 +447,10 @@ impl Follower {
             sent: 0,
             wanted: Wanted::All,
             // The first comment gives a position before there is a message.
-            keep_alive: match self.format == Format::EventStream {
-                true => Instant::now(),
-                false => Instant::now() + KEEP_ALIVE,
+            keep_alive: if self.format == Format::EventStream {
+                Instant::now()
+            } else {
+                Instant::now() + KEEP_ALIVE
             },
             sending: Arc::new(Semaphore::new(1)),
         }
@@ -556,9 +559,10 @@ impl NewMessages {
 /// Fails when nothing arrives any more, or when the window has dropped arrivals from `next` on.
 fn require_kept(state: &State, next: u64) -> Result<(), Cut> {
     state.check()?;
-    match next < state.first() {
-        true => Err(Cut::TooSlow),
-        false => Ok(()),
+    if next < state.first() {
+        Err(Cut::TooSlow)
+    } else {
+        Ok(())
     }
 }
 

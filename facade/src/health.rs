@@ -4,11 +4,12 @@
 //! entries. Accepted connections and other answers prove nothing: a broken instance may give them.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use common::api::Batch;
 use metrics::counter;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
@@ -88,14 +89,12 @@ impl Health {
 
     /// `None` when the instance is up.
     pub fn down_reason(&self) -> Option<String> {
-        let reason = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
+        let reason = self.reason.lock();
         (!self.is_up()).then(|| reason.clone())
     }
 
     fn down_since(&self) -> MutexGuard<'_, Instant> {
-        self.down_since
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.down_since.lock()
     }
 
     /// Notes that the instance answered a batch with entries.
@@ -121,7 +120,7 @@ impl Health {
 
     /// Marks the instance down, unless it is already, and sends trials until it answers one.
     pub fn note_failure(self: &Arc<Self>, error: &UpstreamError) {
-        let mut reason = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reason = self.reason.lock();
         if !self.is_up() {
             return;
         }
@@ -160,7 +159,7 @@ async fn try_until_up(health: Weak<Health>, pause: Duration) {
                 return;
             }
             Err(error) => {
-                let mut reason = health.reason.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut reason = health.reason.lock();
                 *reason = error.to_string();
             }
         }

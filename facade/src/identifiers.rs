@@ -4,10 +4,10 @@
 //! An instance may tell that a UUID is in the future, if the map's clock was begun anew. Then UUIDs continue
 //! from the corrected time, because the map refuses them otherwise.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use common::entry::millis_at;
+use parking_lot::Mutex;
 use rand::RngExt;
 use uuid::Uuid;
 
@@ -40,7 +40,7 @@ impl Identifiers {
     /// A UUID of the time `now`, greater than the previous one unless that is 2 s or more ahead.
     pub fn next(&self, now: SystemTime) -> Uuid {
         let now = millis_at(now);
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self.last.lock();
         let ahead = Duration::from_millis(last.millis.saturating_sub(now));
         if now > last.millis || ahead >= SMALL_STEP {
             last.restart_at(now);

@@ -93,9 +93,10 @@ impl Doubt {
     fn gave_up(self, uuid: Uuid, detail: &str) -> NotStored {
         NotStored::GaveUp {
             uuid: Some(uuid),
-            maybe_stored: match self.may_be_stored() {
-                true => MaybeStored::Unknown,
-                false => MaybeStored::No,
+            maybe_stored: if self.may_be_stored() {
+                MaybeStored::Unknown
+            } else {
+                MaybeStored::No
             },
             detail: detail.to_owned(),
         }
@@ -163,9 +164,10 @@ pub(crate) fn judge(answer: Result<Outcome, BatchFailure>, doubt: Doubt) -> Judg
             maybe_stored,
             is_down,
         }) => {
-            let trouble = match is_down {
-                true => Trouble::InstanceDown,
-                false => Trouble::Refused,
+            let trouble = if is_down {
+                Trouble::InstanceDown
+            } else {
+                Trouble::Refused
             };
             return Judged {
                 verdict: Verdict::Again(trouble, detail),

@@ -2,9 +2,10 @@
 //! `delivery` has the retries of a POST.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use parking_lot::{Mutex, RwLock};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use smallvec::SmallVec;
@@ -125,8 +126,8 @@ impl Pool {
         naming: &Naming,
         found: Vec<(String, Arc<dyn LoggingApi>)>,
     ) {
-        let mut members = self.members.write().unwrap_or_else(PoisonError::into_inner);
-        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut members = self.members.write();
+        let mut names = self.names.lock();
         for (address, client) in &found {
             let mut known = members.iter_mut();
             if let Some(member) = known.find(|member| member.instance.address == *address) {
@@ -164,7 +165,7 @@ impl Pool {
 
     /// All instances, up or down.
     pub fn instances(&self) -> Vec<Arc<Instance>> {
-        let members = self.members.read().unwrap_or_else(PoisonError::into_inner);
+        let members = self.members.read();
         members
             .iter()
             .map(|member| member.instance.clone())
@@ -188,11 +189,11 @@ impl Pool {
     }
 
     fn pick(&self, is_candidate: impl Fn(&Instance) -> bool) -> Option<Arc<Instance>> {
-        let members = self.members.read().unwrap_or_else(PoisonError::into_inner);
+        let members = self.members.read();
         let instances = members.iter().map(|member| &member.instance);
         let candidates = instances.filter(|one| is_candidate(one));
         let candidates: SmallVec<[_; 8]> = candidates.collect();
-        let mut random = self.random.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut random = self.random.lock();
         candidates.choose(&mut *random).copied().cloned()
     }
 

@@ -64,9 +64,10 @@ async fn readyz(
     let collected = app.collected.get().await;
     let Health { not_ready, checks } = &collected.health;
     let ready = check_running(&app.stop).and(not_ready.clone().map_or(Ok(()), Err));
-    Ok(match query.is_verbose() {
-        true => readiness(ready, checks),
-        false => readiness(ready.map_err(|why| without_addresses(&why)), &[]),
+    Ok(if query.is_verbose() {
+        readiness(ready, checks)
+    } else {
+        readiness(ready.map_err(|why| without_addresses(&why)), &[])
     })
 }
 

@@ -5,10 +5,11 @@
 //! has served nothing and its instances have different maps, it serves none of them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
 use common::clock::MapClock;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
@@ -155,9 +156,7 @@ impl ServedMap {
     }
 
     fn beginning(&self) -> MutexGuard<'_, Beginning> {
-        self.beginning
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.beginning.lock()
     }
 }
 

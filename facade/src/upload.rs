@@ -83,9 +83,10 @@ pub(crate) async fn create(app: Arc<App>, parts: Parts, body: Body) -> Result<Re
     let access = parts.extensions.get::<Access>().cloned();
     let broken_off = broken_off(upload.app.stop.clone(), access);
     let results = store_lines(Arc::new(upload), body, broken_off);
-    let answer = match reply == Format::Ndjson {
-        true => stream_results(results),
-        false => summarize(results).await?,
+    let answer = if reply == Format::Ndjson {
+        stream_results(results)
+    } else {
+        summarize(results).await?
     };
     Ok(holding(answer, permit))
 }

@@ -161,9 +161,10 @@ impl From<reqwest::Error> for UpstreamError {
 
 impl From<legacy::Error> for UpstreamError {
     fn from(error: legacy::Error) -> Self {
-        match error.is_connect() {
-            true => Self::Unreachable(error.into()),
-            false => Self::Lost(error.into()),
+        if error.is_connect() {
+            Self::Unreachable(error.into())
+        } else {
+            Self::Lost(error.into())
         }
     }
 }

@@ -11,12 +11,13 @@
 
 mod arrivals;
 
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use common::api::{Poll, ReadQuery};
 use common::bounds::Bounds;
 use common::entry::first_uuid_at;
+use parking_lot::Mutex;
 use reqwest::StatusCode;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep};
@@ -49,7 +50,7 @@ pub(crate) struct SharedWindow(Mutex<Weak<Window>>);
 impl SharedWindow {
     /// The window that all followers share; it is polled until the last of them drops it.
     pub(crate) fn join(&self, pool: &Arc<Pool>, read_deadline: Duration) -> Arc<Window> {
-        let mut shared = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shared = self.0.lock();
         let current = shared.upgrade();
         if let Some(window) = current.filter(|window| window.state.borrow().failure.is_none()) {
             return window;

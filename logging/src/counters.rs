@@ -2,13 +2,14 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+
 use std::time::{Duration, SystemTime};
 
 use common::api::{InstanceStats, OutcomeCounts, timestamp};
 use common::entry::Outcome;
 use hdrhistogram::Histogram;
 use metrics::histogram;
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::metrics::{PUT_DURATION, PUT_ENTRIES};
@@ -64,7 +65,7 @@ impl Counters {
         }
         histogram!(PUT_ENTRIES).record(outcomes.len() as f64);
         histogram!(PUT_DURATION).record(took);
-        let mut puts = self.puts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut puts = self.puts.lock();
         puts.received += outcomes.len() as u64;
         *puts.lately.current(|| 0) += outcomes.len() as u64;
         let times = puts.times.current(no_times);
@@ -84,13 +85,13 @@ impl Counters {
 
     /// What became of the entries received, and the batches in flight.
     pub(crate) fn puts(&self) -> (OutcomeCounts, u64) {
-        let puts = self.puts.lock().unwrap_or_else(PoisonError::into_inner);
+        let puts = self.puts.lock();
         (puts.outcomes, self.in_flight.load(Ordering::Relaxed))
     }
 
     /// The counts, with the map's clock and the last check.
     pub(crate) fn stats(&self, clock: SystemTime, report: &Report) -> InstanceStats {
-        let puts = self.puts.lock().unwrap_or_else(PoisonError::into_inner);
+        let puts = self.puts.lock();
         let mut times = no_times();
         for slot in puts.times.recent() {
             times.add(slot).expect("they have one maximum");

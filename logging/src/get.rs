@@ -111,15 +111,14 @@ pub(crate) async fn list(
     let span = map_span();
     let first = stream.next_lines().instrument(span.clone()).await;
     let first = first.map_err(unreadable)?;
-    let body = match stream.is_finished {
-        true => Body::from(first),
-        false => {
-            let (pieces, mut received) = mpsc::channel(1);
-            tokio::spawn(stream.read_ahead(pieces).instrument(span));
-            let rest = stream::poll_fn(move |context| received.poll_recv(context));
-            let pieces = stream::iter([Ok(first)]).chain(rest);
-            Body::from_stream(pieces.map(|lines| lines.map(Bytes::from)))
-        }
+    let body = if stream.is_finished {
+        Body::from(first)
+    } else {
+        let (pieces, mut received) = mpsc::channel(1);
+        tokio::spawn(stream.read_ahead(pieces).instrument(span));
+        let rest = stream::poll_fn(move |context| received.poll_recv(context));
+        let pieces = stream::iter([Ok(first)]).chain(rest);
+        Body::from_stream(pieces.map(|lines| lines.map(Bytes::from)))
     };
     let content_type = [(header::CONTENT_TYPE, "application/x-ndjson")];
     let mut response = (content_type, body).into_response();
@@ -176,10 +175,7 @@ impl EntryStream {
             }
             let next = self.next_lines().await.or_else(|error| {
                 tracing::warn!(%error, "a read of the map failed: the facade continues it elsewhere");
-                match is_in_a_line {
-                    true => Err(error),
-                    false => Ok(self.hand_over(error.to_string())),
-                }
+                if is_in_a_line { Err(error) } else { Ok(self.hand_over(error.to_string())) }
             });
             self.is_finished |= next.is_err();
             permit.send(next);

@@ -74,9 +74,10 @@ pub(crate) async fn create(
         PutResult { uuid, outcome }
     });
     let mut results: Vec<PutResult> = results.collect();
-    let answer = match is_single {
-        true => JsonLine(results.remove(0)).into_response(),
-        false => JsonLine(results).into_response(),
+    let answer = if is_single {
+        JsonLine(results.remove(0)).into_response()
+    } else {
+        JsonLine(results).into_response()
     };
     Ok(holding(answer, reserved))
 }
@@ -133,9 +134,10 @@ impl Origin {
 
     /// The span of the map's work on the entry.
     fn map_span(&self) -> Span {
-        match self.span.is_disabled() {
-            true => Span::none(),
-            false => debug_span!(target: TRACES, parent: &self.span, "put into the map"),
+        if self.span.is_disabled() {
+            Span::none()
+        } else {
+            debug_span!(target: TRACES, parent: &self.span, "put into the map")
         }
     }
 }

@@ -83,9 +83,10 @@ pub(crate) async fn readyz(
     let report = app.report.get().await;
     let Health { not_ready, checks } = &report.health;
     let ready = check_running(&app.stop).and(not_ready.clone().map_or(Ok(()), Err));
-    Ok(match query.is_verbose() {
-        true => readiness(ready, checks),
-        false => readiness(ready, &[]),
+    Ok(if query.is_verbose() {
+        readiness(ready, checks)
+    } else {
+        readiness(ready, &[])
     })
 }
 
@@ -94,12 +95,13 @@ pub(crate) async fn readyz(
 /// # Errors
 /// A sentence for the caller, when it has taken nothing for `store_timeout`.
 pub(crate) fn check_output(store_timeout: Duration) -> Result<(), String> {
-    match output::stuck_for() > store_timeout {
-        true => Err(
+    if output::stuck_for() > store_timeout {
+        Err(
             "standard output takes no line of the log, and no entry is stored without its line: \
              unblock what reads it, or free its disk"
                 .to_owned(),
-        ),
-        false => Ok(()),
+        )
+    } else {
+        Ok(())
     }
 }

@@ -110,9 +110,10 @@ impl Batch {
     /// too long: a sentence for the sender.
     pub fn decode(body: &[u8]) -> Result<Posted, String> {
         let is_single = !body.trim_ascii_start().starts_with(b"[");
-        let decoded = match is_single {
-            false => serde_json::from_slice(body),
-            true => serde_json::from_slice(body).map(|entry| vec![entry]),
+        let decoded = if is_single {
+            serde_json::from_slice(body).map(|entry| vec![entry])
+        } else {
+            serde_json::from_slice(body)
         };
         let entries: Vec<PutEntry> = decoded.map_err(|error| {
             format!(

@@ -75,11 +75,10 @@ fn is_loopback(host: &str) -> bool {
 /// A sentence that says what to write instead.
 pub fn host_name(text: &str) -> Result<String, String> {
     let parsed: Option<Authority> = text.parse().ok();
-    match parsed.is_some_and(|authority| authority.host() == text) {
-        true => Ok(text.to_owned()),
-        false => {
-            Err("write a name without scheme and port, for example log.example.org".to_owned())
-        }
+    if parsed.is_some_and(|authority| authority.host() == text) {
+        Ok(text.to_owned())
+    } else {
+        Err("write a name without scheme and port, for example log.example.org".to_owned())
     }
 }
 

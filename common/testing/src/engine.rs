@@ -2,10 +2,10 @@
 
 use std::any::Any;
 use std::fmt;
-use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use logging::map::DistributedMap;
+use parking_lot::{Condvar, Mutex};
 
 use crate::process::LOOK_AGAIN;
 use crate::redis_servers::{RedisCluster, RedisServer};
@@ -45,10 +45,9 @@ struct Borrowed(Option<RedisCluster>);
 
 impl Borrowed {
     fn wait_for() -> Self {
-        let shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shared = SHARED.lock();
         let is_in_use = |shared: &mut Shared| matches!(shared, Shared::InUse);
-        let shared = RETURNED.wait_while(shared, is_in_use);
-        let mut shared = shared.unwrap_or_else(PoisonError::into_inner);
+        RETURNED.wait_while(&mut shared, is_in_use);
         let cluster = match std::mem::replace(&mut *shared, Shared::NotStarted) {
             Shared::Free(cluster) => cluster,
             Shared::NotStarted | Shared::InUse => RedisCluster::start(),
@@ -60,7 +59,7 @@ impl Borrowed {
 
 impl Drop for Borrowed {
     fn drop(&mut self) {
-        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shared = SHARED.lock();
         *shared = self.0.take().map_or(Shared::NotStarted, Shared::Free);
         RETURNED.notify_one();
     }

@@ -165,18 +165,21 @@ impl RedisServer {
                 lines.any(|line| line.contains(&format!("slave {id} ")))
             });
         }
-        self.wait_until("it has its primary's data, and a link to each member", |node| {
-            // Nobody votes for a node whose request has no link, and `redis-cli` passes over members without one.
-            let nodes: String = node.ask(&["CLUSTER", "NODES"]);
-            let has_link = |member: &&Self| {
-                let id = member.node_id();
-                let mut lines = nodes.lines().filter(|line| line.starts_with(&id));
-                lines.any(|line| line.contains(" connected"))
-            };
-            node.info("master_link_status").as_deref() == Some("up")
-                && node.cluster_info("cluster_state").as_deref() == Some("ok")
-                && members.iter().all(has_link)
-        });
+        self.wait_until(
+            "it has its primary's data, and a link to each member",
+            |node| {
+                // Nobody votes for a node whose request has no link, and `redis-cli` passes over members without one.
+                let nodes: String = node.ask(&["CLUSTER", "NODES"]);
+                let has_link = |member: &&Self| {
+                    let id = member.node_id();
+                    let mut lines = nodes.lines().filter(|line| line.starts_with(&id));
+                    lines.any(|line| line.contains(" connected"))
+                };
+                node.info("master_link_status").as_deref() == Some("up")
+                    && node.cluster_info("cluster_state").as_deref() == Some("ok")
+                    && members.iter().all(has_link)
+            },
+        );
     }
 
     /// Removes this replica from its cluster as `redis-cli --cluster del-node` does.
@@ -292,9 +295,10 @@ impl RedisCluster {
         let folder = tempfile::tempdir().unwrap();
         let start = |n: usize| {
             let tls_port = free_address().port().to_string();
-            let tls: &[&str] = match flags.contains(&"--tls-cert-file") {
-                true => &["--tls-port", &tls_port],
-                false => &[],
+            let tls: &[&str] = if flags.contains(&"--tls-cert-file") {
+                &["--tls-port", &tls_port]
+            } else {
+                &[]
             };
             let folder = folder.path().join(n.to_string());
             RedisServer::start_with(&folder, &[flags, tls].concat(), &environment(n))

@@ -261,16 +261,13 @@ async fn hostile_messages_are_text_and_the_browser_has_no_complaint() {
             ..Settings::default()
         };
         in_browser(settings, async |browser| {
-            match is_without_scripts {
-                true => open(browser, &system).await,
-                false => {
+            if is_without_scripts { open(browser, &system).await } else {
                     open_live(browser, &system).await;
                     // The message came once from the server and once from the script.
                     assert_eq!(system.post(HOSTILE).await.status(), 200);
                     let count = "document.querySelectorAll('#newest li').length";
                     wait_for(browser, count, |count| *count == 2).await;
                 }
-            }
             let shown = "document.querySelector('#newest .msg').textContent";
             let shown_as = HOSTILE
                 .replace('\u{202e}', "\\u{202e}")

@@ -379,9 +379,10 @@ async fn read_head(connection: &mut TcpStream) -> String {
 async fn early_answer(system: &System, line: &str, headers: &str) -> String {
     let address = system.url.trim_start_matches("http://");
     let mut connection = TcpStream::connect(address).await.unwrap();
-    let host = match headers.contains("host: ") {
-        true => "",
-        false => "host: localhost\r\n",
+    let host = if headers.contains("host: ") {
+        ""
+    } else {
+        "host: localhost\r\n"
     };
     let head = format!("{line} HTTP/1.1\r\n{host}content-length: 90000\r\n{headers}\r\n");
     connection.write_all(head.as_bytes()).await.unwrap();

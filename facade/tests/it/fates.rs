@@ -47,9 +47,12 @@ async fn refused_message_is_a_503_that_was_not_stored() {
 #[tokio::test]
 async fn message_goes_to_another_partition_when_its_own_is_down() {
     let is_down = |uuid: Uuid| uuid.as_u128().is_multiple_of(3);
-    let logging = logging_stub(move |entry| match is_down(entry.uuid) {
-        true => Outcome::partition_down("no primary"),
-        false => Outcome::Stored,
+    let logging = logging_stub(move |entry| {
+        if is_down(entry.uuid) {
+            Outcome::partition_down("no primary")
+        } else {
+            Outcome::Stored
+        }
     });
     let system = System::with_stubs(vec![logging], nobody(), &[]);
     let posts = stream::iter(0..3000).map(|n| system.post().body(n.to_string()).send());

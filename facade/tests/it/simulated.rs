@@ -298,9 +298,10 @@ impl Caller {
             let is_future = network.random.random_range(0..4) == 0;
             (is_future, network.clock.now())
         };
-        let key = match is_future {
-            true => self.future_keys.next(now + FUTURE),
-            false => self.keys.next(now),
+        let key = if is_future {
+            self.future_keys.next(now + FUTURE)
+        } else {
+            self.keys.next(now)
         };
         let mut fate = Fate::NotStored;
         for attempt in 0..10 {

@@ -45,9 +45,10 @@ pub(super) async fn run(
         }
         None => Box::new(io::stdin()),
     };
-    let mut newest = match force {
-        true => None,
-        false => wait_until_quiet(map, quiet).await?,
+    let mut newest = if force {
+        None
+    } else {
+        wait_until_quiet(map, quiet).await?
     };
     let mut batches = source::read(reader)?;
     let (mut stored, mut duplicates, mut conflicts) = (0, 0, 0);

@@ -127,9 +127,10 @@ async fn deleted_or_replaced_file_loses_no_acknowledged_entry() {
             let file = folder.file(name);
             let copy = folder.file("copy");
             fs::copy(&file, &copy).unwrap();
-            match is_replaced {
-                true => fs::rename(&copy, &file).unwrap(),
-                false => fs::remove_file(&file).unwrap(),
+            if is_replaced {
+                fs::rename(&copy, &file).unwrap()
+            } else {
+                fs::remove_file(&file).unwrap()
             }
             restarted.kill();
             let reason = folder.require_refused(&running).await;

@@ -143,9 +143,10 @@ async fn batch_for_another_map_is_not_taken() {
         let request = instance.http.post(&instance.url).body(json(uuid, "a"));
         let request = request.header("content-type", Batch::CONTENT_TYPE);
         let answer = request.header(MARK, &mark).send().await.unwrap();
-        let expected = match is_taken {
-            true => StatusCode::OK,
-            false => StatusCode::INSUFFICIENT_STORAGE,
+        let expected = if is_taken {
+            StatusCode::OK
+        } else {
+            StatusCode::INSUFFICIENT_STORAGE
         };
         assert_eq!(answer.status(), expected, "{mark}");
         let found = instance.get(&format!("/{uuid}")).await;

@@ -202,16 +202,18 @@ async fn require_no_new_map(lose: impl FnOnce(&mut RedisCluster)) {
     assert_eq!((map.id(), fresh.id()), (id, None));
     for entry in &stored {
         let found = map.get(entry.uuid).await;
-        match owns(2, entry) {
-            true => assert!(found.is_err(), "{found:?}"),
-            false => assert_eq!(found.unwrap().as_ref(), Some(&entry.msg)),
+        if owns(2, entry) {
+            assert!(found.is_err(), "{found:?}")
+        } else {
+            assert_eq!(found.unwrap().as_ref(), Some(&entry.msg))
         }
     }
     let new = entries(1000);
     for (entry, outcome) in new.iter().zip(put(&map, &new).await) {
-        match owns(2, entry) {
-            true => assert!(is_partition_down(&outcome), "{outcome:?}"),
-            false => assert_eq!(outcome, Outcome::Stored),
+        if owns(2, entry) {
+            assert!(is_partition_down(&outcome), "{outcome:?}")
+        } else {
+            assert_eq!(outcome, Outcome::Stored)
         }
     }
     let stats = map.stats().await;
@@ -333,9 +335,10 @@ async fn lost_partition_is_not_an_empty_one() {
     let new = entries(2000);
     let outcomes = put(&map, &new).await;
     for (entry, outcome) in new.iter().zip(outcomes) {
-        match is_lost(entry) {
-            true => assert!(is_partition_down(&outcome)),
-            false => assert_eq!(outcome, Outcome::Stored),
+        if is_lost(entry) {
+            assert!(is_partition_down(&outcome))
+        } else {
+            assert_eq!(outcome, Outcome::Stored)
         }
     }
     let in_lost = stored.iter().find(|entry| is_lost(entry)).unwrap();

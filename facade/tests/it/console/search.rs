@@ -25,9 +25,10 @@ async fn search_shows_matches_with_and_without_scripts() {
             ..Settings::default()
         };
         in_browser(settings, async |browser| {
-            match is_without_scripts {
-                true => open(browser, &system).await,
-                false => open_live(browser, &system).await,
+            if is_without_scripts {
+                open(browser, &system).await
+            } else {
+                open_live(browser, &system).await
             }
             let field = browser.find(By::Id("contains")).await.unwrap();
             field.send_keys("7" + Key::Enter).await.unwrap();
@@ -110,9 +111,10 @@ async fn search_goes_on_to_the_end() {
                     now[0] == expected && now[1] != before
                 });
                 shown = now.await[1].clone();
-                match is_without_scripts {
-                    true => all.extend(shown.as_array().unwrap().clone()),
-                    false => all.clone_from(shown.as_array().unwrap()),
+                if is_without_scripts {
+                    all.extend(shown.as_array().unwrap().clone())
+                } else {
+                    all.clone_from(shown.as_array().unwrap())
                 }
             }
             let posted: Vec<String> = (0..50).map(|n| format!("message {n}")).collect();

@@ -55,17 +55,19 @@ async fn run(seed: u64) -> u64 {
         let mut follower = run.follow(&format!("?tail={tail}")).await;
         let newest: BTreeSet<Uuid> = stored.iter().rev().take(tail).copied().collect();
         // An instance whose clock is behind does not show what is newest: too many come then.
-        let allowed = match run.has_clock_behind {
-            true => &stored,
-            false => &newest,
+        let allowed = if run.has_clock_behind {
+            &stored
+        } else {
+            &newest
         };
         follower.receive(&newest, allowed).await;
         followers.push(follower);
     }
     let new = run.store().await;
-    let allowed = match run.has_clock_behind {
-        true => &new | &stored,
-        false => new.clone(),
+    let allowed = if run.has_clock_behind {
+        &new | &stored
+    } else {
+        new.clone()
     };
     for follower in &mut followers {
         follower.receive(&new, &allowed).await;
@@ -85,9 +87,10 @@ impl Run {
     fn new(seed: u64) -> Self {
         let mut network = Network::new(seed);
         // The clock by which the facade polls is not simulated, so the map's is set apart from it.
-        match seed.is_multiple_of(2) {
-            true => network.clock.base -= HOUR,
-            false => network.clock.base += HOUR,
+        if seed.is_multiple_of(2) {
+            network.clock.base -= HOUR
+        } else {
+            network.clock.base += HOUR
         }
         for index in 0..3 {
             network.ahead[index] = *AHEAD.choose(&mut network.random).unwrap();

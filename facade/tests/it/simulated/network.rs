@@ -184,9 +184,10 @@ impl Network {
     /// No entry can have a later time, by the own clock of an instance.
     fn end_of_poll(&self, index: usize) -> Uuid {
         let ahead = Duration::from_millis(self.ahead[index].unsigned_abs());
-        let now = match self.ahead[index] >= 0 {
-            true => self.clock.now() + ahead,
-            false => self.clock.now() - ahead,
+        let now = if self.ahead[index] >= 0 {
+            self.clock.now() + ahead
+        } else {
+            self.clock.now() - ahead
         };
         first_uuid(unix_millis(now + MAX_AHEAD + MAX_SKEW))
     }

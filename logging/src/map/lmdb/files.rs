@@ -134,9 +134,10 @@ impl Files {
     pub(super) fn require_readable(&self, id: Option<Uuid>) -> Result<(), MapError> {
         self.require_intact().or_else(|error| {
             let is_deleted = self.data.metadata().is_ok_and(|data| data.nlink() == 0);
-            match is_deleted && recorded_id(&self.folder).is_ok_and(|found| found != id) {
-                true => Ok(()),
-                false => Err(error),
+            if is_deleted && recorded_id(&self.folder).is_ok_and(|found| found != id) {
+                Ok(())
+            } else {
+                Err(error)
             }
         })
     }
@@ -155,9 +156,10 @@ impl Files {
                 .map(|entry| PAGES_PER_ENTRY + entry.msg.len() as u64 / meta.page_bytes)
                 .sum();
             let needed = meta.end + pages * meta.page_bytes + HOLE;
-            match self.data.metadata()?.len() < needed {
-                true => self.data.set_len(needed + HOLE),
-                false => Ok(()),
+            if self.data.metadata()?.len() < needed {
+                self.data.set_len(needed + HOLE)
+            } else {
+                Ok(())
             }
         };
         grown().map_err(|error: io::Error| {

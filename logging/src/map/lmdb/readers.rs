@@ -5,10 +5,11 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::{Mutex, PoisonError};
+
 use std::time::{Duration, Instant};
 
 use common::health::Check;
+use parking_lot::Mutex;
 
 /// Slots for read transactions of all processes on the folder; without a free one, a read fails.
 pub(super) const MAX_READERS: u32 = 4096;
@@ -53,7 +54,7 @@ impl Readers {
             }
         };
         let now = Instant::now();
-        let mut behind = self.behind.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut behind = self.behind.lock();
         let previous = std::mem::take(&mut *behind);
         for (read, lag) in found {
             let before = previous.get(&read);
@@ -78,7 +79,7 @@ impl Readers {
 
     /// The reads that take too long, for `/readyz?verbose`.
     pub(super) fn checks(&self) -> Vec<Check> {
-        let behind = self.behind.lock().unwrap_or_else(PoisonError::into_inner);
+        let behind = self.behind.lock();
         let too_long = behind.iter().filter(|(_, seen)| seen.takes_too_long);
         too_long
             .map(|(read, seen)| Check {

@@ -5,8 +5,8 @@ use std::io::{self, Read, Seek, Write};
 use std::ops::Bound;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -17,6 +17,7 @@ use common::entry::{Entry, time_of};
 use heed::byteorder::BigEndian;
 use heed::types::{Bytes, U128};
 use heed::{AnyTls, Database, Env, EnvOpenOptions, MdbError, RoTxn, RwTxn, WithoutTls};
+use parking_lot::RwLock;
 use uuid::Uuid;
 
 use super::clock::BootClock;
@@ -115,7 +116,7 @@ impl Store {
     }
 
     pub(super) fn opened(&self) -> Result<Opened, MapError> {
-        let opened = self.opened.read().unwrap_or_else(PoisonError::into_inner);
+        let opened = self.opened.read();
         opened.clone().ok_or_else(|| {
             MapError::Unavailable("the map is being opened again after an I/O error".to_owned())
         })
@@ -161,7 +162,7 @@ impl Store {
     }
 
     fn replace(&self, opened: Option<Opened>) -> Option<Opened> {
-        let mut current = self.opened.write().unwrap_or_else(PoisonError::into_inner);
+        let mut current = self.opened.write();
         std::mem::replace(&mut *current, opened)
     }
 

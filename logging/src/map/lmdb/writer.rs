@@ -309,14 +309,16 @@ impl Failure {
     /// outcome unknown; if an earlier step fails, nothing was committed.
     fn at_commit(store: &Store, env: &Env<WithoutTls>, error: &heed::Error) -> Self {
         let is_unusable = env.write_txn().is_err_and(|error| is_panic(&error));
-        let detail = match store.is_disk_full() {
-            true => DISK_FULL.to_owned(),
-            false => describe(error),
+        let detail = if store.is_disk_full() {
+            DISK_FULL.to_owned()
+        } else {
+            describe(error)
         };
         Self {
-            outcome: match is_unusable {
-                true => Outcome::unknown(detail),
-                false => Outcome::refused(detail),
+            outcome: if is_unusable {
+                Outcome::unknown(detail)
+            } else {
+                Outcome::refused(detail)
             },
             needs_reopen: is_unusable,
         }

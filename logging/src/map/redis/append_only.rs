@@ -247,9 +247,10 @@ fn replica_info_fault(info: &str, replication_id: &str) -> Result<(), String> {
     if let Some(fault) = file_fault(info) {
         return Err(fault.to_owned());
     }
-    match is_rewritten(info) {
-        true => Err(REWRITTEN.to_owned()),
-        false => Ok(()),
+    if is_rewritten(info) {
+        Err(REWRITTEN.to_owned())
+    } else {
+        Ok(())
     }
 }
 

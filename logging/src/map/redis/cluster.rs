@@ -141,9 +141,10 @@ impl Cluster {
         let as_number = |reason: Option<String>| if reason.is_none() { 1.0 } else { 0.0 };
         let topology = self.topology();
         for (address, connection) in &topology.connections {
-            let role = match topology.primaries.contains_key(address) {
-                true => "replica",
-                false => "primary",
+            let role = if topology.primaries.contains_key(address) {
+                "replica"
+            } else {
+                "primary"
             };
             gauge!(SERVER_UP, "server" => address.to_string(), "role" => role)
                 .set(as_number(connection.down_reason()));

@@ -104,9 +104,10 @@ fn parse_login(login: &str) -> Result<RedisConnectionInfo, &'static str> {
     if login.is_empty() {
         return Err(WRITE_INSTEAD);
     }
-    let info = match login.contains(['/', '?', '#']) {
-        true => None,
-        false => format!("redis://{login}@host").into_connection_info().ok(),
+    let info = if login.contains(['/', '?', '#']) {
+        None
+    } else {
+        format!("redis://{login}@host").into_connection_info().ok()
     };
     let info = info.ok_or("the user and password must be UTF-8, percent-encoded")?;
     let parsed = info.redis_settings().clone();

@@ -278,9 +278,10 @@ impl Discovery {
             Ok(MapId::Made(id)) => {
                 state.other_map = known.filter(|known| *known != id).and(Some(id));
                 let id = known.unwrap_or(id);
-                match state.other_map.is_none() && self.known.settle().is_none() {
-                    true => self.know(id, answer, connection, state.backups).await,
-                    false => Ok(id),
+                if state.other_map.is_none() && self.known.settle().is_none() {
+                    self.know(id, answer, connection, state.backups).await
+                } else {
+                    Ok(id)
                 }
             }
             Ok(_) if known.is_some() => Err(LOST_ID.to_owned()),

@@ -4,12 +4,13 @@
 //! boot, and follows the median slowly, so no step of one clock moves it. It is never behind what was told as
 //! settled: each reply of a primary has the floors of the partitions that were used.
 
-use std::sync::{Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{OnceLock, Weak};
 use std::time::{Duration, SystemTime};
 
 use common::clock::MapClock;
 use common::entry::time_of;
 use futures_util::future::join_all;
+use parking_lot::Mutex;
 use redis::{Value, from_redis_value};
 use tokio::time::sleep;
 use uuid::Uuid;
@@ -66,7 +67,7 @@ impl KnownMap {
     }
 
     pub(super) fn clocks(&self) -> Option<Clocks> {
-        let clocks = self.clocks.lock().unwrap_or_else(PoisonError::into_inner);
+        let clocks = self.clocks.lock();
         Some(Clocks {
             map: self.clock.now()?,
             machine: clocks.median.now()?,
@@ -75,7 +76,7 @@ impl KnownMap {
 
     /// The primaries whose clocks differ from the map's.
     pub(super) fn problems(&self) -> Vec<String> {
-        let clocks = self.clocks.lock().unwrap_or_else(PoisonError::into_inner);
+        let clocks = self.clocks.lock();
         clocks.problems.clone()
     }
 
@@ -99,7 +100,7 @@ impl KnownMap {
         let problems = answered
             .iter()
             .filter_map(|(address, time)| clock_problem(&format!("redis {address}"), *time, map));
-        let mut clocks = self.clocks.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut clocks = self.clocks.lock();
         clocks.median.set(median);
         clocks.problems = problems.collect();
     }

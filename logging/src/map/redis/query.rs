@@ -260,9 +260,10 @@ fn redirection<'a>(
 ) -> Option<&'a Arc<ServerConnection>> {
     let (_, target) = error.details()?.split_once(' ')?;
     let target = Address::of_member(target)?;
-    let hosts = match target.host.is_empty() {
-        true => topology.hosts(asked),
-        false => vec![target.host.as_str()],
+    let hosts = if target.host.is_empty() {
+        topology.hosts(asked)
+    } else {
+        vec![target.host.as_str()]
     };
     let mut members = hosts.into_iter().filter_map(|host| {
         let spelling = Address::new(host, target.port);

@@ -35,9 +35,12 @@ pub(super) async fn stats(cluster: &Cluster) -> MapStats {
             Err(problem) => return MemberStats::down(address.to_string(), role, problem),
         };
         let is_primary = role == Role::Primary;
-        let split = |number| match is_primary {
-            true => (Some(number), Some(0)),
-            false => (Some(0), Some(number)),
+        let split = |number| {
+            if is_primary {
+                (Some(number), Some(0))
+            } else {
+                (Some(0), Some(number))
+            }
         };
         let (entries, backups) = split(entries);
         let (entry_memory_bytes, backup_memory_bytes) = split(info.dataset_memory);
@@ -63,9 +66,10 @@ pub(super) async fn stats(cluster: &Cluster) -> MapStats {
         engine: if is_cluster { "redis-cluster" } else { "redis" }.to_owned(),
         layout: LAYOUT,
         members,
-        problem: match state.topology.is_whole() {
-            true => state.map_id_error.clone(),
-            false => Some(cluster.unowned_reason()),
+        problem: if state.topology.is_whole() {
+            state.map_id_error.clone()
+        } else {
+            Some(cluster.unowned_reason())
         },
     }
 }
