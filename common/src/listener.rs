@@ -2,7 +2,7 @@
 
 use std::io::{self, ErrorKind};
 use std::net::IpAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -10,25 +10,29 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, Bytes, HttpBody};
 use axum::http::{HeaderValue, Method, Request, Response, Version, header};
-use axum_server::accept::Accept;
-use axum_server::{AddrListener, Address};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::Service;
+use hyper_util::rt::TokioIo;
 use ipnet::IpNet;
 use metrics::counter;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::sleep;
-use tower::Service;
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
 
 use crate::client::Client;
 use crate::connection::{Admitted, Connection, Connections};
 use crate::metrics::CONNECTIONS_CUT;
-use crate::serve::Timeouts;
+use crate::serve::{Limits, Timeouts};
 use crate::socket::Socket;
+use crate::tls::Certificate;
 
 /// The pauses after errors of accepting, which begin short and double. Most such errors mean that the
 /// process or the machine has no file or no memory left.
@@ -49,28 +53,44 @@ const TOO_MANY: &str = "HTTP/1.1 503 Service Unavailable\r\n\
     {\"title\":\"Service Unavailable\",\"status\":503,\
     \"detail\":\"too many connections at once: nothing was done; retry in a moment\"}\n";
 
-/// What axum-server calls an address. The socket knows the one of its client.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Peer;
-
-impl Address for Peer {
-    type Stream = Socket<Admitted>;
-    type Listener = Listener;
-}
+/// The largest request head; a larger one gets a 431. It is also what one read of a body returns at most, and
+/// the response bytes that hyper buffers for one connection, besides one piece. So connections are small.
+const CONNECTION_BUFFER: usize = 16 * 1024;
 
 /// A listening socket that takes in as many connections as there is room for.
 #[derive(Debug)]
 pub(crate) struct Listener {
     listener: TcpListener,
+    router: Router,
+    certificate: Option<Certificate>,
+    trusted_proxies: Arc<[IpNet]>,
+    /// What a response says of a connection that is kept.
+    keep_alive: HeaderValue,
     connections: Arc<Connections>,
     refusals: Arc<Semaphore>,
     timeouts: Timeouts,
 }
 
 impl Listener {
-    pub(crate) fn new(listener: TcpListener, connections: Connections, timeouts: Timeouts) -> Self {
+    pub(crate) fn new(
+        listener: TcpListener,
+        router: Router,
+        certificate: Option<Certificate>,
+        limits: Limits,
+    ) -> Self {
+        let Limits {
+            timeouts,
+            max_connections,
+            trusted_proxies,
+        } = limits;
+        let keep_alive = format!("timeout={}", timeouts.idle.as_secs());
+        let connections = Connections::new(max_connections, trusted_proxies.clone());
         Self {
             listener,
+            router,
+            certificate,
+            trusted_proxies,
+            keep_alive: HeaderValue::try_from(keep_alive).expect("a number is plain ASCII"),
             connections: Arc::new(connections),
             refusals: Arc::new(Semaphore::new(MAX_REFUSALS)),
             timeouts,
@@ -93,14 +113,9 @@ impl Listener {
             socket.shutdown().await
         }));
     }
-}
 
-impl AddrListener<Socket<Admitted>, Peer> for Listener {
-    async fn bind_to(_address: Peer) -> io::Result<Self> {
-        Err(ErrorKind::Unsupported.into())
-    }
-
-    async fn accept_stream(&self) -> io::Result<(Socket<Admitted>, Peer)> {
+    /// Waits for a connection for which there is room.
+    pub(crate) async fn accept(&self) -> Socket<Admitted> {
         let mut pause = FIRST_PAUSE;
         loop {
             let (stream, peer) = match self.listener.accept().await {
@@ -124,64 +139,79 @@ impl AddrListener<Socket<Admitted>, Peer> for Listener {
             match self.connections.admit(stream, address) {
                 Ok(admitted) => {
                     let connection = admitted.connection.clone();
-                    return Ok((Socket::new(connection, self.timeouts, admitted), Peer));
+                    return Socket::new(connection, self.timeouts, admitted);
                 }
                 Err(stream) => self.refuse(stream, address),
             }
         }
     }
 
-    fn get_local_addr(&self) -> io::Result<Peer> {
-        Ok(Peer)
+    /// Serves the requests of a connection until it ends; from `stop` on, only one that has begun.
+    pub(crate) fn serve(
+        &self,
+        socket: Socket<Admitted>,
+        stop: CancellationToken,
+    ) -> impl Future<Output = ()> + Send + 'static {
+        let requests = Requests {
+            router: self.router.clone(),
+            connection: socket.connection.clone(),
+            trusted_proxies: self.trusted_proxies.clone(),
+            keep_alive: self.keep_alive.clone(),
+        };
+        let certificate = self.certificate.as_ref();
+        let tls = certificate.map(|certificate| TlsAcceptor::from(certificate.borrow().clone()));
+        async move {
+            let Some(tls) = tls else {
+                return serve_requests(socket, requests, stop).await;
+            };
+            match stop.run_until_cancelled(tls.accept(socket)).await {
+                Some(Ok(secure)) => serve_requests(secure, requests, stop).await,
+                Some(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
+                None => {}
+            }
+        }
     }
 }
 
-/// Follows the requests of each connection.
-#[derive(Clone, Debug)]
-pub(crate) struct Follow {
-    pub(crate) trusted_proxies: Arc<[IpNet]>,
-    /// What a response says of a connection that is kept.
-    pub(crate) keep_alive: HeaderValue,
-}
-
-impl Accept<Socket<Admitted>, Router> for Follow {
-    type Stream = Socket<Admitted>;
-    type Service = Requests;
-    type Future = std::future::Ready<io::Result<(Self::Stream, Requests)>>;
-
-    fn accept(&self, socket: Socket<Admitted>, router: Router) -> Self::Future {
-        let requests = Requests {
-            router,
-            connection: socket.connection.clone(),
-            following: self.clone(),
-        };
-        std::future::ready(Ok((socket, requests)))
+async fn serve_requests(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    requests: Requests,
+    stop: CancellationToken,
+) {
+    let mut http = http1::Builder::new();
+    http.max_buf_size(CONNECTION_BUFFER).half_close(true);
+    let mut connection = pin!(http.serve_connection(TokioIo::new(stream), requests));
+    let ended = match stop.run_until_cancelled(connection.as_mut()).await {
+        Some(ended) => ended,
+        None => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a connection ended early");
     }
 }
 
 /// The requests of one connection: tells the router the client of each, and the socket how far each is.
-#[derive(Clone, Debug)]
-pub(crate) struct Requests {
+#[derive(Debug)]
+struct Requests {
     router: Router,
     connection: Arc<Connection>,
-    following: Follow,
+    trusted_proxies: Arc<[IpNet]>,
+    keep_alive: HeaderValue,
 }
 
 impl Service<Request<Incoming>> for Requests {
     type Response = Response<ResponseBody>;
     type Error = io::Error;
-    type Future = Pin<Box<dyn Future<Output = io::Result<Self::Response>> + Send>>;
+    type Future = BoxFuture<'static, io::Result<Self::Response>>;
 
-    fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: Request<Incoming>) -> Self::Future {
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
         let busy = Busy::begin(&self.connection);
         let peer = self.connection.peer;
-        let trusted_proxies = &self.following.trusted_proxies;
-        let client = Client::behind(peer, request.headers(), trusted_proxies);
-        let keep_alive = self.following.keep_alive.clone();
+        let client = Client::behind(peer, request.headers(), &self.trusted_proxies);
+        let keep_alive = self.keep_alive.clone();
         let ends_with_the_connection =
             request.version() < Version::HTTP_11 && request.method() != Method::HEAD;
         // What changes something is finished, and its answer is sent.
@@ -194,7 +224,7 @@ impl Service<Request<Incoming>> for Requests {
             Body::new(RequestBody { body, connection })
         });
         request.extensions_mut().insert(client);
-        let answer = self.router.call(request);
+        let answer = self.router.clone().oneshot(request);
         Box::pin(async move {
             let mut response = tokio::select! {
                 biased;
@@ -283,7 +313,7 @@ impl Drop for RequestBody {
     }
 }
 
-pub(crate) struct ResponseBody {
+struct ResponseBody {
     body: Body,
     busy: Busy,
     ends_with_its_client: bool,

@@ -3,33 +3,25 @@
 //! This module sets no timeout for a whole request: a body may stream as long as it makes progress.
 
 use std::net::{SocketAddr, TcpListener};
-use std::pin::Pin;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::http::HeaderValue;
-use axum_server::accept::Accept;
-use axum_server::{Handle, Server};
+use futures_util::future::BoxFuture;
 use ipnet::IpNet;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::config::{self, ServiceConfig};
-use crate::connection::{Admitted, Connections};
 use crate::door::DoorConfig;
 use crate::health::{Task, healthcheck};
-use crate::listener::{Follow, Listener, Peer, Requests};
-use crate::socket::Socket;
-use crate::tls::{Certificate, TlsAcceptor};
+use crate::listener::Listener;
+use crate::tls::Certificate;
 use crate::{metrics, telemetry};
-
-/// The largest request head; a larger one gets a 431. It is also what one read of a body returns at most, and
-/// the response bytes that hyper buffers for one connection, besides one piece. So connections are small.
-const CONNECTION_BUFFER: usize = 16 * 1024;
 
 /// The share of the process's files that connections may be, as one in so many is left for other uses: the
 /// map, and connections to other services.
@@ -87,12 +79,7 @@ async fn start(
         max_connections,
         trusted_proxies: config.trusted_proxy.clone().into(),
     };
-    match certificate {
-        None => serve(listener, router, limits, stop, config.grace).await?,
-        Some(certificate) => {
-            serve_tls(listener, certificate, router, limits, stop, config.grace).await?;
-        }
-    }
+    serve(listener, certificate, router, limits, stop, config.grace).await?;
     Ok(())
 }
 
@@ -177,93 +164,44 @@ impl From<Timeouts> for Limits {
     }
 }
 
-/// Serves until `stop` is cancelled, then gives requests in flight `grace` to finish. The future is boxed
-/// so that the HTTP server is compiled once, and not in each binary and test.
+/// Serves until `stop` is cancelled, with TLS if there is a certificate, then gives requests in flight `grace` to
+/// finish. The future is boxed so that the HTTP server is compiled once, and not in each binary and test.
 ///
 /// # Errors
 /// When the socket fails.
 pub fn serve(
     listener: TcpListener,
+    certificate: Option<Certificate>,
     router: Router,
     limits: Limits,
     stop: CancellationToken,
     grace: Duration,
-) -> Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>> {
-    let acceptor = follow(&limits);
-    Box::pin(serve_with(acceptor, listener, router, limits, stop, grace))
-}
-
-/// As [`serve`], with TLS.
-///
-/// # Errors
-/// When the socket fails.
-pub fn serve_tls(
-    listener: TcpListener,
-    certificate: Certificate,
-    router: Router,
-    limits: Limits,
-    stop: CancellationToken,
-    grace: Duration,
-) -> Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>> {
-    let acceptor = TlsAcceptor {
-        certificate,
-        below: follow(&limits),
+) -> BoxFuture<'static, std::io::Result<()>> {
+    let serving = async move {
+        listener.set_nonblocking(true)?;
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let listener = Listener::new(listener, router, certificate, limits);
+        let (connections, cut) = (TaskTracker::new(), CancellationToken::new());
+        while let Some(socket) = stop.run_until_cancelled(listener.accept()).await {
+            let served = listener.serve(socket, stop.clone());
+            connections.spawn(cut.clone().run_until_cancelled_owned(served));
+        }
+        drop(listener);
+        connections.close();
+        tracing::info!(
+            connections = connections.len(),
+            "stopping: requests in flight may finish"
+        );
+        if timeout(grace, connections.wait()).await.is_err() {
+            tracing::warn!(
+                connections = connections.len(),
+                "the grace period is over: cutting the remaining connections"
+            );
+            cut.cancel();
+        }
+        Ok(())
     };
-    Box::pin(serve_with(acceptor, listener, router, limits, stop, grace))
-}
-
-fn follow(limits: &Limits) -> Follow {
-    let keep_alive = format!("timeout={}", limits.timeouts.idle.as_secs());
-    Follow {
-        trusted_proxies: limits.trusted_proxies.clone(),
-        keep_alive: HeaderValue::try_from(keep_alive).expect("a number is plain ASCII"),
-    }
-}
-
-async fn serve_with<A>(
-    acceptor: A,
-    listener: TcpListener,
-    router: Router,
-    limits: Limits,
-    stop: CancellationToken,
-    grace: Duration,
-) -> std::io::Result<()>
-where
-    A: Accept<Socket<Admitted>, Router, Service = Requests> + Clone + Send + Sync + 'static,
-    A::Stream: AsyncRead + AsyncWrite + Unpin + Send,
-    A::Future: Send,
-{
-    listener.set_nonblocking(true)?;
-    let listener = tokio::net::TcpListener::from_std(listener)?;
-    let connections = Connections::new(limits.max_connections, limits.trusted_proxies);
-    let listener = Listener::new(listener, connections, limits.timeouts);
-    let handle = Handle::new();
-    tokio::spawn(stop_gracefully(handle.clone(), stop, grace));
-    let mut server = Server::<Peer>::from_listener(listener)
-        .handle(handle)
-        .acceptor(acceptor)
-        .http1_only();
-    server
-        .http_builder()
-        .http1()
-        .max_buf_size(CONNECTION_BUFFER)
-        .half_close(true);
-    server.serve(router.into_make_service()).await
-}
-
-async fn stop_gracefully(handle: Handle<Peer>, stop: CancellationToken, grace: Duration) {
-    stop.cancelled().await;
-    tracing::info!(
-        connections = handle.connection_count(),
-        "stopping: requests in flight may finish"
-    );
-    handle.graceful_shutdown(None);
-    tokio::time::sleep(grace).await;
-    tracing::warn!(
-        connections = handle.connection_count(),
-        "the grace period is over: cutting the remaining connections"
-    );
-    handle.shutdown();
+    Box::pin(serving)
 }
 
 /// Cancels the returned token on the first SIGINT, SIGTERM or SIGHUP; a second one ends the process at once,

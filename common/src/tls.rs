@@ -3,9 +3,6 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use axum_server::accept::Accept;
-use axum_server::tls_rustls::future::RustlsAcceptorFuture;
-use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
@@ -13,8 +10,6 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_rustls::server::TlsStream;
 
 use crate::files::{Followed, follow};
 
@@ -143,27 +138,4 @@ impl ServerCertVerifier for AnyCertificate {
 fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, String> {
     let all: Result<_, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
     all.map_err(|error| error.to_string())
-}
-
-/// Accepts connections with TLS on top of those of `below`.
-#[derive(Clone, Debug)]
-pub(crate) struct TlsAcceptor<A> {
-    pub(crate) certificate: Certificate,
-    pub(crate) below: A,
-}
-
-impl<I, S, A> Accept<I, S> for TlsAcceptor<A>
-where
-    A: Accept<I, S> + Clone,
-    A::Stream: AsyncRead + AsyncWrite + Unpin,
-{
-    type Stream = TlsStream<A::Stream>;
-    type Service = A::Service;
-    type Future = RustlsAcceptorFuture<A::Future, A::Stream, A::Service>;
-
-    fn accept(&self, stream: I, service: S) -> Self::Future {
-        let config = RustlsConfig::from_config(self.certificate.borrow().clone());
-        let acceptor = RustlsAcceptor::new(config).acceptor(self.below.clone());
-        acceptor.accept(stream, service)
-    }
 }

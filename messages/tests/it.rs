@@ -17,6 +17,7 @@ async fn every_get_gets_the_sentence_and_other_methods_a_405() {
     let router = messages::router(stop.clone());
     let serving = serve(
         listener,
+        None,
         router,
         Timeouts::default().into(),
         stop.clone(),

@@ -54,7 +54,7 @@ impl Server {
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
         let router = with_middleware(routes, RequestLog::On, Door::default(), None);
-        let serving = tokio::spawn(serve(listener, router, limits, stop.clone(), grace));
+        let serving = tokio::spawn(serve(listener, None, router, limits, stop.clone(), grace));
         Self {
             address,
             stop,

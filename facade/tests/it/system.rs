@@ -231,6 +231,7 @@ pub(crate) fn serve(router: Router) -> Server {
     let stop = CancellationToken::new();
     let serving = common::serve::serve(
         listener,
+        None,
         router,
         LIMITS.into(),
         stop.clone(),

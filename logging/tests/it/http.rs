@@ -60,6 +60,7 @@ impl Instance {
         let stop_serving = CancellationToken::new();
         tokio::spawn(common::serve::serve(
             listener,
+            None,
             router,
             Timeouts::default().into(),
             stop_serving.clone(),
