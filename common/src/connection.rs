@@ -252,12 +252,12 @@ impl Open {
             tracing::warn!(
                 max,
                 "all connections are in use: idle ones make room for new ones; see --max-connections"
-            )
+            );
         } else {
             tracing::warn!(
                 max,
                 "all connections are in use and none is idle: new ones get a 503; see --max-connections"
-            )
+            );
         }
     }
 }

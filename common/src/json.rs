@@ -53,9 +53,28 @@ pub fn write(out: &mut Vec<u8>, value: &(impl Serialize + ?Sized)) {
     written.expect("the value is plain JSON");
 }
 
+/// How many bytes [`write()`] appends for a text.
+pub fn length(text: &str) -> usize {
+    struct Length(usize);
+    impl Write for Length {
+        fn write(&mut self, written: &[u8]) -> io::Result<usize> {
+            self.0 += written.len();
+            Ok(written.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut length = Length(0);
+    let mut serializer = Serializer::with_formatter(&mut length, Printable);
+    let counted = text.serialize(&mut serializer);
+    counted.expect("a text is plain JSON");
+    length.0
+}
+
 /// Whether a byte of a string may begin a character that [`write()`] escapes and JSON allows: U+007F, U+0080
 /// to U+009F, U+061C, U+200E and others.
-pub fn may_begin_escape(byte: u8) -> bool {
+fn may_begin_escape(byte: u8) -> bool {
     (byte == 0x7f) | (byte == 0xc2) | (byte == 0xd8) | (byte == 0xe2)
 }
 
@@ -116,6 +135,7 @@ mod tests {
         fn decoded_text_is_the_text(text in any::<String>(), marks in "[\u{0}-\u{a5}\u{600}-\u{620}\u{2000}-\u{2070}]*") {
             for text in [&text, &marks, &format!("{text}{marks}{text}")] {
                 let json = printed(text);
+                prop_assert_eq!(length(text), json.len());
                 prop_assert!(!json.chars().any(needs_escape), "{json:?}");
                 prop_assert_eq!(&serde_json::from_str::<String>(&json).expect("a string"), text);
             }

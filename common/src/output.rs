@@ -78,11 +78,9 @@ pub(crate) struct LastLines;
 
 impl Drop for LastLines {
     fn drop(&mut self) {
-        let waiting = OUTPUT.lock();
         let is_waiting = |waiting: &mut Waiting| waiting.stuck_since.is_some();
-        let _written_or_not = OUTPUT
-            .written
-            .wait_timeout_while(waiting, LAST_LINES, is_waiting);
+        let written = &OUTPUT.written;
+        written.wait_while_for(&mut OUTPUT.lock(), is_waiting, LAST_LINES);
     }
 }
 
@@ -154,7 +152,7 @@ impl Output {
     fn add_or_drop(&self, line: &[u8]) {
         let waiting = self.lock();
         if waiting.text.len() < MAX_WAITING {
-            self.append(waiting, line)
+            self.append(waiting, line);
         } else {
             self.dropped_lines.fetch_add(1, Ordering::Relaxed);
         }

@@ -8,7 +8,7 @@ use std::str::Utf8Error;
 use axum::http::{HeaderMap, header};
 use bytes::Bytes;
 use common::api::MAX_BATCH_BYTES;
-use common::json::{MAX_EXPANSION, may_begin_escape};
+use common::json::MAX_EXPANSION;
 use common::problem::Problem;
 use mediatype::{MediaType, ReadParams, names};
 use percent_encoding::percent_decode_str;
@@ -126,14 +126,6 @@ fn require_utf8(media_type: &MediaType<'_>) -> Result<(), Problem> {
 /// The largest body of a message of `max_message` bytes, as JSON or a form may escape each byte.
 pub(crate) fn body_limit(max_message: usize) -> usize {
     max_message * MAX_EXPANSION + BODY_OVERHEAD
-}
-
-/// An upper bound for the bytes of a message as a JSON string without its quotes.
-pub(crate) fn json_length(msg: &str) -> usize {
-    let is_escaped =
-        |byte: &u8| *byte < b' ' || matches!(byte, b'"' | b'\\') || may_begin_escape(*byte);
-    let escaped = msg.bytes().filter(is_escaped).count();
-    msg.len() + escaped * (MAX_EXPANSION - 1)
 }
 
 /// Parses a body by the rules of its format.

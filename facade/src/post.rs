@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use common::body::{BodyError, holding, read_body};
 use common::client::Client;
 use common::entry;
-use common::json::JsonLine;
+use common::json::{self, JsonLine};
 use common::metrics::RouteName;
 use common::middleware::request_id;
 use common::permits::Exhausted;
@@ -20,9 +20,7 @@ use uuid::Uuid;
 use crate::delivery::{Message, Stored, WhenOverloaded, deliver};
 use crate::error::{not_stored, too_large, too_many};
 use crate::judge::Key;
-use crate::message::{
-    ContentType, MessageFormat, body_limit, json_length, message, multipart_message,
-};
+use crate::message::{ContentType, MessageFormat, body_limit, message, multipart_message};
 use crate::metrics::UPLOAD;
 use crate::state::App;
 use crate::upload;
@@ -68,7 +66,7 @@ pub(crate) async fn create(
         }
     };
     // The answer contains the message and keeps the reservation until its caller has read it.
-    let bytes = body_length.max(json_length(&msg));
+    let bytes = body_length.max(json::length(&msg));
     reserved.resize(bytes).map_err(|Exhausted| no_memory())?;
     let reserved = Arc::new(reserved);
     let message = Message {

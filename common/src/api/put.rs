@@ -3,18 +3,21 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::write_entry;
+use super::{LINE_BEGIN_BYTES, LINE_END};
 use crate::entry::{Outcome, require_entry_uuid};
-use crate::json::MAX_EXPANSION;
+use crate::json::{self, MAX_EXPANSION};
 
 /// The largest body that a logging instance accepts for one batch, in bytes, and the longest line of an entry
-/// in it, as [`write_entry`] writes the entry for its readers.
+/// in it, as [`write_entry`](super::write_entry) writes the entry for its readers.
 ///
 /// The facade keeps its batches below it and rejects a `--max-message` that might not fit.
 pub const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
 
 /// The usual bytes of an encoded entry besides its message.
 const FIELDS: usize = 128;
+
+/// Bytes of a message from which on its length as JSON is counted before it is encoded.
+const LONG_MESSAGE: usize = 64 * 1024;
 
 /// An entry on its way to a logging instance. Fields of a later version are ignored.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -38,7 +41,12 @@ pub struct EncodedEntry(Vec<u8>);
 impl PutEntry {
     /// Encodes the entry for a [`Batch`].
     pub fn encode(&self) -> EncodedEntry {
-        let mut encoded = Vec::with_capacity(self.msg.len() + FIELDS);
+        // The escapes of a long message would make the vector grow, and so be in memory twice.
+        let msg = match self.msg.len() {
+            ..=LONG_MESSAGE => self.msg.len(),
+            _ => json::length(&self.msg),
+        };
+        let mut encoded = Vec::with_capacity(msg + FIELDS);
         serde_json::to_writer(&mut encoded, self).expect("an entry is plain JSON");
         EncodedEntry(encoded)
     }
@@ -138,14 +146,13 @@ impl Batch {
     }
 }
 
-/// Whether the line of a message has at most [`MAX_BATCH_BYTES`]. Only long messages have to be escaped to find out.
+/// Whether the line of a message has at most [`MAX_BATCH_BYTES`]. Only the escapes of long messages are counted.
 fn is_line_accepted(msg: &str) -> bool {
     if (msg.len() + FIELDS) * MAX_EXPANSION <= MAX_BATCH_BYTES {
         return true;
     }
-    let mut line = Vec::new();
-    write_entry(&mut line, Uuid::nil(), msg);
-    line.len() <= MAX_BATCH_BYTES
+    let message = json::length(msg) - "\"\"".len();
+    LINE_BEGIN_BYTES + message + LINE_END.len() + "\n".len() <= MAX_BATCH_BYTES
 }
 
 /// What a request brings.

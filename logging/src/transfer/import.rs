@@ -45,7 +45,7 @@ pub(super) async fn run(
         }
         None => Box::new(io::stdin()),
     };
-    let mut newest = if force {
+    let mut newest = if *force {
         None
     } else {
         wait_until_quiet(map, quiet).await?

@@ -128,9 +128,9 @@ async fn deleted_or_replaced_file_loses_no_acknowledged_entry() {
             let copy = folder.file("copy");
             fs::copy(&file, &copy).unwrap();
             if is_replaced {
-                fs::rename(&copy, &file).unwrap()
+                fs::rename(&copy, &file).unwrap();
             } else {
-                fs::remove_file(&file).unwrap()
+                fs::remove_file(&file).unwrap();
             }
             restarted.kill();
             let reason = folder.require_refused(&running).await;

@@ -203,17 +203,17 @@ async fn require_no_new_map(lose: impl FnOnce(&mut RedisCluster)) {
     for entry in &stored {
         let found = map.get(entry.uuid).await;
         if owns(2, entry) {
-            assert!(found.is_err(), "{found:?}")
+            assert!(found.is_err(), "{found:?}");
         } else {
-            assert_eq!(found.unwrap().as_ref(), Some(&entry.msg))
+            assert_eq!(found.unwrap().as_ref(), Some(&entry.msg));
         }
     }
     let new = entries(1000);
     for (entry, outcome) in new.iter().zip(put(&map, &new).await) {
         if owns(2, entry) {
-            assert!(is_partition_down(&outcome), "{outcome:?}")
+            assert!(is_partition_down(&outcome), "{outcome:?}");
         } else {
-            assert_eq!(outcome, Outcome::Stored)
+            assert_eq!(outcome, Outcome::Stored);
         }
     }
     let stats = map.stats().await;
@@ -336,9 +336,9 @@ async fn lost_partition_is_not_an_empty_one() {
     let outcomes = put(&map, &new).await;
     for (entry, outcome) in new.iter().zip(outcomes) {
         if is_lost(entry) {
-            assert!(is_partition_down(&outcome))
+            assert!(is_partition_down(&outcome));
         } else {
-            assert_eq!(outcome, Outcome::Stored)
+            assert_eq!(outcome, Outcome::Stored);
         }
     }
     let in_lost = stored.iter().find(|entry| is_lost(entry)).unwrap();

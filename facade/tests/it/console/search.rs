@@ -26,9 +26,9 @@ async fn search_shows_matches_with_and_without_scripts() {
         };
         in_browser(settings, async |browser| {
             if is_without_scripts {
-                open(browser, &system).await
+                open(browser, &system).await;
             } else {
-                open_live(browser, &system).await
+                open_live(browser, &system).await;
             }
             let field = browser.find(By::Id("contains")).await.unwrap();
             field.send_keys("7" + Key::Enter).await.unwrap();
@@ -112,9 +112,9 @@ async fn search_goes_on_to_the_end() {
                 });
                 shown = now.await[1].clone();
                 if is_without_scripts {
-                    all.extend(shown.as_array().unwrap().clone())
+                    all.extend(shown.as_array().unwrap().clone());
                 } else {
-                    all.clone_from(shown.as_array().unwrap())
+                    all.clone_from(shown.as_array().unwrap());
                 }
             }
             let posted: Vec<String> = (0..50).map(|n| format!("message {n}")).collect();

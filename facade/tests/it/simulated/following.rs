@@ -88,9 +88,9 @@ impl Run {
         let mut network = Network::new(seed);
         // The clock by which the facade polls is not simulated, so the map's is set apart from it.
         if seed.is_multiple_of(2) {
-            network.clock.base -= HOUR
+            network.clock.base -= HOUR;
         } else {
-            network.clock.base += HOUR
+            network.clock.base += HOUR;
         }
         for index in 0..3 {
             network.ahead[index] = *AHEAD.choose(&mut network.random).unwrap();
