@@ -16,7 +16,6 @@ use hyper_util::rt::TokioExecutor;
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use utoipa::ToSchema;
 
 use crate::json::JsonLine;
 use crate::problem::Problem;
@@ -32,7 +31,7 @@ pub struct Health {
 }
 
 /// One check of `/readyz?verbose`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize, ToSchema)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct Check {
     /// The thing checked, for example `map` or `logging-1`.
     pub name: String,

@@ -9,7 +9,6 @@ use axum::http::{Method, StatusCode};
 use common::api::timestamp;
 use parking_lot::Mutex;
 use serde::Serialize;
-use utoipa::ToSchema;
 
 /// Counts since the start of the process.
 #[derive(Debug)]
@@ -23,7 +22,7 @@ pub(crate) struct Counters {
 }
 
 /// The row of this facade.
-#[derive(Serialize, ToSchema)]
+#[derive(Serialize)]
 pub(crate) struct FacadeStats {
     since: String,
     version: &'static str,
@@ -38,7 +37,6 @@ pub(crate) struct FacadeStats {
     /// GETs that follow the log now.
     followers: usize,
     /// Answers by status, of those that are errors.
-    #[schema(value_type = BTreeMap<String, u64>)]
     errors: BTreeMap<u16, u64>,
 }
 

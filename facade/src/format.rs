@@ -11,7 +11,6 @@ use headers_accept::Accept;
 use mediatype::{MediaType, Name, ReadParams};
 use memchr::{memchr_iter, memmem};
 use serde::Serialize;
-use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::entry_stream::Fragment;
@@ -63,13 +62,11 @@ pub(crate) fn negotiate(headers: &HeaderMap, offer: &[Format]) -> Result<Format,
     let available: Vec<MediaType<'_>> = offer.iter().map(|format| format.media_type()).collect();
     let chosen = preferred(headers, &available);
     let chosen = chosen.map(|index| offer[index]);
-    chosen.ok_or_else(|| Problem::new(StatusCode::NOT_ACCEPTABLE, accept_one_of(offer)))
-}
-
-/// The detail of a 406.
-pub(crate) fn accept_one_of(offer: &[Format]) -> String {
-    let offered: Vec<&str> = offer.iter().map(|format| format.content_type()).collect();
-    format!("accept one of: {}", offered.join(", "))
+    chosen.ok_or_else(|| {
+        let offered: Vec<&str> = offer.iter().map(|format| format.content_type()).collect();
+        let detail = format!("accept one of: {}", offered.join(", "));
+        Problem::new(StatusCode::NOT_ACCEPTABLE, detail)
+    })
 }
 
 /// Whether a browser navigates here, to show what it gets. Other clients may name `text/html` too, as
@@ -218,24 +215,20 @@ impl Format {
 }
 
 /// The part of an answer after the entries.
-#[derive(Serialize, ToSchema)]
+#[derive(Serialize)]
 pub(crate) struct Tail {
     /// Null when the messages service did not answer.
-    #[schema(required)]
     pub(crate) messages_service: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false)]
     pub(crate) messages_service_error: Option<String>,
     /// The number of entries in this answer.
     pub(crate) count: u64,
     /// The number of entries that a search looked at; only in the answer to one.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false)]
     pub(crate) scanned: Option<u64>,
     /// The cursor to continue from, when the limit ended the answer, or a search has looked at as many
     /// entries as one request does, and more follow.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false)]
     pub(crate) next: Option<Uuid>,
 }
 

@@ -67,5 +67,5 @@ pub mod upstream;
 mod window;
 
 pub use config::Config;
-pub use router::router;
+pub use router::{router, routes};
 pub use state::App;

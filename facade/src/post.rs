@@ -14,7 +14,6 @@ use common::middleware::request_id;
 use common::permits::Exhausted;
 use common::problem::Problem;
 use serde::Serialize;
-use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::delivery::{Message, Stored, WhenOverloaded, deliver};
@@ -26,9 +25,9 @@ use crate::state::App;
 use crate::upload;
 
 /// `HOST:PORT` of the logging instance that reported the message stored.
-pub(crate) const LOGGING_INSTANCE: HeaderName = HeaderName::from_static("x-logging-instance");
+const LOGGING_INSTANCE: HeaderName = HeaderName::from_static("x-logging-instance");
 
-pub(crate) const IDEMPOTENCY_KEY: &str = "idempotency-key";
+const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
 /// `POST /`, which hands NDJSON over to `upload`.
 pub(crate) async fn create(
@@ -111,9 +110,8 @@ fn announced_length(headers: &HeaderMap) -> Option<usize> {
 }
 
 /// The answer to a message that is stored.
-#[derive(Serialize, ToSchema)]
-#[schema(as = StoredMessage)]
-pub(crate) struct Answer<'a> {
+#[derive(Serialize)]
+struct Answer<'a> {
     uuid: Uuid,
     msg: &'a str,
     /// Only when it is true: another request stored the message under this `Idempotency-Key`. Its absence

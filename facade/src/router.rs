@@ -2,56 +2,44 @@
 
 use std::sync::Arc;
 
+use axum::Router;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, Request, State};
 use axum::http::StatusCode;
 use axum::response::Response;
-use axum::routing::get;
-use axum::{Extension, Router};
+use axum::routing::{MethodRouter, get};
 use common::health::{Health, ReadinessQuery, check_running, livez, readiness};
 use common::middleware::{Count, RequestLog, with_middleware};
 use common::problem::Problem;
-use utoipa_axum::router::OpenApiRouter;
 use uuid::Uuid;
 
 use crate::error::without_addresses;
-use crate::openapi::{self, at};
 use crate::state::App;
-use crate::{console, docs, get, metrics, post, stats};
+use crate::{console, docs, get, metrics, openapi, post, stats};
 
 pub fn router(app: Arc<App>) -> Router {
     metrics::describe();
-    let served = openapi::Served::default();
-    let (described, description) = OpenApiRouter::with_openapi(openapi::head())
-        .routes(at(
-            "/",
-            openapi::messages(app.max_message),
-            get(get::list).post(post::create),
-        ))
-        .routes(at(
-            "/{uuid}",
-            openapi::message(),
-            get(get::show).fallback(get::refuse_method),
-        ))
-        .routes(at("/stats", openapi::stats(), get(stats::show)))
-        .routes(at("/metrics", openapi::metrics(), get(metrics::show)))
-        .routes(at("/livez", openapi::livez(), get(livez)))
-        .routes(at("/readyz", openapi::readyz(), get(readyz)))
-        .routes(at(
-            "/openapi.json",
-            openapi::itself(),
-            get(openapi::show).layer(Extension(served.clone())),
-        ))
-        .routes(at("/docs", openapi::docs(), get(docs::show)))
-        .routes(at(
-            "/docs/{file}",
-            openapi::docs_file(),
-            get(docs::show_file),
-        ))
-        .split_for_parts();
-    served.set(&description);
-    let routes = described.merge(console::routes()).with_state(app.clone());
+    let mut router = console::routes();
+    for (path, methods) in routes() {
+        router = router.route(path, methods);
+    }
+    let routes = router.with_state(app.clone());
     with_middleware(routes, RequestLog::On, app.door.clone(), Some(app))
+}
+
+/// The routes of the API, which are those of `assets/openapi.json`.
+pub fn routes() -> [(&'static str, MethodRouter<Arc<App>>); 9] {
+    [
+        ("/", get(get::list).post(post::create)),
+        ("/{uuid}", get(get::show).fallback(get::refuse_method)),
+        ("/stats", get(stats::show)),
+        ("/metrics", get(metrics::show)),
+        ("/livez", get(livez)),
+        ("/readyz", get(readyz)),
+        ("/openapi.json", get(openapi::show)),
+        ("/docs", get(docs::show)),
+        ("/docs/{file}", get(docs::show_file)),
+    ]
 }
 
 /// Ready while any logging instance can read and store. With `?verbose` it lists the checks of every instance and

@@ -9,14 +9,13 @@ use axum::response::{IntoResponse, Response};
 use common::api::{MapStats, MemberStats, OutcomeCounts, nearly_full, timestamp};
 use common::json::JsonLine;
 use serde::Serialize;
-use utoipa::ToSchema;
 
 use crate::collection::{Collection, Seen};
 use crate::counters::FacadeStats;
 use crate::state::App;
 
 /// The statistics of the system.
-#[derive(Serialize, ToSchema)]
+#[derive(Serialize)]
 pub(crate) struct Stats {
     at: String,
     /// As the instance sees it that reached most members; null while no instance answers.
@@ -29,7 +28,7 @@ pub(crate) struct Stats {
 }
 
 /// The map: its members and their total.
-#[derive(Clone, Debug, Serialize, ToSchema)]
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct MapRows {
     #[serde(flatten)]
     map: MapStats,
@@ -40,7 +39,7 @@ pub(crate) struct MapRows {
 }
 
 /// The sums over the members and instances that answered.
-#[derive(Clone, Debug, Default, Serialize, ToSchema)]
+#[derive(Clone, Debug, Default, Serialize)]
 struct Total {
     entries: u64,
     gets: u64,
@@ -54,7 +53,7 @@ struct Total {
 }
 
 /// A row for a logging instance; one that does not answer has no numbers.
-#[derive(Clone, Debug, Serialize, ToSchema)]
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct InstanceRow {
     instance: String,
     pub(crate) name: String,
@@ -79,7 +78,7 @@ pub(crate) struct InstanceRow {
 }
 
 /// The messages service.
-#[derive(Clone, Debug, Serialize, ToSchema)]
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct MessagesRow {
     pub(crate) up: bool,
     pub(crate) since: String,

@@ -30,7 +30,6 @@ use tokio_util::codec::{AnyDelimiterCodec, AnyDelimiterCodecError, Decoder, Fram
 use tokio_util::io::StreamReader;
 use tokio_util::sync::CancellationToken;
 use tracing::Span;
-use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::batcher::Held;
@@ -58,7 +57,7 @@ const DISCARD_FOR: Duration = Duration::from_secs(2);
 const RESULTS_PER_CHUNK: usize = 256;
 
 /// The formats of a reply: the summary, or a result for each line.
-pub(crate) const REPLY_FORMATS: [Format; 2] = [Format::Json, Format::Ndjson];
+const REPLY_FORMATS: [Format; 2] = [Format::Json, Format::Ndjson];
 
 /// Stores each line of the body. The reply is a summary after the last line, because many clients
 /// read nothing before they have sent everything; as NDJSON it streams each line's result at once.
@@ -92,8 +91,8 @@ pub(crate) async fn create(app: Arc<App>, parts: Parts, body: Body) -> Result<Re
 }
 
 /// What became of one line of an upload.
-#[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct LineResult {
+#[derive(Debug, Serialize)]
+struct LineResult {
     line: u64,
     uuid: Option<Uuid>,
     /// `yes`, `no`, or `unknown`: retry the line with this uuid.
@@ -101,7 +100,6 @@ pub(crate) struct LineResult {
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     duplicate: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false)]
     error: Option<String>,
     /// Of a line that failed.
     #[serde(skip)]
@@ -117,8 +115,8 @@ enum Fault {
 }
 
 /// The reply to an upload.
-#[derive(Debug, Default, Serialize, ToSchema)]
-pub(crate) struct Summary {
+#[derive(Debug, Default, Serialize)]
+struct Summary {
     stored: u64,
     failed: u64,
     /// The first hundred.

@@ -3,7 +3,6 @@
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
 use crate::health::Health;
 
@@ -35,7 +34,7 @@ pub struct InstanceStats {
 }
 
 /// The number of entries with each outcome, by its word on the wire.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[allow(missing_docs, reason = "the outcomes are explained at `Outcome`")]
 pub struct OutcomeCounts {
     pub stored: u64,
@@ -47,7 +46,7 @@ pub struct OutcomeCounts {
 }
 
 /// The statistics of a map.
-#[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct MapStats {
     /// `lmdb`, `redis` or `redis-cluster`.
     pub engine: String,
@@ -62,7 +61,7 @@ pub struct MapStats {
 
 /// A row for a member of the map: the LMDB folder, or a Redis server. The numbers of a member that does
 /// not answer are `None`.
-#[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct MemberStats {
     /// The folder, or `HOST:PORT`.
     pub member: String,
@@ -72,7 +71,6 @@ pub struct MemberStats {
     pub up: bool,
     /// Why not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false)]
     pub problem: Option<String>,
     /// Partitions that a primary or folder owns, or whose backups a replica holds.
     pub partitions: Option<u64>,
@@ -97,7 +95,7 @@ pub struct MemberStats {
 }
 
 /// The role of a member in the map.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// A Redis server that owns entries.

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+/// Compares what the facade answers with its description.
+mod description;
 /// Continuous POSTs and GETs, and their record.
 mod load;
 /// The services as real processes.

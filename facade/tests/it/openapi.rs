@@ -8,6 +8,7 @@ use reqwest::{Body, Method, RequestBuilder, Url};
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
+use crate::description::{assert_has_members, resolved};
 use crate::system::{System, instances, nobody, problem};
 
 const FORM: &str = "application/x-www-form-urlencoded";
@@ -20,7 +21,11 @@ async fn description(system: &System) -> Value {
     let response = system.get("/openapi.json").await;
     assert_eq!(response.status(), 200);
     assert_eq!(response.headers()["content-type"], JSON);
-    response.json().await.unwrap()
+    let text = response.text().await.unwrap();
+    for name in ["{VERSION", "{MAX"] {
+        assert!(!text.contains(name), "{name}");
+    }
+    resolved(&text)
 }
 
 fn object(value: &Value) -> &Map<String, Value> {
@@ -36,14 +41,19 @@ fn filled_in(path: &str) -> String {
 #[tokio::test]
 async fn each_route_is_described_and_each_described_one_is_served() {
     let source = include_str!("../../src/router.rs");
-    assert!(!source.contains(".route("), "a route without description");
+    let routes = source.matches(".route(").count();
+    assert_eq!(routes, 1, "a route beside the table");
     let system = System::start().await;
     let description = description(&system).await;
     assert!(description["openapi"].as_str().unwrap().starts_with("3.1."));
     let schemes = object(&description["components"]["securitySchemes"]);
     assert_eq!(schemes["bearer"]["scheme"], "bearer");
     assert_eq!(schemes["basic"]["scheme"], "basic");
-    for (path, operations) in object(&description["paths"]) {
+    let paths = object(&description["paths"]);
+    let described: BTreeSet<&str> = paths.keys().map(String::as_str).collect();
+    let served = facade::routes().map(|(path, _)| path);
+    assert_eq!(described, BTreeSet::from(served));
+    for (path, operations) in paths {
         let url = format!("{}{}", system.url, filled_in(path));
         let refused = system
             .http
@@ -67,10 +77,12 @@ async fn each_route_is_described_and_each_described_one_is_served() {
         let responses = &operations["get"]["responses"];
         let described = &responses[response.status().as_str()];
         assert!(described.is_object(), "{path}: {}", response.status());
-        assert!(
-            described["content"][media_type(response.headers())].is_object(),
-            "{path}"
-        );
+        let content = &described["content"][media_type(response.headers())];
+        assert!(content.is_object(), "{path}");
+        if media_type(response.headers()).ends_with("json") && path != "/openapi.json" {
+            let body = response.json().await.unwrap();
+            assert_has_members(&body, &[&content["schema"]]);
+        }
     }
 }
 
@@ -139,8 +151,8 @@ async fn each_example_of_an_answer_is_one() {
         text,
     } in answers().await
     {
-        let example = described.remove(&key);
-        let example = example.unwrap_or_else(|| panic!("{key} is not described"));
+        let media = described.remove(&key);
+        let (example, schema) = media.unwrap_or_else(|| panic!("{key} is not described"));
         let content_type = media_type(&headers);
         let answered = format!(" {} {content_type} ", status.as_str());
         assert!(key.contains(&answered), "{key}: {answered}");
@@ -152,6 +164,7 @@ async fn each_example_of_an_answer_is_one() {
             _ => serde_json::from_str(&text).unwrap(),
         };
         assert_eq!(comparable(&answer), comparable(&example), "{key}");
+        assert_has_members(&answer, &[&schema]);
     }
     assert!(
         described.is_empty(),
@@ -160,8 +173,8 @@ async fn each_example_of_an_answer_is_one() {
     );
 }
 
-/// The examples of answers, by `OPERATION STATUS MEDIA_TYPE NAME`.
-fn examples(description: &Value) -> BTreeMap<String, Value> {
+/// The examples of answers with their schemas, by `OPERATION STATUS MEDIA_TYPE NAME`.
+fn examples(description: &Value) -> BTreeMap<String, (Value, Value)> {
     let mut examples = BTreeMap::new();
     for operations in object(&description["paths"]).values() {
         for operation in object(operations).values() {
@@ -176,7 +189,8 @@ fn examples(description: &Value) -> BTreeMap<String, Value> {
                     };
                     for (name, example) in named {
                         let key = format!("{id} {status} {media_type} {name}");
-                        examples.insert(key, example["value"].clone());
+                        let with_schema = (example["value"].clone(), media["schema"].clone());
+                        examples.insert(key, with_schema);
                     }
                 }
             }
@@ -336,6 +350,23 @@ async fn answers() -> Vec<Answer> {
     answers
 }
 
+#[tokio::test]
+async fn limits_of_the_facade_are_described() {
+    let system = System::start_with(&["--max-message", "1000"]).await;
+    let description = description(&system).await;
+    assert_eq!(description["info"]["version"], env!("CARGO_PKG_VERSION"));
+    let body = &description["paths"]["/"]["post"]["requestBody"];
+    let text = &body["content"][TEXT]["schema"];
+    assert_eq!(text["maxLength"], 1000);
+    let words = body["description"].as_str().unwrap();
+    assert!(words.starts_with("A message of 1 to 1000 bytes"), "{words}");
+    let parameters = &description["paths"]["/"]["get"]["parameters"];
+    let list = parameters.as_array().unwrap();
+    let of = |name: &str| list.iter().find(|one| one["name"] == name).unwrap();
+    assert_eq!(of("tail")["schema"]["maximum"], 10_000);
+    assert_eq!(of("contains")["schema"]["maxLength"], 256);
+}
+
 /// Its policy has browsers hold the page to what this test reads: nothing comes from another host.
 #[tokio::test]
 async fn page_is_served_with_all_its_files_and_names_no_other_host() {
@@ -385,6 +416,22 @@ async fn page_is_served_with_all_its_files_and_names_no_other_host() {
         };
         assert_eq!(media_type(response.headers()), expected);
         assert!(response.content_length().unwrap() > 100, "{file}");
+    }
+    for (file, word) in [
+        ("swagger-ui-bundle.js", "SwaggerUIBundle"),
+        ("swagger-ui.css", ".swagger-ui"),
+    ] {
+        let response = system.get(&format!("/docs/{file}")).await;
+        assert_eq!(response.headers()["content-encoding"], "gzip");
+        let compressed = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&compressed, response.bytes().await.unwrap()).unwrap();
+        let gzip = std::process::Command::new("gzip")
+            .args(["--decompress", "--stdout"])
+            .stdin(compressed.reopen().unwrap())
+            .output()
+            .unwrap();
+        assert!(gzip.status.success(), "{file}: {gzip:?}");
+        assert!(String::from_utf8(gzip.stdout).unwrap().contains(word));
     }
     let start = system.get("/docs/start.js").await.text().await.unwrap();
     assert!(start.contains("url: \"openapi.json\"") && start.contains("validatorUrl: null"));

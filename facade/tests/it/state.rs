@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use testing::process::{OnSmallDisk, Process, free_address};
 use testing::redis_servers::{RedisCluster, RedisServer};
 
+use crate::description::assert_described;
 use crate::processes::{Processes, binary, facade};
 use crate::stats::{wait_for, wait_for_stats};
 use crate::system::{System, nobody, problem, serve, serve_instance, with_stats};
@@ -257,6 +258,7 @@ async fn numbers_of_an_instance_may_be_anything() {
     let stats = system.get("/stats").await;
     assert_eq!(stats.status(), 200);
     let stats: Value = stats.json().await.unwrap();
+    assert_described(&stats, "Stats");
     assert_eq!(stats["map"]["total"]["entries"], u64::MAX);
     assert_eq!(stats["instances"][1]["share"], 1.0);
 }

@@ -9,6 +9,7 @@ use testing::process::{LOOK_AGAIN, PATIENCE};
 use testing::redis_servers::RedisCluster;
 use uuid::Uuid;
 
+use crate::description::assert_described;
 use crate::processes::Processes;
 use crate::system::engine_under_test;
 
@@ -25,6 +26,7 @@ pub(crate) async fn wait_for_stats(
     let begin = Instant::now();
     loop {
         let stats: Value = http.get(url).send().await.unwrap().json().await.unwrap();
+        assert_described(&stats, "Stats");
         if is_wanted(&stats) {
             return stats;
         }

@@ -29,6 +29,8 @@ use testing::process::{Process, free_address};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
+use crate::description::{assert_described, check_status};
+
 /// Seed of the random choice of instances, so that a failing run can be repeated.
 const SEED: u64 = 8086;
 
@@ -127,7 +129,8 @@ impl System {
         let served_map = ServedMap::default();
         let pool = Arc::new(Pool::new(StdRng::seed_from_u64(SEED), served_map));
         let app = App::discovering(&config, LIMITS, pool, stop.clone()).unwrap();
-        let facade = serve(facade::router(app));
+        let router = facade::router(app).layer(axum::middleware::from_fn(check_status));
+        let facade = serve(router);
         Self {
             http: Client::new(),
             url: facade.url(),
@@ -167,7 +170,9 @@ impl System {
     pub(crate) async fn read(&self, query: &str) -> Merged {
         let response = self.get(&format!("/{query}")).await;
         assert_eq!(response.status(), 200);
-        let merged: Merged = response.json().await.unwrap();
+        let merged: Value = response.json().await.unwrap();
+        assert_described(&merged, "Messages");
+        let merged: Merged = serde_json::from_value(merged).unwrap();
         assert_eq!(merged.count, merged.logging_service.len() as u64);
         merged
     }
@@ -332,6 +337,7 @@ pub(crate) fn problem(response: Response, status: u16) -> impl Future<Output = s
         let problem: serde_json::Value = response.json().await.unwrap();
         assert_eq!(problem["status"], status);
         assert!(problem["detail"].as_str().unwrap().len() > 10, "{problem}");
+        assert_described(&problem, "Problem");
         problem
     }
 }
