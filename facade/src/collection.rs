@@ -59,6 +59,9 @@ pub(crate) async fn keep_collecting(
     }
 }
 
+/// The messages service among the instances, which have addresses.
+const MESSAGES: &str = "messages";
+
 /// Since when each service is up or down.
 #[derive(Debug, Default)]
 struct Changes(HashMap<String, (bool, String)>);
@@ -120,9 +123,13 @@ async fn collect(pool: &Pool, messages: &MessagesClient, changes: &mut Changes) 
         InstanceRow::new(one, since, lately)
     });
     let rows: Vec<InstanceRow> = rows.collect();
+    let is_seen = |address: &str| seen.iter().any(|one| one.instance.address == address);
+    changes
+        .0
+        .retain(|service, _| service == MESSAGES || is_seen(service));
     let messages_row = MessagesRow {
         up: messages.is_ok(),
-        since: changes.since("messages", messages.is_ok(), &now),
+        since: changes.since(MESSAGES, messages.is_ok(), &now),
     };
 
     let failures = seen
@@ -139,7 +146,7 @@ async fn collect(pool: &Pool, messages: &MessagesClient, changes: &mut Changes) 
         checks.push(Check { name, ..check });
     }
     checks.push(Check {
-        name: "messages".to_owned(),
+        name: MESSAGES.to_owned(),
         ok: messages.is_ok(),
         detail: match &messages {
             Ok(()) => "answers".to_owned(),
@@ -235,4 +242,39 @@ fn add_problem(problems: &mut Vec<String>, check: &Check, who: &str) {
             format!("{who}{name}: {detail}")
         },
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+    use rand::rngs::StdRng;
+
+    use super::*;
+    use crate::client::{Clients, LoggingApi, LoggingClient};
+    use crate::names::Naming;
+    use crate::served_map::ServedMap;
+
+    #[tokio::test]
+    async fn instance_that_left_is_forgotten() {
+        let pool = Pool::new(StdRng::seed_from_u64(1), ServedMap::default());
+        let clients = Clients::new(Duration::from_secs(1), None, None).expect("a client");
+        let nobody = "http://127.0.0.1:9".parse().expect("a URL");
+        let messages = MessagesClient::new(clients.clone(), nobody, Duration::from_secs(1));
+        let mut changes = Changes::default();
+        for (addresses, known) in [
+            (&["127.0.0.1:9", "127.0.0.2:9"][..], 3),
+            (&["127.0.0.2:9"], 2),
+        ] {
+            let found = addresses.iter().map(|address| {
+                let at = address.parse().expect("an address");
+                let served = pool.served_map.clone();
+                let client = LoggingClient::new(clients.clone(), at, Duration::ZERO, served);
+                let client = Arc::new(client) as Arc<dyn LoggingApi>;
+                ((*address).to_owned(), client)
+            });
+            pool.set_instances("name", &Naming::default(), found.collect());
+            collect(&pool, &messages, &mut changes).await;
+            assert_eq!(changes.0.len(), known);
+        }
+    }
 }

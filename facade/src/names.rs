@@ -38,16 +38,18 @@ struct Holder {
 impl Names {
     /// The name of an instance that is new in the pool.
     pub(crate) fn take(&mut self, naming: &Naming, address: &str) -> String {
+        self.0
+            .retain(|_, holder| holder.left.is_none_or(|left| left.elapsed() < KEPT));
         let name = match naming {
             Naming::Exactly(name) => name.clone(),
             Naming::Numbered(prefix) => {
+                let is_own = |(name, holder): &(&String, &Holder)| {
+                    let numbered = name.rsplit_once('-');
+                    holder.address == address && numbered.is_some_and(|(begin, _)| begin == prefix)
+                };
+                let own = self.0.iter().find(is_own).map(|(name, _)| name.clone());
                 let mut numbered = (1..).map(|number| format!("{prefix}-{number}"));
-                let known = numbered
-                    .clone()
-                    .map_while(|name| self.0.get_key_value(&name));
-                let mut own = known.filter(|(_, holder)| holder.address == address);
-                let own = own.next().map(|(name, _)| name.clone());
-                own.or_else(|| numbered.find(|name| self.is_free(name)))
+                own.or_else(|| numbered.find(|name| !self.0.contains_key(name)))
                     .expect("numbers do not end")
             }
         };
@@ -57,11 +59,6 @@ impl Names {
         };
         self.0.insert(name.clone(), holder);
         name
-    }
-
-    fn is_free(&self, name: &str) -> bool {
-        let holder = self.0.get(name);
-        holder.is_none_or(|holder| holder.left.is_some_and(|left| left.elapsed() >= KEPT))
     }
 
     /// Notes that the instance left the pool.
@@ -95,5 +92,29 @@ mod tests {
         tokio::time::advance(KEPT).await;
         assert_eq!(names.take(&logging, "f:1"), "logging-1");
         assert_eq!(names.take(&logging, "b:1"), "logging-5");
+    }
+
+    /// Those that stay, or have not left for so long, keep their numbers.
+    #[tokio::test(start_paused = true)]
+    async fn addresses_that_left_an_hour_ago_are_forgotten() {
+        let (mut names, logging) = (Names::default(), Naming::default());
+        let address = |number: usize| format!("a:{number}");
+        for number in 1..=100 {
+            let name = names.take(&logging, &address(number));
+            assert_eq!(name, format!("logging-{number}"));
+        }
+        for number in 1..=98 {
+            names.leave(&format!("logging-{number}"));
+        }
+        tokio::time::advance(KEPT / 2).await;
+        names.leave("logging-99");
+        tokio::time::advance(KEPT / 2).await;
+        assert_eq!(names.take(&logging, &address(99)), "logging-99");
+        assert_eq!(names.take(&logging, &address(1)), "logging-1");
+        assert_eq!(names.take(&logging, &address(98)), "logging-2");
+        let mut kept: Vec<&String> = names.0.keys().collect();
+        kept.sort();
+        let expected = [1, 100, 2, 99].map(|number| format!("logging-{number}"));
+        assert_eq!(kept, expected.iter().collect::<Vec<_>>());
     }
 }
