@@ -143,11 +143,11 @@ async fn large_messages_to_followers_stay_within_the_memory_budget() {
 }
 
 /// A stopping facade reads no further line, finishes the lines that it has read, and returns their number,
-/// also to a caller that keeps sending.
+/// also to a caller that keeps sending, and also when a terminal that closes stops it.
 #[tokio::test(flavor = "multi_thread")]
 async fn stopping_facade_answers_an_upload_with_the_number_of_lines() {
     const LINES: usize = 100;
-    for goes_on in [false, true] {
+    for (signal, goes_on) in [("TERM", false), ("TERM", true), ("HUP", false)] {
         let mut system = Processes::start();
         let (stopped, wait) = watch::channel(false);
         let first = (0..LINES).map(|n| Ok::<_, std::io::Error>(format!("\"{n}\"\n")));
@@ -164,7 +164,7 @@ async fn stopping_facade_answers_an_upload_with_the_number_of_lines() {
         while system.read_all().await.len() < LINES {
             assert!(!upload.is_finished());
         }
-        system.facade.signal("TERM");
+        system.facade.signal(signal);
         system
             .facade
             .wait_for_line(|line| line.contains("stopping"));

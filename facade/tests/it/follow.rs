@@ -11,8 +11,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use axum::Router;
 use axum::body::Body;
+use axum::extract::Query;
 use axum::http::Request;
+use axum::response::IntoResponse;
+use axum::routing::get;
 use bytes::Bytes;
 use clap::Parser;
 use common::api::{Batch, InstanceStats, Poll, PutResult, READ_SETTLED, ReadQuery};
@@ -28,17 +32,19 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use reqwest::Response;
 use serde_json::Value;
-use testing::process::{LOOK_AGAIN, PATIENCE};
+use testing::process::{LOOK_AGAIN, PATIENCE, Process, free_address};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpSocket;
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tower::ServiceExt;
 use uuid::{Builder, Uuid};
 
 use self::follower::Follower;
-use crate::processes::Processes;
+use crate::processes::{Processes, facade};
+use crate::stats::wait_for_stats;
 use crate::system::{
-    System, at, instances_with_settle, nobody, problem, served_map_on_tokios_clock,
+    System, at, instances_with_settle, nobody, problem, serve_instance, served_map_on_tokios_clock,
 };
 
 /// Posts a message under a key of so many milliseconds ago.
@@ -331,15 +337,29 @@ async fn event_source_outlives_an_outage_and_lines_are_refused() {
     drop((working, map));
 }
 
+/// Also of one whose messages are all from before the follower.
+#[tokio::test]
+async fn first_event_of_a_new_map_has_an_id() {
+    let system = System::start().await;
+    system.store("first").await;
+    for query in ["", "?tail=1"] {
+        let mut follower = Follower::of(&system, query).await;
+        assert_eq!(follower.next().await.msg, "first");
+        assert!(follower.id.is_some(), "{query}");
+    }
+}
+
 /// A follower that does not take its history lets others read theirs.
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_followers_keep_no_turn_to_read_history() {
     const TURNS: usize = 64;
+    // In bytes more than the largest buffers of a connection on Linux hold.
+    const MESSAGES: usize = 6;
     let (logging, map) = instances_with_settle(1, Duration::from_millis(500)).await;
     let flags = ["--max-message", "1MiB", "--read-deadline", "5s"];
     let system = System::with_instances(logging, map, &flags);
     let mut last = Uuid::nil();
-    for n in 0..16 {
+    for n in 0..MESSAGES {
         let msg = format!("{n} {}", "größe \"\u{1}\" ".repeat(65_536));
         last = system.store(&msg).await;
     }
@@ -357,11 +377,53 @@ async fn slow_followers_keep_no_turn_to_read_history() {
         slow.push(stream);
     }
     let mut quick = Follower::of(&system, "").await;
-    let messages = quick.messages(16).await;
+    let messages = quick.messages(MESSAGES).await;
     for (n, msg) in messages.iter().enumerate() {
         assert!(msg.starts_with(&format!("{n} ")));
         assert!(msg.ends_with("größe \"\u{1}\" "));
     }
+}
+
+/// One client's followers leave half of the turns to others, however long they need theirs.
+#[tokio::test(flavor = "multi_thread")]
+async fn client_has_half_of_the_turns_to_read_history() {
+    const TURNS: u64 = 64;
+    let begun = Arc::new(AtomicU64::new(0));
+    let count = begun.clone();
+    let log = async move |Query(query): Query<ReadQuery>| {
+        if query.poll.is_some() {
+            let settled = "01890000-0000-7000-8000-000000000002";
+            return ([(READ_SETTLED, settled)], "{\"count\":0}\n").into_response();
+        }
+        if query.bounds.after == Some(Uuid::nil()) {
+            count.fetch_add(1, Ordering::Relaxed);
+            std::future::pending::<()>().await;
+        }
+        "{\"count\":0}\n".into_response()
+    };
+    let logging = serve_instance(Router::new().route("/", get(log)));
+    let flags = ["--trusted-proxy", "127.0.0.1", "--try-timeout", "1h"];
+    let command = facade(&logging.url(), &nobody().url(), &flags);
+    let facade = Process::start(command, free_address());
+    let http = reqwest::Client::new();
+    let follow = |client: &str, after: &str| {
+        let query = format!("?follow=true&tail=5&after={after}");
+        let request = http.get(format!("{}/{query}", facade.url()));
+        let request = request.header("accept", "application/x-ndjson");
+        request.header("x-forwarded-for", client).send()
+    };
+    let mut waiting = JoinSet::new();
+    for _ in 0..TURNS {
+        waiting.spawn(follow("192.0.2.1", "00000000-0000-0000-0000-000000000000"));
+    }
+    let stats = format!("{}/stats", facade.url());
+    wait_for_stats(&http, &stats, |stats| stats["facade"]["followers"] == TURNS).await;
+    while begun.load(Ordering::Relaxed) < TURNS / 2 {
+        sleep(LOOK_AGAIN).await;
+    }
+    let other = follow("192.0.2.2", "01890000-0000-7000-8000-000000000000");
+    assert_eq!(other.await.unwrap().status(), 200);
+    assert!(waiting.try_join_next().is_none(), "it waited for them");
 }
 
 async fn wait_for_followers(system: &System, count: u64) {

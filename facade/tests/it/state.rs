@@ -14,7 +14,9 @@ use testing::redis_servers::{RedisCluster, RedisServer};
 use crate::description::assert_described;
 use crate::processes::{Processes, binary, facade};
 use crate::stats::{wait_for, wait_for_stats};
-use crate::system::{System, nobody, problem, serve, serve_instance, with_stats};
+use crate::system::{
+    System, nobody, problem, serve, serve_instance, serve_stats, stats_of, with_stats,
+};
 
 fn has_problem(stats: &Value, words: &str) -> bool {
     let problems = stats["problems"].as_array().unwrap();
@@ -76,6 +78,9 @@ async fn what_is_wrong_is_told_without_a_post() {
     system.logging[1].signal("STOP");
     let stats = wait_for(&system, |stats| stats["instances"][1]["up"] == false).await;
     assert_eq!(stats["instances"][1]["ready"], false);
+    let since = |stats: &Value, index: usize| stats["instances"][index]["since"].clone();
+    assert_eq!(since(&stats, 0), since(&well, 0));
+    assert_ne!(since(&stats, 1), since(&well, 1));
     assert_eq!(stats["instances"][1]["received"], Value::Null);
     assert_eq!(stats["map"]["total"]["complete"], false);
     assert!(
@@ -261,6 +266,21 @@ async fn numbers_of_an_instance_may_be_anything() {
     assert_described(&stats, "Stats");
     assert_eq!(stats["map"]["total"]["entries"], u64::MAX);
     assert_eq!(stats["instances"][1]["share"], 1.0);
+}
+
+/// An instance's share is of what all received lately, not since they began.
+#[tokio::test]
+async fn share_is_of_what_was_received_lately() {
+    let instance = |received: u64, lately: u64| {
+        let mut stats = stats_of(received, None, json!([]));
+        stats["received_lately"] = json!(lately);
+        serve_stats(stats)
+    };
+    let logging = vec![instance(1000, 10), instance(10, 30)];
+    let system = System::with_stubs(logging, nobody(), &[]);
+    let stats: Value = system.get("/stats").await.json().await.unwrap();
+    let shares = [0, 1].map(|index| stats["instances"][index]["share"].as_f64());
+    assert_eq!(shares, [Some(0.25), Some(0.75)]);
 }
 
 /// The tail of a GET says why the messages service gave no reply, and not where it asked.

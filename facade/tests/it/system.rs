@@ -287,16 +287,24 @@ pub(crate) fn serve_instance(router: Router) -> Server {
 
 /// A logging instance with these statistics, whose numbers are all `number`.
 pub(crate) fn with_stats(number: u64, not_ready: Option<&str>, members: Value) -> Server {
+    serve_stats(stats_of(number, not_ready, members))
+}
+
+pub(crate) fn stats_of(number: u64, not_ready: Option<&str>, members: Value) -> Value {
     let outcomes = json!({
         "stored": number, "duplicate": number, "conflict": number, "stale": number,
         "refused": number, "unknown": number,
     });
-    let stats = json!({
+    json!({
         "at": "", "since": "", "version": "", "received": number, "received_lately": number,
         "outcomes": outcomes, "in_flight": number, "put_p50_ms": 1.0, "put_p99_ms": null,
         "health": {"not_ready": not_ready, "checks": []},
         "map": {"engine": "lmdb", "layout": 1, "members": members},
-    });
+    })
+}
+
+/// A logging instance that tells these statistics.
+pub(crate) fn serve_stats(stats: Value) -> Server {
     let show = async move || Json(stats.clone());
     serve_instance(Router::new().route("/stats", routing::get(show)))
 }
