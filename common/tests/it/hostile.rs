@@ -211,17 +211,36 @@ async fn early_answer_reaches_a_client_that_is_still_sending() {
     assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
 }
 
+/// A head that is too long or malformed ends the connection, and the answer says so.
 #[tokio::test]
-async fn head_beyond_16_kib_is_a_431() {
+async fn head_beyond_16_kib_is_a_431_and_a_malformed_one_a_400() {
     let server = Server::start(Router::new().route("/", get("ok")), PATIENT, NEVER);
     let head = |bytes: usize| {
-        let fill = "x".repeat(bytes);
-        format!("GET / HTTP/1.1\r\nhost: h\r\nconnection: close\r\nfill: {fill}\r\n\r\n")
+        format!(
+            "GET / HTTP/1.1\r\nhost: h\r\nx: {}\r\n\r\n",
+            "x".repeat(bytes)
+        )
     };
-    let answer = rest(server.send(&head(15 << 10)).await).await;
+    let mut kept = server.send(&head(15 << 10)).await;
+    let answer = read_until(&mut kept, "ok").await;
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-    let answer = rest(server.send(&head(16 << 10)).await).await;
-    assert!(answer.starts_with("HTTP/1.1 431 "), "{answer}");
+    for (status, head) in [
+        (431, head(16 << 10)),
+        (400, "GET / HTTP/1.1\r\nhost\r\n\r\n".to_owned()),
+        (400, "GET / HTTP/9.1\r\nhost: h\r\n\r\n".to_owned()),
+        (400, "G(T / HTTP/1.1\r\nhost: h\r\n\r\n".to_owned()),
+        (
+            400,
+            "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: x\r\n\r\n".to_owned(),
+        ),
+    ] {
+        let answer = rest(server.send(&head).await).await;
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status} ")),
+            "{answer}"
+        );
+        assert!(answer.contains("connection: close\r\n"), "{answer}");
+    }
 }
 
 /// Over the limit a new connection takes the place of the oldest idle one; it does not matter that a part of
