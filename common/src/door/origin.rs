@@ -80,21 +80,11 @@ mod tests {
             ("log.example.org", "ftp://log.example.org", "", true),
             ("log.example.org", "https://example.org", "", true),
             ("log.example.org", "null", "", true),
-            (
-                "inner:8086",
-                "https://log.example.org",
-                "same-origin",
-                false,
-            ),
-            ("inner:8086", "https://log.example.org", "none", false),
-            ("inner:8086", "https://log.example.org", "same-site", true),
-            (
-                "log.example.org",
-                "https://log.example.org",
-                "cross-site",
-                true,
-            ),
-            ("inner:8086", "https://log.example.org", "unknown", true),
+            ("inner:8086", "https://h", "same-origin", false),
+            ("inner:8086", "https://h", "none", false),
+            ("inner:8086", "https://h", "same-site", true),
+            ("inner:8086", "https://h", "unknown", true),
+            ("h", "https://h", "cross-site", true),
         ] {
             let mut headers = HeaderMap::new();
             headers.insert(header::HOST, host.parse().expect("a value"));

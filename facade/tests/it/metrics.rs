@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -228,18 +227,10 @@ async fn server_that_is_dead_has_no_memory() {
 /// Each alert has a case in which it fires, and one in which it does not.
 #[test]
 fn alerts_fire_when_they_must_and_only_then() {
-    if let Err(why) = trial_run(Command::new("promtool").arg("--version")) {
-        return skip(&format!("no promtool: {why}"), "REQUIRE_ALL");
+    let test = ["test", "rules", &monitoring("alerts_test.yml")];
+    if promtool(&test, Stdio::null()).is_none() {
+        return;
     }
-    let mut test = Command::new("promtool");
-    test.args(["test", "rules"])
-        .arg(monitoring("alerts_test.yml"));
-    let output = test.output().unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
     let rules = fs::read_to_string(monitoring("alerts.yml")).unwrap();
     let cases = fs::read_to_string(monitoring("alerts_test.yml")).unwrap();
     for alert in rules
@@ -257,8 +248,9 @@ fn alerts_fire_when_they_must_and_only_then() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn promtool_finds_nothing() {
-    if let Err(why) = trial_run(Command::new("promtool").arg("--version")) {
-        return skip(&format!("no promtool: {why}"), "REQUIRE_ALL");
+    let check = ["check", "config", &monitoring("prometheus.yml")];
+    if promtool(&check, Stdio::null()).is_none() {
+        return;
     }
     let system = Processes::start();
     assert_eq!(system.post("hello").await.status(), 200);
@@ -266,25 +258,23 @@ async fn promtool_finds_nothing() {
     for service in [&system.facade, &system.logging[0], &system.messages] {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), metrics(&system, service).await).unwrap();
-        let mut check = Command::new("promtool");
-        check
-            .args(["check", "metrics"])
-            .stdin(Stdio::from(file.reopen().unwrap()));
-        let output = check.output().unwrap();
-        let found =
-            String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success() && found.is_empty(), "{found}");
+        let found = promtool(&["check", "metrics"], file.reopen().unwrap().into());
+        assert_eq!(found.as_deref(), Some(""));
     }
-    let mut check = Command::new("promtool");
-    check
-        .args(["check", "config"])
-        .arg(monitoring("prometheus.yml"));
-    let output = check.output().unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+}
+
+/// What promtool says, which must be content; `None` where it is not installed.
+#[track_caller]
+fn promtool(arguments: &[&str], input: Stdio) -> Option<String> {
+    if let Err(why) = trial_run(Command::new("promtool").arg("--version")) {
+        skip(&format!("no promtool: {why}"), "REQUIRE_ALL");
+        return None;
+    }
+    let mut command = Command::new("promtool");
+    let output = command.args(arguments).stdin(input).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    Some(said.into_owned())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -305,10 +295,8 @@ async fn open_metrics_when_asked_for() {
     assert!(text.contains("\nfacade_reads_resumed_total 0\n"), "{text}");
 }
 
-fn monitoring(file: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("../docs/monitoring")
-        .join(file)
+fn monitoring(file: &str) -> String {
+    format!("{}/../docs/monitoring/{file}", env!("CARGO_MANIFEST_DIR"))
 }
 
 /// What looks like a metric of ours in a text.
