@@ -56,15 +56,25 @@ async fn check(app: &App) -> Report {
         ok: false,
         detail: detail.to_owned(),
     };
-    let members = map.members.iter().filter_map(|member| {
-        let problem = member.problem.as_ref()?;
-        Some(failed(format!("member {}", member.member), problem))
-    });
     let output_check = output.as_ref().err();
     let output_check = output_check.map(|detail| failed("output".to_owned(), detail));
-    for check in health.checks.into_iter().chain(members).chain(output_check) {
-        if checks.iter().all(|known| known.detail != check.detail) {
+    let mut add = |check: Check| {
+        if check.ok || checks.iter().all(|known| known.detail != check.detail) {
             checks.push(check);
+        }
+    };
+    health
+        .checks
+        .into_iter()
+        .chain(output_check)
+        .for_each(&mut add);
+    for member in &map.members {
+        // What failed a check gives no numbers for the same reason.
+        let is_known = |known: &Check| !known.ok && known.name.ends_with(&member.member);
+        if let Some(problem) = &member.problem
+            && !checks.iter().any(is_known)
+        {
+            checks.push(failed(format!("member {}", member.member), problem));
         }
     }
     let not_ready = reason.or(output.err());

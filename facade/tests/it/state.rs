@@ -193,6 +193,15 @@ async fn lost_backup_and_lost_shard_are_told() {
     let rows = stats["map"]["members"].as_array().unwrap();
     let row = rows.iter().find(|row| row["member"] == primary.as_str());
     assert_eq!(row.unwrap()["up"], false, "{stats:#}");
+    // Other partitions take messages, but no GET is whole.
+    wait_for(&system, |stats| stats["instances"][0]["ready"] == false).await;
+    let readiness = system.facade.readiness();
+    assert!(readiness.starts_with("HTTP/1.1 503"), "{readiness}");
+    assert!(readiness.contains(&lost), "{readiness}");
+    assert_eq!(
+        system.post("stored in another partition").await.status(),
+        200
+    );
 }
 
 /// A partition of a server is deleted behind the instances' back.

@@ -344,6 +344,43 @@ async fn user_with_a_password_needs_few_rights() {
     }
 }
 
+/// A right that is missing, or is taken away, is named, and the instance is not ready: all else seems well until
+/// the first request that needs it.
+#[tokio::test]
+async fn right_that_is_missing_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = RedisServer::single(folder.path());
+    let set = |rights: &[&str]| {
+        let command = [&["ACL", "SETUSER", "logging"], rights].concat();
+        let _: () = server.ask(&command);
+    };
+    set(&["on", ">secret", "~*", "+@all", "-zadd"]);
+    let map = open_at(
+        &format!("redis://logging:secret@{}", server.address()),
+        None,
+    );
+    wait_until_missing(&map, "no right to +zadd:").await;
+    set(&["+zadd"]);
+    wait_until_ready(&map).await;
+    for (right, missing) in [
+        ("-zadd", "+zadd:"),
+        ("-zrangebylex", "+zrangebylex +zadd:"),
+        ("-getrange", "+getrange +zadd +zrangebylex:"),
+    ] {
+        set(&[right]);
+        let mut words: Vec<&str> = missing.trim_end_matches(':').split(' ').collect();
+        words.sort_unstable();
+        wait_for(&map, |health| {
+            let reason = health.not_ready.as_deref().unwrap_or_default();
+            words.iter().all(|word| reason.contains(word))
+        })
+        .await;
+    }
+    set(&["+@all"]);
+    wait_until_ready(&map).await;
+    assert_eq!(put(&map, &entries(1)).await, [Outcome::Stored]);
+}
+
 /// A server forgets its scripts, as by an operator's command: nothing is stored by the group that meets it, and
 /// the instance sends the script again by itself.
 #[tokio::test]

@@ -101,8 +101,8 @@ impl Files {
             if !found.and_then(is_intact).unwrap_or(false) {
                 return Err(MapError::Unavailable(format!(
                     "{name} in the map's folder {} was deleted, replaced or cut while this instance \
-                     ran: no entries are stored; stop all logging instances on the folder, restore \
-                     data.mdb from a copy if it is missing, and start them",
+                     ran: no entries are stored; if data.mdb is missing, save it from the instances that \
+                     still run, as docs/lmdb.md says, before you stop them; then restore it and start them",
                     self.folder.display()
                 )));
             }

@@ -190,6 +190,11 @@ impl Cluster {
             ok: false,
             detail: STRANGER.to_owned(),
         });
+        let rights = state.lacking_rights().map(|(address, detail)| Check {
+            name: format!("server {address}"),
+            ok: false,
+            detail,
+        });
         // Before discovery has found anything, `not_ready` says so.
         let is_lost = !state.topology.owners.is_empty() && !state.topology.is_whole();
         let lost = is_lost.then(|| unowned_reason(&state));
@@ -199,20 +204,30 @@ impl Cluster {
             not_ready: self.not_ready(&state),
             checks: members
                 .chain(strangers)
+                .chain(rights)
                 .chain(failed_checks(map_id.collect()))
                 .collect(),
         }
     }
 
-    /// Why this instance is not ready. Once ready, it stays so while any primary answers: the loss
-    /// of a backup or a shard would take out all instances at once.
+    /// Why this instance is not ready. Once ready, it stays so while some primary takes entries and all can be read:
+    /// a shard that only lacks its backups would take out all instances at once.
     fn not_ready(&self, state: &ClusterState) -> Option<String> {
+        let mut lacking = state.lacking_rights();
+        if let Some((_, reason)) = lacking.find(|(address, _)| state.topology.has_primary(address))
+        {
+            return Some(reason);
+        }
         let shards = &state.topology.shards;
-        let is_any_up = shards
-            .iter()
-            .any(|shard| shard.connection.down_reason().is_none());
-        if (state.was_complete || self.was_complete.load(Ordering::Relaxed)) && is_any_up {
-            return None;
+        let takes_entries = |shard: &Arc<Shard>| {
+            shard.connection.down_reason().is_none() && shard.writer.closed_reason().is_none()
+        };
+        let was_complete = state.was_complete || self.was_complete.load(Ordering::Relaxed);
+        if was_complete && shards.iter().any(takes_entries) {
+            let mut primaries = shards.iter();
+            let down = primaries.find_map(|shard| shard.connection.down_reason());
+            let unowned = (!state.topology.is_whole()).then(|| unowned_reason(state));
+            return down.or(unowned).or_else(|| state.map_id_error.clone());
         }
         if let Some(error) = &state.discovery_error {
             return Some(error.clone());
@@ -302,6 +317,22 @@ impl ClusterState {
             "redis {address} evicts entries when its memory is used up (maxmemory {memory}, \
              maxmemory-policy {policy}): set maxmemory-policy noeviction"
         ))
+    }
+
+    /// The servers on which the user of `--map` lacks rights, and which.
+    fn lacking_rights(&self) -> impl Iterator<Item = (&Address, String)> {
+        let lacking = self
+            .infos
+            .iter()
+            .filter(|(_, info)| !info.lacking_rights.is_empty());
+        lacking.map(|(address, info)| {
+            let rights = info.lacking_rights.join(" +");
+            let detail = format!(
+                "redis {address} gives the user of --map no right to +{rights}: see docs/redis.md for the \
+                 line with all rights that it needs"
+            );
+            (address, detail)
+        })
     }
 
     /// Names the other map that the servers hold.

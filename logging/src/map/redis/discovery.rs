@@ -28,6 +28,35 @@ use super::timeouts::answer_timeout;
 use crate::map::contract::{Access, DEFAULT_SETTLE, Options};
 use crate::map::rules::{log_opened, millis};
 
+/// The commands that the user of `--map` needs, with arguments like those that are sent.
+const RIGHTS: [&str; 15] = [
+    "get id:x",
+    "getrange message:x 0 1",
+    "set message:x x",
+    "asking",
+    "evalsha x 0",
+    "zadd entries:x 0 x",
+    "zrange entries:x 0 1",
+    "zrevrange entries:x 0 1",
+    "zrangebylex entries:x - +",
+    "zrevrangebylex entries:x + -",
+    "zcard entries:x",
+    "readonly",
+    "incr fence:x",
+    "time",
+    "wait 0 0",
+];
+
+/// Returns the commands of [`RIGHTS`] that the user may not run.
+const LACKING_RIGHTS: &str = "
+local lacking = {}
+for _, command in ipairs(ARGV) do
+    local words = {}
+    for word in string.gmatch(command, '%S+') do words[#words + 1] = word end
+    if not redis.acl_check_cmd(unpack(words)) then lacking[#lacking + 1] = words[1] end
+end
+return lacking";
+
 /// The interval between refreshes while nothing wakes discovery.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(2);
 
@@ -111,6 +140,8 @@ impl Discovery {
         let mut questions = redis::pipe();
         questions.cmd("INFO").cmd("CLUSTER").arg("NODES");
         map_id::question(&mut questions);
+        let rights = questions.cmd("EVAL").arg(LACKING_RIGHTS).arg(0);
+        rights.arg(RIGHTS.as_slice());
         // At the start no answer may be missed that shows another cluster.
         let most = state.map_id.map_or(usize::MAX, |_| MAX_ASKED);
         let connections = self.connections.values().cloned();
@@ -494,7 +525,7 @@ impl Answer {
             Value::ServerError(error) => Err(format!("redis {address} refuses: {error}")),
             _ => Err(partition::unexpected_reply(replies).to_string()),
         };
-        let [info, nodes, id, settle] = replies else {
+        let [info, nodes, id, settle, rights] = replies else {
             return Err(partition::unexpected_reply(replies).to_string());
         };
         let mut info = ServerInfo::parse(&text(info)?);
@@ -504,6 +535,11 @@ impl Answer {
             Vec::new()
         };
         info.id = address.to_string();
+        info.lacking_rights = match rights {
+            Value::Array(commands) => commands.iter().filter_map(|it| text(it).ok()).collect(),
+            Value::ServerError(error) if error.code() == "NOPERM" => vec!["eval".to_owned()],
+            _ => Vec::new(),
+        };
         if let Some(myself) = nodes.iter().find(|node| node.is_myself) {
             info.id.clone_from(&myself.id);
             info.moving.clone_from(&myself.moving);

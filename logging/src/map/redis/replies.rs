@@ -23,6 +23,8 @@ pub(super) struct ServerInfo {
     pub(super) dataset_memory: u64,
     /// Keys evicted since the server started.
     pub(super) evicted_keys: u64,
+    /// Commands that the map needs and its user may not run.
+    pub(super) lacking_rights: Vec<String>,
     /// The server's id in the cluster, from `CLUSTER NODES`; of a single server its address.
     pub(super) id: String,
     /// Slots that the server reports as moving, from `CLUSTER NODES`.
