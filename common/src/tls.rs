@@ -36,13 +36,15 @@ pub fn follow_certificate(certificate: PathBuf, key: PathBuf) -> Result<Certific
     })
 }
 
-/// Checks that each certificate of a file was issued by the next one, as a client does that trusts the last.
+/// Checks that each certificate of a file was issued by the next one, which is an authority's and has not expired.
 fn check_chain(chain: &[CertificateDer<'_>]) -> Result<(), String> {
     let [leaf, issuers @ ..] = chain else {
         return Ok(());
     };
     let algorithms = ring::default_provider().signature_verification_algorithms;
     for (before, issuer) in issuers.iter().enumerate() {
+        check_authority(issuer)
+            .map_err(|error| format!("its certificate {}: {error}", before + 2))?;
         let mut trusted = RootCertStore::empty();
         let checked = trusted.add(issuer.clone()).and_then(|()| {
             let leaf = ParsedCertificate::try_from(leaf)?;
@@ -55,6 +57,30 @@ fn check_chain(chain: &[CertificateDer<'_>]) -> Result<(), String> {
         })?;
     }
     Ok(())
+}
+
+/// Checks what clients check of an issuer, and not of a certificate that they trust: here it is one that is trusted.
+fn check_authority(issuer: &CertificateDer<'_>) -> Result<(), String> {
+    let described = |error: webpki::Error| error.to_string();
+    let anchors = [webpki::anchor_from_trusted_cert(issuer).map_err(described)?];
+    let checked = webpki::EndEntityCert::try_from(issuer).map_err(described)?;
+    let verified = checked.verify_for_usage(
+        ring::default_provider()
+            .signature_verification_algorithms
+            .all,
+        &anchors,
+        &[],
+        UnixTime::now(),
+        webpki::KeyUsage::server_auth(),
+        None,
+        None,
+    );
+    match verified {
+        // The check after that of its dates, and before that of its own issuer.
+        Err(webpki::Error::CaUsedAsEndEntity) => Ok(()),
+        Ok(_) | Err(webpki::Error::UnknownIssuer) => Err("it is not an authority's".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// Follows a file with the certificates of authorities: a client that trusts them, and no others, with the

@@ -137,7 +137,13 @@ async fn collect(pool: &Pool, messages: &MessagesClient, changes: &mut Changes) 
         .filter_map(|one| Some((one.instance.name.as_str(), one.failure()?)));
     let mut problems = say_once(failures, seen.len());
     let mut checks: Vec<Check> = seen.iter().map(check).collect();
-    let not_ready = (!checks.iter().any(|check| check.ok)).then(|| none_is_ready(&problems));
+    if seen.is_empty() {
+        problems.push("no logging instance is in DNS: start one, or correct --logging".to_owned());
+    }
+    let not_ready = (!checks.iter().any(|check| check.ok)).then(|| {
+        let reasons = problems.join("; ");
+        format!("no logging instance can read and store: {reasons}")
+    });
     for (check, who) in own_checks(&seen) {
         if !check.ok {
             add_problem(&mut problems, &check, &who);
@@ -184,15 +190,6 @@ fn check(seen: &Seen<'_>) -> Check {
         ok: failure.is_none(),
         detail: format!("{} {state}", seen.instance.address),
     }
-}
-
-fn none_is_ready(problems: &[String]) -> String {
-    let reasons = if problems.is_empty() {
-        "none is in DNS".to_owned()
-    } else {
-        problems.join("; ")
-    };
-    format!("no logging instance can read and store; start one, or correct --logging: {reasons}")
 }
 
 /// The instances' own checks, equal ones once, each with those that report it unless all do.

@@ -5,7 +5,6 @@
 use std::future;
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -76,7 +75,6 @@ pub(crate) async fn create(app: Arc<App>, parts: Parts, body: Body) -> Result<Re
         request_id: request_id(headers).map(str::to_owned),
         permit: permit.clone(),
         began: Instant::now(),
-        has_stored: AtomicBool::new(false),
         app,
     };
     let access = parts.extensions.get::<Access>().cloned();
@@ -247,7 +245,6 @@ struct Upload {
     request_id: Option<String>,
     permit: Held,
     began: Instant,
-    has_stored: AtomicBool,
 }
 
 /// Stores the lines of a body and yields their results in order. When the body breaks off, the last
@@ -312,7 +309,6 @@ impl Upload {
         };
         let error = match self.deliver(msg, key).await {
             Ok(stored) => {
-                self.has_stored.store(true, Ordering::Relaxed);
                 app.counters.count_posted(stored.msg.len());
                 return Ok(LineResult {
                     line: number,
@@ -337,14 +333,10 @@ impl Upload {
         Ok(LineResult::failed(number, uuid, stored, detail, fault))
     }
 
-    /// Stores the message of a line. While nothing is stored and no instance has been up for the deadline, it is
-    /// not tried: otherwise each window of lines would wait for the deadline.
+    /// Stores the message of a line. While no instance has been up for the deadline, it is not tried: otherwise each window of lines would wait for the deadline.
     async fn deliver(&self, msg: String, key: Key) -> Result<Stored, NotStored> {
         let App { pool, deadline, .. } = &*self.app;
-        if !self.has_stored.load(Ordering::Relaxed)
-            && self.began.elapsed() >= *deadline
-            && pool.down_for() >= *deadline
-        {
+        if self.began.elapsed() >= *deadline && pool.down_for() >= *deadline {
             return Err(NotStored::GaveUp {
                 uuid: key.caller(),
                 maybe_stored: MaybeStored::No,

@@ -12,6 +12,7 @@ mod following;
 mod network;
 
 use std::collections::{BTreeMap, HashMap};
+use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -27,6 +28,7 @@ use facade::names::Naming;
 use facade::pool::Pool;
 use facade::served_map::ServedMap;
 use facade::{App, Config, router};
+use futures_util::{StreamExt, stream};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
@@ -69,21 +71,44 @@ fn promises_hold_on_a_simulated_network() {
     );
 }
 
-/// An upload without any instance takes one deadline in all and not one for each window of lines.
+/// An upload without any instance takes one deadline in all and not one for each window of lines, also when they
+/// all died after its first line.
 #[tokio::test(start_paused = true)]
 async fn upload_without_instances_takes_one_deadline() {
     const LINES: u64 = 20_000;
     let network = Arc::new(Mutex::new(Network::new(1)));
-    network.lock().unwrap().kill_all();
     let app = facade_on(&network, 1, false);
+    let post = async |lines: Body| {
+        let request = Request::post("/")
+            .header("content-type", "application/x-ndjson")
+            .header(header::HOST, "localhost");
+        let response = router(app.clone()).oneshot(request.body(lines).unwrap());
+        response.await.unwrap()
+    };
+    let killing = network.clone();
+    let lines = stream::iter(0..=LINES).then(move |n| {
+        let killing = killing.clone();
+        async move {
+            if n == 1 {
+                // By then the first line is stored.
+                tokio::time::sleep(Duration::from_secs(5)).await;
+                killing.lock().unwrap().kill_all();
+            }
+            Ok::<_, Infallible>(format!("\"{n}\"\n"))
+        }
+    });
+    let began = tokio::time::Instant::now();
+    let response = post(Body::from_stream(lines)).await;
+    assert!(
+        began.elapsed() < Duration::from_secs(5 + 11),
+        "{:?}",
+        began.elapsed()
+    );
+    assert_eq!(response.status(), 207);
+
     let began = tokio::time::Instant::now();
     let lines: String = (0..LINES).map(|n| format!("\"{n}\"\n")).collect();
-    let request = Request::post("/")
-        .header("content-type", "application/x-ndjson")
-        .header(header::HOST, "localhost")
-        .body(Body::from(lines))
-        .unwrap();
-    let response = router(app).oneshot(request).await.unwrap();
+    let response = post(Body::from(lines)).await;
     // The deadline is 10 s.
     assert!(began.elapsed() < Duration::from_secs(11));
     assert_eq!(response.status(), 503);

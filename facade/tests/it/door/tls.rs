@@ -106,8 +106,18 @@ async fn certificate_follows_its_files() {
 type Authority = CertifiedIssuer<'static, KeyPair>;
 
 fn authority(name: &str, issuer: Option<&Authority>) -> Authority {
+    issuer_of(
+        name,
+        issuer,
+        IsCa::Ca(BasicConstraints::Unconstrained),
+        4000,
+    )
+}
+
+fn issuer_of(name: &str, issuer: Option<&Authority>, is_ca: IsCa, until: i32) -> Authority {
     let mut params = CertificateParams::default();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.is_ca = is_ca;
+    params.not_after = date_time_ymd(until, 1, 1);
     params.distinguished_name.push(DnType::CommonName, name);
     let key = KeyPair::generate().unwrap();
     match issuer {
@@ -125,6 +135,14 @@ async fn broken_chain_is_refused_and_the_old_one_kept() {
     let (between, other) = (
         authority("between", Some(&root)),
         authority("other", Some(&root)),
+    );
+    let unconstrained = IsCa::Ca(BasicConstraints::Unconstrained);
+    let expired = issuer_of("expired", Some(&root), unconstrained, 2020);
+    let no_authority = issuer_of(
+        "no authority",
+        Some(&root),
+        IsCa::ExplicitNoCa,
+        YEARS_TO_COME,
     );
     let files = CertificateFiles::make();
     fs::write(files.path("root"), root.pem()).unwrap();
@@ -152,17 +170,45 @@ async fn broken_chain_is_refused_and_the_old_one_kept() {
         log.iter().filter(is_refusal).count()
     };
     assert_eq!(ask(&process), "alive\n");
-    let broken: [(&[&Authority], i32); 4] = [
-        (&[&other], YEARS_TO_COME),
-        (&[&between, &other], YEARS_TO_COME),
-        (&[&root, &between], YEARS_TO_COME),
-        (&[&between, &root], 2020),
+    let broken: [(&Authority, &[&Authority], i32, &str); 7] = [
+        (&between, &[&other], YEARS_TO_COME, "does not vouch"),
+        (
+            &between,
+            &[&between, &other],
+            YEARS_TO_COME,
+            "does not vouch",
+        ),
+        (
+            &between,
+            &[&root, &between],
+            YEARS_TO_COME,
+            "does not vouch",
+        ),
+        (&between, &[&between, &root], 2020, "does not vouch"),
+        (
+            &expired,
+            &[&expired],
+            YEARS_TO_COME,
+            "its certificate 2: CertExpired",
+        ),
+        (
+            &expired,
+            &[&expired, &root],
+            YEARS_TO_COME,
+            "its certificate 2: CertExpired",
+        ),
+        (
+            &no_authority,
+            &[&no_authority],
+            YEARS_TO_COME,
+            "its certificate 2: it is not an authority's",
+        ),
     ];
-    for (index, (shown, year)) in broken.into_iter().enumerate() {
-        files.replace_by_chain(&between, shown, year);
+    for (index, (issuer, shown, year, reason)) in broken.into_iter().enumerate() {
+        files.replace_by_chain(issuer, shown, year);
         process.wait_for_log(|log| refusals(log) > index);
         assert_eq!(ask(&process), "alive\n");
-        assert_refused(&crate::processes::binary("facade"), &tls, "does not vouch");
+        assert_refused(&crate::processes::binary("facade"), &tls, reason);
     }
     let cut = "-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n";
     let chain = fs::read_to_string(&cert).unwrap();
