@@ -90,6 +90,9 @@ SKIPPED_TESTS=$(mktemp)
 export SKIPPED_TESTS
 failed=0
 
+# Most tests wait for their processes longer than they compute.
+export RUST_TEST_THREADS=${RUST_TEST_THREADS:-$((2 * $(nproc)))}
+
 run() { cargo test --release --locked --no-fail-fast "$@" || failed=1; }
 
 report() {

@@ -115,10 +115,16 @@ impl OpenSlot {
     }
 }
 
-/// The key of a partition of the first primary; the partition has entries.
-fn key_with_entries(cluster: &RedisCluster) -> String {
+/// The key of a partition of the first primary that has one of the entries; others have only marks.
+fn key_with_entries(cluster: &RedisCluster, stored: &[Entry]) -> String {
     let keys: Vec<String> = cluster.nodes[0].ask(&["KEYS", "entries:*"]);
-    keys.into_iter().next().expect("the primary has entries")
+    let mut found = stored.iter().map(|entry| {
+        let partition = crc32fast::hash(entry.uuid.as_bytes()) % 271;
+        format!("entries:{{{partition}}}")
+    });
+    found
+        .find(|key| keys.contains(key))
+        .expect("the primary has entries")
 }
 
 /// The move of a slot was interrupted: its partition is read where its entries are, refuses entries, and is
@@ -131,7 +137,7 @@ async fn interrupted_move_is_reported_and_its_partition_is_read() {
     let stored = entries(1000);
     assert_eq!(put(&map, &stored).await, vec![Outcome::Stored; 1000]);
     let whole = async || read(&*map, Bounds::default()).await;
-    let key = key_with_entries(&cluster);
+    let key = key_with_entries(&cluster, &stored);
     let open = OpenSlot::open(&cluster, &key);
     assert_eq!(whole().await.unwrap(), stored);
     open.move_keys(&cluster);
@@ -200,7 +206,7 @@ async fn redirection_is_followed_by_any_name_of_its_target() {
         wait_until_ready(&map).await;
         let stored = entries(1000);
         assert_eq!(put(&map, &stored).await, vec![Outcome::Stored; 1000]);
-        let open = OpenSlot::open(&cluster, &key_with_entries(&cluster));
+        let open = OpenSlot::open(&cluster, &key_with_entries(&cluster, &stored));
         open.move_keys(&cluster);
         let read = read(&*map, Bounds::default()).await;
         assert_eq!(read.unwrap(), stored, "{host} {flags:?}");
@@ -244,7 +250,7 @@ async fn redirection_is_followed_by_any_name_of_its_target_with_tls() {
         wait_until_ready(&map).await;
         let stored = entries(1000);
         assert_eq!(put(&map, &stored).await, vec![Outcome::Stored; 1000]);
-        let open = OpenSlot::open(&cluster, &key_with_entries(&cluster));
+        let open = OpenSlot::open(&cluster, &key_with_entries(&cluster, &stored));
         open.move_keys(&cluster);
         let read = instance.ask("/");
         let missing = stored
@@ -268,7 +274,7 @@ async fn slot_whose_move_one_end_forgot_is_an_error_not_a_shorter_read() {
     wait_until_ready(&map).await;
     let stored = entries(1000);
     assert_eq!(put(&map, &stored).await, vec![Outcome::Stored; 1000]);
-    let open = OpenSlot::open(&cluster, &key_with_entries(&cluster));
+    let open = OpenSlot::open(&cluster, &key_with_entries(&cluster, &stored));
     open.move_keys(&cluster);
     let name = format!("slot {}", open.slot);
     let is_named = |health: &Health, words: &str| {
@@ -398,7 +404,7 @@ async fn script_waits_until_moved_entries_are_in_the_files_of_the_target() {
     wait_until_ready(&map).await;
     let stored = entries(1000);
     assert_eq!(put(&map, &stored).await, vec![Outcome::Stored; 1000]);
-    let key = key_with_entries(&cluster);
+    let key = key_with_entries(&cluster, &stored);
     OpenSlot::open(&cluster, &key);
     cluster.nodes[4].kill();
     cluster.nodes[4].restart();
